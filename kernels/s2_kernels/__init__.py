@@ -1,0 +1,25 @@
+"""S2 attention kernels. Imports torch and triton, never Megatron; useful on its own."""
+
+from s2_kernels.api import s2_attention
+from s2_kernels.pattern import (
+    FOREVER,
+    Band,
+    HeadRule,
+    LayerPattern,
+    dense,
+    local_stride,
+    ranges,
+    sliding_window,
+)
+
+__all__ = [
+    "FOREVER",
+    "Band",
+    "HeadRule",
+    "LayerPattern",
+    "dense",
+    "local_stride",
+    "ranges",
+    "s2_attention",
+    "sliding_window",
+]
