@@ -1,0 +1,107 @@
+"""What is installed here, found by what it brings and not by its name, and what follows from it.
+
+PyPI's `apex` is an unrelated project, and a half-removed Transformer Engine leaves an empty folder
+that still imports: both would send Megatron down a path that fails later.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from s2megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The optional parts that a run can use on this machine."""
+
+    cuda: bool
+    transformer_engine: str | None
+    """Version, or None."""
+    fused_adam: str | None
+    """'Transformer Engine', 'Apex', or None (torch's AdamW)."""
+    gradient_accumulation_fusion: bool
+    """NVIDIA Apex's fused_weight_gradient_mlp_cuda; Transformer Engine brings its own."""
+
+    def lines(self, transformer_impl: str) -> list[str]:
+        """The start table's lines: which backend each part uses, and what is done without."""
+        te = transformer_impl == "transformer_engine"
+        fusion = te or self.gradient_accumulation_fusion
+        parts = {
+            "device": "CUDA" if self.cuda else "CPU (no GPU found), gloo",
+            "layers": f"Transformer Engine {self.transformer_engine}"
+            if te
+            else "Megatron local modules, torch norms",
+            "S2 attention": "Triton" if self.cuda else "blocked (PyTorch)",
+            "dense attention": "Transformer Engine" if te else "torch SDPA",
+            "optimizer": f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW",
+            "gradient fusion": "on" if fusion else "off (NVIDIA Apex not found)",
+        }
+        return [f"{name:<16} {value}" for name, value in parts.items()]
+
+
+def find_backends() -> Backends:
+    """Looks at this machine. Raises ConfigError for a half-removed Transformer Engine."""
+    te_spec = importlib.util.find_spec("transformer_engine")
+    if te_spec is not None and te_spec.origin is None:
+        folders = ", ".join(te_spec.submodule_search_locations or [])
+        raise ConfigError(
+            f"transformer_engine: {folders} holds no package (a half-removed installation), and "
+            "Megatron's import fails on it; remove that folder or install Transformer Engine again"
+        )
+    te_version = None
+    if te_spec is not None and _brings("transformer_engine.pytorch", "TransformerLayer"):
+        te_version = importlib.metadata.version("transformer_engine")
+    apex_adam = _brings("apex.optimizers", "FusedAdam")
+    return Backends(
+        cuda=torch.cuda.is_available(),
+        transformer_engine=te_version,
+        fused_adam="Transformer Engine" if te_version else "Apex" if apex_adam else None,
+        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+        is not None,
+    )
+
+
+def _brings(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def default_options(backends: Backends, chosen: dict) -> dict:
+    """Megatron options that this machine and S2 attention call for; the run file's own win.
+
+    Args:
+        chosen: the run file's `megatron:` section.
+
+    Raises:
+        ConfigError: the run file asks for what is not installed.
+    """
+    impl = chosen.get("transformer_impl")
+    if impl == "transformer_engine" and not backends.transformer_engine:
+        raise ConfigError(
+            "megatron.transformer_impl: 'transformer_engine' is not installed here; install it "
+            "(docs/install.md), or leave the option out to run on Megatron's local modules"
+        )
+    use_te = impl == "transformer_engine" or (
+        impl is None and backends.transformer_engine is not None and backends.cuda
+    )
+    options = {
+        "transformer_impl": "transformer_engine" if use_te else "local",
+        # S2 attention has no dropout, and builds its causal mask from lifetimes.
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "create_attention_mask_in_dataloader": False,
+        "distributed_backend": "nccl" if backends.cuda else "gloo",
+    }
+    if not use_te:
+        options |= {
+            "no_persist_layer_norm": True,
+            "apply_rope_fusion": False,
+            "gradient_accumulation_fusion": backends.gradient_accumulation_fusion,
+        }
+    return options | chosen

@@ -1,0 +1,172 @@
+"""Megatron core attention: S2 for sparse layers, torch SDPA for dense ones without TE.
+
+Contract (Megatron Core 0.19, megatron/core/transformer/attention.py): q is [s, b, h, d] and k, v
+are [s, b, g, d] for this tensor-parallel rank's heads, positions already rotated, sequence
+parallelism already gathered; the result is [s, b, h * d].
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from s2_kernels import LayerPattern, s2_attention
+
+
+def build_core_attention(
+    *,
+    patterns: tuple[LayerPattern, ...],
+    dense: Callable,
+    config: TransformerConfig,
+    layer_number: int,
+    **contract,
+) -> MegatronModule:
+    """The core attention of one layer, chosen by its global number.
+
+    One uniform layer spec serves all layers, so pipeline stages need no slicing and checkpoints
+    stay homogeneous.
+
+    Args:
+        patterns: one per layer of the whole model, for global head counts.
+        dense: builds the core attention of the layers whose pattern is dense.
+        layer_number: global and 1-based.
+        contract: Megatron's other keywords, handed on.
+    """
+    pattern = patterns[layer_number - 1]
+    if pattern.is_dense:
+        return dense(config=config, layer_number=layer_number, **contract)
+    return S2CoreAttention(config=config, layer_number=layer_number, pattern=pattern, **contract)
+
+
+class _CausalCoreAttention(MegatronModule):
+    """What the two attentions here share: the contract's checks. No parameters, no buffers."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._require(attention_type == "self", f"attention_type={attention_type!r}", "'self' only")
+        self._require(
+            attn_mask_type == AttnMaskType.causal, f"attn_mask_type={attn_mask_type}", "causal only"
+        )
+        self._require(dropout == 0, f"attention_dropout={dropout}", "set attention_dropout to 0")
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self._require(
+            groups.cp.size() == 1,
+            f"context_parallel_size={groups.cp.size()}",
+            "context parallelism is not supported yet; use tensor or pipeline parallelism",
+        )
+        self.tp_group = groups.tp
+
+    def _require(self, holds: bool, found: str, way_out: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"{type(self).__name__}, layer {self.layer_number}: {found}: {way_out}"
+            )
+
+    def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias, packed):
+        self._require(packed is None, "packed_seq_params", "packed sequences are not supported yet")
+        self._require(attention_bias is None, "attention_bias", "is not supported")
+        self._require(
+            attn_mask_type in (None, AttnMaskType.causal),
+            f"attn_mask_type={attn_mask_type}",
+            "causal only",
+        )
+        self._require(
+            attention_mask is None,
+            "attention_mask",
+            "the causal mask is built in and no other is applied; give "
+            "--no-create-attention-mask-in-dataloader",
+        )
+        self._require(
+            query.shape[0] == key.shape[0],
+            f"{query.shape[0]} queries against {key.shape[0]} keys",
+            "inference with a KV cache is not supported yet",
+        )
+
+
+class S2CoreAttention(_CausalCoreAttention):
+    """Sparsely-Sharded attention of one layer, for the heads of this tensor-parallel rank.
+
+    Args:
+        config, layer_number, ...: Megatron's core-attention contract.
+        pattern: the layer's lifetimes, for the model's global head counts. The slice of this rank
+            is taken here, and nowhere else.
+
+    Raises:
+        ValueError: heads do not divide over the ranks, or the layer asks for what S2 attention
+            does not do (dropout, masks, context parallelism, packed sequences, a KV cache).
+    """
+
+    def __init__(self, *args, pattern: LayerPattern, **contract):
+        super().__init__(*args, **contract)
+        self.pattern = pattern.shard(self.tp_group.rank(), self.tp_group.size())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
+        self._check_call(
+            query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        )
+        out = s2_attention(
+            *(x.transpose(0, 1) for x in (query, key, value)),
+            self.pattern,
+            softmax_scale=self.softmax_scale,
+        )
+        return out.transpose(0, 1).flatten(2)
+
+
+class TorchDenseAttention(_CausalCoreAttention):
+    """Dense causal attention by torch SDPA, for layers that the configuration calls dense.
+
+    Megatron's own local attention holds all s x s scores; this one does not.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
+        self._check_call(
+            query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)

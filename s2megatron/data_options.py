@@ -1,0 +1,110 @@
+"""The run file's `data:` section as Megatron options, its files checked before anything starts."""
+
+import struct
+from pathlib import Path
+
+from s2megatron.config import DataConfig
+from s2megatron.errors import ConfigError
+
+BYTE_VOCAB = 257
+"""256 bytes and the end of document, token 256."""
+
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+# numpy types that Megatron's index header numbers, and their sizes in bytes
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+
+
+def resolve(data: DataConfig, options: dict) -> dict:
+    """Adds dataset and tokenizer options to Megatron's. Raises ConfigError."""
+    added: dict = {}
+    for split in ("train", "valid", "test"):
+        entries = [part for entry in getattr(data, split) for part in entry.split()]
+        if entries:
+            for prefix in _prefixes(entries):
+                check_dataset(prefix, f"data.{split}")
+            added[f"{split}_data_path"] = entries
+    if data.mock:
+        if added:
+            raise ConfigError("data.mock: true beside data.train, valid or test: choose one")
+        added["mock_data"] = True
+    named = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+    if not added and not any(options.get(name) for name in (*named, "mock_data")):
+        raise ConfigError(
+            "data.train: is missing; name a dataset prefix (make one with `s2megatron data`), or "
+            "set data.mock: true for random tokens"
+        )
+    if data.cache:
+        added["data_cache_path"] = data.cache
+    return added | _tokenizer(data.tokenizer) | options
+
+
+def _tokenizer(name: str) -> dict:
+    if name == "bytes":
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": BYTE_VOCAB}
+    kind, _, model = name.partition(":")
+    if kind == "huggingface":
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model}
+    if kind == "sentencepiece":
+        if not Path(model).is_file():
+            raise ConfigError(f"data.tokenizer: {model}: there is no such SentencePiece model")
+        return {"tokenizer_type": "GPTSentencePieceTokenizer", "tokenizer_model": model}
+    return {}
+
+
+def _prefixes(entries: list[str]) -> list[str]:
+    """Dataset prefixes of 'PREFIX ...' or 'WEIGHT PREFIX ...'."""
+    if len(entries) % 2 == 0 and all(_is_number(entry) for entry in entries[::2]):
+        return entries[1::2]
+    return entries
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_dataset(prefix: str, field: str) -> None:
+    """PREFIX.bin and PREFIX.idx exist and fit each other.
+
+    Args:
+        field: where the prefix comes from, for the message.
+
+    Raises:
+        ConfigError: a file is missing, the index is corrupt or does not fit the data.
+    """
+    data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for file in (data, index):
+        if not file.is_file():
+            raise ConfigError(
+                f"{field}: {file} does not exist; make it with "
+                f"`s2megatron data INPUT --out {prefix}`"
+            )
+    remedy = f"make it again with `s2megatron data INPUT --out {prefix}`"
+    with index.open("rb") as stream:
+        header = stream.read(34)
+    if len(header) < 34 or header[:9] != _INDEX_MAGIC:
+        raise ConfigError(f"{field}: {index} is not a Megatron index (bad header); {remedy}")
+    version, code, sequences, documents = struct.unpack("<QBQQ", header[9:34])
+    expected = 34 + sequences * 12 + documents * 8
+    if sequences == 0:
+        raise ConfigError(f"{field}: {index} holds no documents; {remedy}")
+    if version != 1 or code not in _TOKEN_BYTES or index.stat().st_size < expected:
+        raise ConfigError(
+            f"{field}: {index} is corrupt (version {version}, type {code}, {sequences} sequences, "
+            f"{index.stat().st_size} bytes of at least {expected}); {remedy}"
+        )
+    # Lengths (int32) stand before pointers (int64): the last sequence ends where the data ends.
+    with index.open("rb") as stream:
+        stream.seek(34 + (sequences - 1) * 4)
+        (last_length,) = struct.unpack("<i", stream.read(4))
+        stream.seek(34 + sequences * 12 - 8)
+        (last_pointer,) = struct.unpack("<q", stream.read(8))
+    end, stored = last_pointer + last_length * _TOKEN_BYTES[code], data.stat().st_size
+    if end != stored:
+        raise ConfigError(
+            f"{field}: {index} speaks of {end} bytes, {data} holds {stored}; one of them is cut "
+            f"short or belongs to another dataset; {remedy}"
+        )

@@ -1,0 +1,136 @@
+"""What Megatron's training loop asks of a GPT launcher: batches, loss, forward step, datasets.
+
+megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py, whose part this is.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from s2megatron.throughput import ThroughputMeter
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """One micro-batch, each [b, s]; read by tensor-parallel rank 0 and broadcast to the others."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    args = get_args()
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        data = next(data_iterator)
+        batch = {
+            key: data[key].cuda(non_blocking=True) if data.get(key) is not None else None
+            for key in BATCH_KEYS
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS}
+
+
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
+    """Sum of the token losses, the number of tokens, and what Megatron logs of them."""
+    losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
+    loss = (losses * mask).sum()
+    num_tokens = mask.sum().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    return loss, num_tokens, report
+
+
+def make_forward_step(meter: ThroughputMeter):
+    """The forward step of Megatron's schedules; it tells the meter when it is called."""
+
+    def forward_step(data_iterator, model):
+        args, timers = get_args(), get_timers()
+        if model.training:
+            meter.training(args.curr_iteration)
+        else:
+            meter.evaluating()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        timers("batch-generator").stop()
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
+        return output, partial(loss_func, batch["loss_mask"])
+
+    return forward_step
+
+
+def dataset_config(args) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+
+
+def _is_built_here(vp_stage: int | None = None) -> bool:
+    first_or_last = is_first_or_last_pipeline_stage(vp_stage)
+    return mpu.get_tensor_model_parallel_rank() == 0 and first_or_last
+
+
+def datasets_provider(num_samples, vp_stage: int | None = None):
+    """Train, validation and test datasets; `num_samples` of each."""
+    args = get_args()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0("> building train, validation, and test datasets ...")
+    return BlendedMegatronDatasetBuilder(
+        kind, num_samples, partial(_is_built_here, vp_stage=vp_stage), dataset_config(args)
+    ).build()
+
+
+datasets_provider.is_distributed = True  # every rank may call it

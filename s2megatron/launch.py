@@ -1,0 +1,172 @@
+"""From a run file to Megatron's `pretrain()`: parse, check, build, hand over."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from s2_kernels import LayerPattern
+from s2megatron import data_options
+from s2megatron.backends import Backends, default_options, find_backends
+from s2megatron.config import RunConfig, load_config
+from s2megatron.errors import ConfigError
+from s2megatron.layer_table import layer_table
+from s2megatron.planning import ModelShape
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check that needs no process group and no GPU memory."""
+
+    run: RunConfig
+    backends: Backends
+    args: object
+    """Megatron's arguments, validated."""
+    model_config: object
+    """Megatron's GPTModelConfig, with our layer spec and model check."""
+    patterns: tuple[LayerPattern, ...]
+    shape: ModelShape
+
+
+def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
+    """Everything up to the start of the process group.
+
+    Args:
+        writers: let Megatron open its TensorBoard and wandb writers.
+
+    Raises:
+        ConfigError: what is wrong, where, and the way out.
+    """
+    run = load_config(config, overrides)
+    backends = find_backends()
+    if not backends.cuda:
+        from s2megatron import cpu_runtime
+
+        cpu_runtime.install()
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from s2megatron.checkpoint.record import check_resume, record
+    from s2megatron.layer_spec import build_layer_spec
+    from s2megatron.megatron_options import to_argv
+    from s2megatron.model_checks import add_model_check, check_model_options, check_run_options
+
+    options = default_options(backends, run.megatron)
+    options = data_options.resolve(run.data, options)
+    if not writers:
+        options |= {"tensorboard_dir": None, "wandb_project": None}
+    # Megatron's parser reads the command line: from here on it is the run file's.
+    sys.argv = [sys.argv[0], *to_argv(options)]
+    try:
+        args = parse_and_validate_args()
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"Megatron refuses these options: {error}") from error
+    check_run_options(args)
+    model_config = gpt_config_from_args(args)
+    transformer = model_config.transformer
+    patterns = run.sparsity.resolve(
+        num_layers=transformer.num_layers,
+        heads=transformer.num_attention_heads,
+        kv_heads=transformer.num_query_groups,
+    )
+    check_model_options(transformer, patterns)
+    check_resume(args, patterns, run.sparsity.on_resume)
+    args.s2_sparsity = record(patterns)
+
+    def layer_spec(config, vp_stage: int | None = None):
+        return build_layer_spec(config, patterns, vp_stage)
+
+    model_config.transformer_layer_spec = layer_spec
+    add_model_check(model_config, patterns, seq_len=args.seq_length)
+    shape = ModelShape.from_megatron(transformer, args)
+    return Prepared(run, backends, args, model_config, patterns, shape)
+
+
+def dry_run(config: str, overrides: Sequence[str]) -> str:
+    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
+    ranks = _ranks_named_by(load_config(config, overrides))
+    os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
+        ready = prepare(config, overrides, writers=False)
+    return "\n".join(_summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
+
+
+def _ranks_named_by(run: RunConfig) -> int:
+    """The fewest ranks that the run file's layout needs."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = 1
+    for name in sizes:
+        size = run.megatron.get(name) or 1
+        ranks *= size if isinstance(size, int) and size > 0 else 1
+    return ranks
+
+
+def _summary(ready: Prepared, lines: list[str]) -> list[str]:
+    args, shape = ready.args, ready.shape
+    sparse = shape.flops_per_sequence(ready.patterns) * args.global_batch_size
+    attention = shape.attention_flops(ready.patterns) * args.global_batch_size
+    dense = shape.dense_attention_flops() * args.global_batch_size
+    layout = (
+        f"TP {args.tensor_model_parallel_size}"
+        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}, "
+        f"DP {args.data_parallel_size}"
+    )
+    return [
+        *ready.backends.lines(args.transformer_impl),
+        f"{'layout':<16} {layout}: {args.world_size} rank(s)",
+        f"{'parameters':<16} {shape.parameters():,}",
+        f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
+        f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
+        f"attention; with dense attention {sparse - attention + dense:.4e}",
+        *lines,
+    ]
+
+
+def train(config: str, overrides: Sequence[str]) -> None:
+    """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
+    ready = prepare(config, overrides)
+    from megatron.core.enums import ModelType
+    from megatron.training import get_tensorboard_writer, is_last_rank, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from s2megatron.gpt_loop import datasets_provider, make_forward_step
+    from s2megatron.megatron_fixes import skip_missing_makefile
+    from s2megatron.throughput import ThroughputMeter
+
+    skip_missing_makefile()
+    args = ready.args
+    if args.rank == 0:
+        print("\n".join(_summary(ready, [])), flush=True)
+
+    def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
+        if is_last_rank():
+            print(text, flush=True)
+        if writer := get_tensorboard_writer():
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
+
+    meter = ThroughputMeter(
+        ready.shape,
+        ready.patterns,
+        sequences=args.global_batch_size,
+        gpus=args.world_size,
+        log_interval=args.log_interval,
+        save_interval=args.save_interval if args.save else None,
+        report=report,
+    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, ready.model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            make_forward_step(meter),
+        )
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

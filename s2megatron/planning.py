@@ -1,0 +1,131 @@
+"""What a model costs: parameters and true FLOPs, from its shape and its patterns.
+
+Megatron's own throughput line counts dense attention. Here attention counts the (query, key) pairs
+that the patterns keep, and nothing that is recomputed: 4 FLOPs per pair and head dimension forward,
+8 backward; 6 per weight and token for the matrix products.
+"""
+
+from dataclasses import dataclass
+
+from s2_kernels import LayerPattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that parameters and FLOPs depend on; `from_megatron` reads them off Megatron."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    """Padded."""
+    seq_len: int
+    gated: bool
+    """SwiGLU: two input matrices."""
+    bias: bool
+    qkv_bias: bool
+    norm_bias: bool
+    """LayerNorm has one, RMSNorm has none."""
+    qk_norm: bool
+    tied_embeddings: bool
+    position_embeddings: int
+    """Learned positions (0 with rotary embeddings)."""
+    experts: int
+    """0: no mixture of experts."""
+    experts_per_token: int
+    expert_ffn: int
+    shared_expert_ffn: int
+    moe_layers: tuple[bool, ...]
+    """Which layers hold experts."""
+
+    @classmethod
+    def from_megatron(cls, config, args) -> "ModelShape":
+        """From Megatron's TransformerConfig and arguments."""
+        experts = config.num_moe_experts or 0
+        frequency = config.moe_layer_freq
+        if isinstance(frequency, int):
+            frequency = [i % frequency == 0 for i in range(config.num_layers)]
+        learned = args.position_embedding_type == "learned_absolute"
+        return cls(
+            layers=config.num_layers,
+            hidden=config.hidden_size,
+            ffn=config.ffn_hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_query_groups,
+            head_dim=config.kv_channels,
+            vocab=args.padded_vocab_size,
+            seq_len=args.seq_length,
+            gated=config.gated_linear_unit,
+            bias=config.add_bias_linear,
+            qkv_bias=config.add_bias_linear or config.add_qkv_bias,
+            norm_bias=config.normalization == "LayerNorm",
+            qk_norm=config.qk_layernorm,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+            position_embeddings=args.max_position_embeddings if learned else 0,
+            experts=experts,
+            experts_per_token=config.moe_router_topk if experts else 0,
+            expert_ffn=(config.moe_ffn_hidden_size or config.ffn_hidden_size) if experts else 0,
+            shared_expert_ffn=config.moe_shared_expert_intermediate_size or 0,
+            moe_layers=tuple(bool(x) and experts > 0 for x in frequency),
+        )
+
+    @property
+    def attention_weights(self) -> int:
+        """Matrix weights of one layer's projections."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    def _mlp_weights(self, ffn: int) -> int:
+        return self.hidden * ffn * (3 if self.gated else 2)
+
+    def mlp_weights(self, layer: int, *, per_token: bool) -> int:
+        """Matrix weights of layer `layer` (0-based); only a token's own experts if `per_token`."""
+        if not self.moe_layers[layer]:
+            return self._mlp_weights(self.ffn)
+        experts = self.experts_per_token if per_token else self.experts
+        shared = self._mlp_weights(self.shared_expert_ffn)
+        return experts * self._mlp_weights(self.expert_ffn) + shared + self.hidden * self.experts
+
+    def parameters(self) -> int:
+        """All parameters of the model, the padded vocabulary included."""
+        norm = self.hidden * (2 if self.norm_bias else 1)
+        qk_norm = 2 * self.head_dim * (2 if self.norm_bias else 1) if self.qk_norm else 0
+        total = norm + self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        total += self.position_embeddings * self.hidden
+        for layer in range(self.layers):
+            total += self.attention_weights + self.mlp_weights(layer, per_token=False)
+            total += 2 * norm + qk_norm
+            if self.qkv_bias:
+                total += self.head_dim * (self.heads + 2 * self.kv_heads)
+            if self.bias:
+                total += self.hidden + self._mlp_biases(layer)
+        return total
+
+    def _mlp_biases(self, layer: int) -> int:
+        up = 2 if self.gated else 1
+        if not self.moe_layers[layer]:
+            return up * self.ffn + self.hidden
+        shared = up * self.shared_expert_ffn + self.hidden if self.shared_expert_ffn else 0
+        return self.experts * (up * self.expert_ffn + self.hidden) + shared
+
+    def matmul_flops_per_token(self) -> int:
+        """Forward and backward of all matrix products but attention's, per token."""
+        weights = self.vocab * self.hidden
+        for layer in range(self.layers):
+            weights += self.attention_weights + self.mlp_weights(layer, per_token=True)
+        return 6 * weights
+
+    def attention_flops(self, patterns: tuple[LayerPattern, ...]) -> int:
+        """Forward and backward of all layers' attention for one sequence: kept pairs only."""
+        return 12 * self.head_dim * sum(p.kept_pairs(self.seq_len) for p in patterns)
+
+    def dense_attention_flops(self) -> int:
+        """The same for dense causal attention in every layer."""
+        pairs = self.heads * self.seq_len * (self.seq_len + 1) // 2
+        return 12 * self.head_dim * self.layers * pairs
+
+    def flops_per_sequence(self, patterns: tuple[LayerPattern, ...]) -> int:
+        """True model FLOPs of one training sequence, forward and backward."""
+        return self.matmul_flops_per_token() * self.seq_len + self.attention_flops(patterns)

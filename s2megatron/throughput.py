@@ -1,0 +1,86 @@
+"""Tokens per second and true model FLOPs, beside Megatron's own line (which counts dense)."""
+
+import time
+from collections.abc import Callable
+
+from s2_kernels import LayerPattern
+from s2megatron.planning import ModelShape
+
+
+class ThroughputMeter:
+    """Times training iterations from the moments at which the forward step is called.
+
+    An iteration counts from its own first forward step to the next one's. Iterations next to an
+    evaluation or a checkpoint are left out, so what is reported is training alone. On a GPU the
+    host runs ahead within an iteration, but Megatron reads the loss at every log interval, which
+    is where a report is made.
+
+    Args:
+        shape, patterns: what is trained.
+        sequences: sequences per iteration, all ranks together.
+        gpus: ranks in all.
+        log_interval: iterations per report.
+        save_interval: checkpoints are written after multiples of this (None: never).
+        report: called with (iteration, text, scalars) on every rank.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        patterns: tuple[LayerPattern, ...],
+        *,
+        sequences: int,
+        gpus: int,
+        log_interval: int,
+        save_interval: int | None,
+        report: Callable[[int, str, dict[str, float]], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.tokens = sequences * shape.seq_len
+        self.flops = sequences * shape.flops_per_sequence(patterns)
+        dense = self.flops + sequences * (
+            shape.dense_attention_flops() - shape.attention_flops(patterns)
+        )
+        self.dense_ratio = dense / self.flops
+        self.gpus, self.log_interval, self.save_interval = gpus, log_interval, save_interval
+        self.report, self.clock = report, clock
+        self._iteration: int | None = None
+        self._began = 0.0
+        self._interrupted = False
+        self._seconds: list[float] = []
+
+    def evaluating(self) -> None:
+        """A forward step of an evaluation: the iteration before it has no clean end."""
+        self._interrupted = True
+
+    def training(self, iteration: int) -> None:
+        """A forward step of training; `iteration` is the number of finished iterations."""
+        if iteration == self._iteration:
+            return
+        now = self.clock()
+        saved = self.save_interval and iteration % self.save_interval == 0
+        if self._iteration is not None and not self._interrupted and not saved:
+            self._seconds.append(now - self._began)
+        self._iteration, self._began, self._interrupted = iteration, now, False
+        if iteration % self.log_interval == 0:
+            self._make_report(iteration)
+
+    def _make_report(self, iteration: int) -> None:
+        if not self._seconds:
+            return
+        seconds = sum(self._seconds) / len(self._seconds)
+        self._seconds = []
+        tokens = self.tokens / seconds
+        tflops = self.flops / seconds / self.gpus / 1e12
+        text = (
+            f" s2megatron iteration {iteration:8d} | {seconds * 1e3:.1f} ms/iteration | "
+            f"{tokens:.0f} tokens/s | {tokens / self.gpus:.0f} tokens/s/rank | "
+            f"true model TFLOP/s/rank: {tflops:.4g} (kept pairs; "
+            f"dense attention would need {self.dense_ratio:.2f}x the FLOPs)"
+        )
+        scalars = {
+            "s2/tokens-per-second": tokens,
+            "s2/true-TFLOPs-per-rank": tflops,
+            "s2/seconds-per-iteration": seconds,
+        }
+        self.report(iteration, text, scalars)
