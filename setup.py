@@ -21,6 +21,7 @@ setup(
         "numpy",
         "megatron-core>=0.19,<0.20",
         "omegaconf>=2.3",  # megatron.training imports it without asking for it
+        "psutil",  # so do its checkpoint writers
         "pydantic>=2",
         "pyyaml>=6",
         "tqdm",

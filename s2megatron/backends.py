@@ -90,12 +90,19 @@ def default_options(backends: Backends, chosen: dict) -> dict:
     use_te = impl == "transformer_engine" or (
         impl is None and backends.transformer_engine is not None and backends.cuda
     )
+    tp = chosen.get("tensor_model_parallel_size") or 1
     options = {
+        # Megatron pads the vocabulary to a multiple of this times TP, and the rows added count in
+        # the softmax: with a fixed product a checkpoint gives the same loss at any TP.
+        "make_vocab_size_divisible_by": max(1, 128 // tp)
+        if isinstance(tp, int) and tp > 0
+        else 128,
         "transformer_impl": "transformer_engine" if use_te else "local",
         # S2 attention has no dropout, and builds its causal mask from lifetimes.
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "create_attention_mask_in_dataloader": False,
+        "eval_interval": 1000,  # Megatron divides by it, and has no default
         "distributed_backend": "nccl" if backends.cuda else "gloo",
     }
     if not use_te:

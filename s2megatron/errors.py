@@ -1,6 +1,8 @@
-"""The one exception a user of the launcher is meant to read."""
+"""What a user of the command line is meant to read, and what not."""
 
 import difflib
+import logging
+import warnings
 from collections.abc import Iterable
 
 
@@ -12,3 +14,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the nearest of the known names, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def hide_import_warnings() -> None:
+    """Megatron says nine times while it is imported that TE and Apex are missing.
+
+    The start table says once which backend each part uses.
+    """
+    missing = "Transformer Engine and Apex are not|Apex is not installed|Only transformer-engine"
+    warnings.filterwarnings("ignore", message=missing)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime"

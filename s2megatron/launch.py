@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,11 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     try:
         args = parse_and_validate_args()
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"Megatron refuses these options: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"Megatron refuses these options: {str(error) or where.line}\n"
+            f"({where.filename}:{where.lineno})"
+        ) from error
     check_run_options(args)
     model_config = gpt_config_from_args(args)
     transformer = model_config.transformer

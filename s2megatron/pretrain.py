@@ -11,11 +11,10 @@ CPU over gloo.
 import argparse
 import os
 import sys
-import warnings
 
 import torch
 
-from s2megatron.errors import ConfigError
+from s2megatron.errors import ConfigError, hide_import_warnings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check and print, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_args(argv)
-    # The start table says which backend each part uses; Megatron says it nine times.
-    missing = "Transformer Engine and Apex are not|Apex is not installed|Only transformer-engine"
-    warnings.filterwarnings("ignore", message=missing)
+    hide_import_warnings()
     # One hardware queue: on GPUs before Blackwell, TP and SP overlap needs kernels in launch order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():

@@ -1,0 +1,42 @@
+# Shared by the scripts: an interpreter, and a virtual environment with what setup.py asks for.
+# Source it from the repository's root.
+
+# Prints a Python >= 3.12 (megatron-core 0.19 needs it): $PYTHON, python3.12 and later, python3,
+# then pyenv's. A shim that exists but does not run is passed over.
+find_python() {
+    local candidate tried=""
+    local check='import sys; sys.exit(sys.version_info < (3, 12))'
+    if [ -n "${PYTHON:-}" ]; then
+        "$PYTHON" -c "$check" 2>/dev/null && { echo "$PYTHON"; return 0; }
+        echo "PYTHON=$PYTHON is not a Python 3.12 or later; unset it or name another one" >&2
+        return 1
+    fi
+    for candidate in python3.12 python3.13 python3.14 python3 \
+        "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do
+        "$candidate" -c "$check" 2>/dev/null && { echo "$candidate"; return 0; }
+        command -v "$candidate" >/dev/null 2>&1 && tried="$tried $candidate"
+    done
+    echo "No Python 3.12 or later found (megatron-core 0.19 needs it); tried:${tried:- nothing on the PATH}." >&2
+    echo "Install one and name it: PYTHON=/path/to/python3.12 $0" >&2
+    return 1
+}
+
+# make_venv EXTRAS: .venv with the package (editable) and its EXTRAS, e.g. "" or "[test]". Installs
+# again only when setup.py or constraints.txt changed.
+make_venv() {
+    local extras=$1 python stamp want
+    stamp=".venv/installed$(echo "$extras" | tr -d '[]' | tr ',' '-')"
+    want=$(cat setup.py constraints.txt | cksum)
+    if ! .venv/bin/python -c '' 2>/dev/null; then
+        python=$(find_python) || return 1
+        echo "== making .venv with $("$python" --version)"
+        rm -rf .venv
+        "$python" -m venv .venv
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+        echo "== installing s2megatron$extras into .venv (torch is 4.7 GB on disk; a few minutes)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            -c constraints.txt -e ".$extras" || return 1
+        echo "$want" >"$stamp"
+    fi
+}

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: dataset from Python's own source, 200 steps of a small hybrid S2
+# model under torchrun (TP=2 + SP; GPUs if there are any, else CPU and gloo), evaluation on held-out
+# files, a checkpoint, and 20 more steps resumed from it. Run it again at once: it picks up what is
+# there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/common.sh
+make_venv ""
+
+run=runs/quickstart
+mkdir -p "$run/data"
+
+if [ ! -e "$run/data/train.idx" ] || [ ! -e "$run/data/valid.idx" ]; then
+    echo "== dataset: the Python standard library's source as bytes; every 10th file is held out"
+    stdlib=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+    find "$stdlib" -maxdepth 1 -name '*.py' | LC_ALL=C sort >"$run/data/files.txt"
+    awk 'NR % 10 == 0' "$run/data/files.txt" | tr '\n' '\0' |
+        xargs -0 .venv/bin/s2megatron data --out "$run/data/valid"
+    awk 'NR % 10 != 0' "$run/data/files.txt" | tr '\n' '\0' |
+        xargs -0 .venv/bin/s2megatron data --out "$run/data/train"
+fi
+
+gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+ranks=2 layout="megatron.tensor_model_parallel_size=2"
+if [ "$gpus" -ge 1 ]; then
+    layout="$layout megatron.bf16=true"
+    if [ "$gpus" -eq 1 ]; then
+        ranks=1 layout="megatron.tensor_model_parallel_size=1 megatron.sequence_parallel=false megatron.bf16=true"
+    fi
+fi
+
+reached() { cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
+
+# train STEP OVERRIDES...: one launch; the whole log goes to a file, the lines worth reading here.
+train() {
+    echo "== $ranks rank(s), from iteration $(reached); the whole log: $run/train.log"
+    .venv/bin/python -m torch.distributed.run --nproc-per-node "$ranks" \
+        --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 \
+        -m s2megatron.pretrain --config configs/quickstart.yaml $layout \
+        megatron.save="$run/checkpoints" megatron.load="$run/checkpoints" \
+        megatron.tensorboard_dir="$run/tensorboard" "$@" 2>&1 | tee -a "$run/train.log" |
+        grep --line-buffered -E \
+            '^(device|layers|S2 attention|dense attention|optimizer|gradient fusion|layout|parameters|FLOPs per step|[0-9]+(-[0-9]+)? +(dense|local|ranges|sliding)|note:)|iteration +[0-9]+/|s2megatron|validation loss at|saved checkpoint|loaded checkpoint|Error|error:'
+}
+
+start=$SECONDS
+[ "$(reached)" -ge 200 ] || train megatron.exit_interval=200
+[ "$(reached)" -ge 220 ] || { echo "== resuming from the checkpoint for 20 more steps"; train; }
+.venv/bin/s2megatron show configs/quickstart.yaml --plot "$run/masks.png" --blocks 16 >"$run/layers.txt"
+.venv/bin/python scripts/quickstart_report.py "$run" $((SECONDS - start))

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The project's checks: a .venv if there is none, ruff, pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/common.sh
+make_venv "[test]"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/python -m pytest "$@"
