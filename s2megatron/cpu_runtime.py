@@ -104,6 +104,8 @@ def install() -> None:
     Raises:
         ConfigError: called where there is a GPU.
     """
+    if torch.cuda.Stream is _Stream:
+        return  # installed already
     if torch.cuda.is_available():
         raise ConfigError(
             "cpu_runtime: this machine has a GPU; the CPU runtime is for those without"

@@ -54,24 +54,27 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
     from s2megatron.checkpoint.record import check_resume, record
     from s2megatron.layer_spec import build_layer_spec
+    from s2megatron.megatron_fixes import skip_missing_makefile
     from s2megatron.megatron_options import to_argv
     from s2megatron.model_checks import add_model_check, check_model_options, check_run_options
 
+    skip_missing_makefile()
     options = default_options(backends, run.megatron)
     options = data_options.resolve(run.data, options)
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
     # Megatron's parser reads the command line: from here on it is the run file's.
-    sys.argv = [sys.argv[0], *to_argv(options)]
+    argv, parsed = to_argv(options)
+    check_run_options(parsed)
+    sys.argv = [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args()
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
             f"Megatron refuses these options: {str(error) or where.line}\n"
             f"({where.filename}:{where.lineno})"
         ) from error
-    check_run_options(args)
     model_config = gpt_config_from_args(args)
     transformer = model_config.transformer
     patterns = run.sparsity.resolve(
@@ -141,10 +144,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from s2megatron.gpt_loop import datasets_provider, make_forward_step
-    from s2megatron.megatron_fixes import skip_missing_makefile
     from s2megatron.throughput import ThroughputMeter
 
-    skip_missing_makefile()
     args = ready.args
     if args.rank == 0:
         print("\n".join(_summary(ready, [])), flush=True)

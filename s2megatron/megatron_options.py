@@ -19,8 +19,8 @@ def megatron_parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(_Parser(allow_abbrev=False))
 
 
-def to_argv(options: dict[str, Any]) -> list[str]:
-    """The run file's `megatron:` section as Megatron's command line.
+def to_argv(options: dict[str, Any]) -> tuple[list[str], argparse.Namespace]:
+    """The run file's `megatron:` section as Megatron's command line, and what it parses to.
 
     A key is an option's name ("no-rope-fusion", "no_rope_fusion") or the name it is stored under
     ("apply_rope_fusion"); flags take true and false, null leaves an option at its default.
@@ -50,8 +50,7 @@ def to_argv(options: dict[str, Any]) -> list[str]:
             near = did_you_mean(name, [*by_flag, *by_dest])
             raise ConfigError(f"megatron.{key}: Megatron has no such option{near}")
         argv += _one_option(key, value, action, flag, named_by_flag)
-    parser.parse_args(argv)
-    return argv
+    return argv, parser.parse_args(argv)
 
 
 def _one_option(key, value, action, flag: str, named_by_flag: bool) -> list[str]:

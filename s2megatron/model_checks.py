@@ -61,31 +61,32 @@ def check_model_options(config: TransformerConfig, patterns: tuple[LayerPattern,
     for name, asked_for, way_out in refused:
         if asked_for:
             raise ConfigError(f"megatron.{name}={getattr(config, name)!s}: {way_out}")
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    tp = config.tensor_model_parallel_size
-    if heads % tp:
-        raise ConfigError(
-            f"megatron.num_attention_heads={heads}: not divisible by "
-            f"tensor_model_parallel_size={tp}; choose a size that divides it"
-        )
-    if groups and groups % tp and tp % groups:
-        raise ConfigError(
-            f"megatron.num_query_groups={groups}: must be a multiple or a divisor of "
-            f"tensor_model_parallel_size={tp}"
-        )
 
 
 def check_run_options(args) -> None:
-    """The same for options of the run rather than of the model.
+    """The same for options of the run, before Megatron's own validation words them differently.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, parsed and not yet validated.
 
     Raises:
         ConfigError: the first option refused.
     """
     tp = args.tensor_model_parallel_size
+    heads = args.num_attention_heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    if tp < 1 or (heads and (heads % tp or (groups % tp and tp % groups))):
+        raise ConfigError(
+            f"megatron.tensor_model_parallel_size={tp}: num_attention_heads={heads} must be a "
+            f"multiple of it, and num_query_groups={groups} a multiple or a divisor"
+        )
     refused = [
+        ("context_parallel_size", args.context_parallel_size > 1,
+         "not supported yet; use tensor or pipeline parallelism"),
+        ("mtp_num_layers", args.mtp_num_layers is not None,
+         "multi-token prediction layers ignore the layer spec and would run dense; leave it out"),
+        ("attention_backend", args.attention_backend == AttnBackend.local,
+         "'local' would replace S2 attention with dense attention; leave it out"),
         ("sft", args.sft, "packed sequences are not supported yet"),
         ("dataloader_inter_document_masking", args.dataloader_inter_document_masking,
          "packed sequences are not supported yet"),

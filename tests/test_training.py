@@ -95,6 +95,19 @@ def test_resumed_run_goes_on_as_if_never_stopped(home, one_rank, saved_by):
     assert_same(got, one_rank, first=11)
 
 
+def test_fewer_kv_heads_than_ranks(home):
+    """Two ranks share the one KV head; its pattern must come from the model, not from the rank."""
+    options = [
+        "megatron.num_query_groups=1",
+        "megatron.use_cpu_initialization=true",  # the same weights for any TP
+        "megatron.train_iters=5",
+        "megatron.lr_decay_iters=20",
+    ]
+    one = losses(home / "run.yaml", home / "mqa1", *options)
+    two = losses(home / "run.yaml", home / "mqa2", *options, *LAYOUTS["tp2_sp"], ranks=2)
+    assert max(abs(one[step] - two[step]) for step in range(1, 6)) < 1e-4
+
+
 def test_sparse_is_not_dense_and_infinite_lifetimes_are(home, one_rank):
     """The same weights and data: stride 1 gives dense attention's losses, real sparsity others."""
     three = ["megatron.train_iters=3", "megatron.lr_decay_iters=20"]

@@ -1,0 +1,72 @@
+"""Runs many small cases in one fresh interpreter, because the CPU runtime changes the process.
+
+python in_process.py MODULE FUNCTION   -> prints FUNCTION()'s JSON result as the last line
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def call(module: str, function: str, *arguments: str, env: dict | None = None):
+    """The JSON result of a function, run in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "in_process.py"), module, function, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+    )
+    assert done.returncode == 0, done.stderr[-2500:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_command_line(main, argv: list[str]) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a `main(argv)`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def forget_megatron() -> None:
+    """Megatron keeps its arguments in globals that may be set once."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import unset_global_variables
+
+    unset_global_variables()
+    unset_num_microbatches_calculator()
+
+
+def build_model(config: str, *overrides: str):
+    """A run file's model, built on one rank by Megatron's own builder: (prepared run, chunks)."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+
+    from s2megatron.launch import prepare
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    ready = prepare(config, overrides, writers=False)
+    training.initialize_megatron(skip_mpu_initialization=False)
+    builder = ready.model_config.get_builder_cls()(ready.model_config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ready, builder.build_distributed_models(groups, wrap_with_ddp=False)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    module, function, *arguments = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    print("\n" + json.dumps(getattr(importlib.import_module(module), function)(*arguments)))
