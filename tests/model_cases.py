@@ -165,3 +165,21 @@ def model_sizes(name: str) -> dict:
         "built_flops": 6 * matrices,
         "planned_flops": ready.shape.matmul_flops_per_token(),
     }
+
+
+def dry_run_configs() -> dict:
+    """Every shipped run file's dry run: [status, stdout, stderr]."""
+    import os
+
+    from launches import ROOT
+
+    from s2megatron import pretrain
+
+    results = {}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        os.environ.pop("WORLD_SIZE", None)
+        extra = ["data.train=[]", "data.valid=[]", "data.mock=true"]
+        argv = ["--config", str(path), "--dry-run", *extra]
+        results[path.name] = run_command_line(pretrain.main, argv)
+        forget_megatron()
+    return results

@@ -1,0 +1,103 @@
+"""The shell scripts' own part, and the shipped run files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from in_process import call
+from launches import ROOT
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def find_python(**env):
+    return subprocess.run(
+        ["bash", "-c", ". scripts/common.sh; find_python"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+    )
+
+
+def fake_python(folder: Path, name: str, version: tuple[int, int]) -> None:
+    """An executable that answers the scripts' version check as a Python of this version would."""
+    file = folder / name
+    file.write_text(f"#!/bin/sh\nexit {int(version < (3, 12))}\n")
+    file.chmod(0o755)
+
+
+def test_no_python_312_is_said_plainly(tmp_path):
+    fake_python(tmp_path, "python3", (3, 11))
+    fake_python(tmp_path, "python3.12", (3, 11))  # a shim that does not run
+    done = find_python(PATH=f"{tmp_path}:/usr/bin:/bin", HOME=str(tmp_path))
+    if done.returncode == 0:  # the system's own python3 is new enough
+        assert done.stdout.strip() in ("python3.13", "python3.14")
+        return
+    assert "No Python 3.12 or later found" in done.stderr
+    assert "python3.12 python3" in done.stderr and "PYTHON=" in done.stderr
+
+
+def test_python_is_found_on_the_path_then_in_pyenv(tmp_path):
+    versions = tmp_path / ".pyenv" / "versions" / "3.12.1" / "bin"
+    versions.mkdir(parents=True)
+    fake_python(versions, "python", (3, 12))
+    fake_python(tmp_path, "python3", (3, 11))
+    found = find_python(PATH=f"{tmp_path}:/usr/bin:/bin", HOME=str(tmp_path))
+    assert found.returncode == 0
+    fake_python(tmp_path, "python3.12", (3, 12))
+    found = find_python(PATH=f"{tmp_path}:/usr/bin:/bin", HOME=str(tmp_path))
+    assert found.stdout.strip() == "python3.12"
+
+
+def test_named_python_that_is_too_old_is_refused(tmp_path):
+    fake_python(tmp_path, "old", (3, 9))
+    done = find_python(PATH=os.environ["PATH"], HOME="/", PYTHON=str(tmp_path / "old"))
+    assert done.returncode == 1 and "is not a Python 3.12 or later" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def dry_runs():
+    return call("model_cases", "dry_run_configs")
+
+
+PARAMETERS = {
+    "llama_1.3b_32k.yaml": 1_345_423_360,
+    "llama_1.3b_128k.yaml": 1_345_423_360,
+    "llama_7b_32k.yaml": 6_738_415_616,  # Llama 2 7B
+    "llama_7b_128k.yaml": 6_738_415_616,
+    "llama_70b_32k.yaml": 70_553_706_496,  # Llama 3 70B
+    "llama_70b_128k.yaml": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_config_passes_dry_run(dry_runs, name):
+    status, out, err = dry_runs[name]
+    assert status == 0, err
+    assert "uncovered" in out and "note:" not in out  # shipped patterns cover the context
+    if name in PARAMETERS:
+        assert f"{PARAMETERS[name]:,}" in out
+
+
+def test_show_prints_and_draws(tmp_path):
+    picture = tmp_path / "masks.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "s2megatron.cli", "show", "configs/llama_70b_32k.yaml",
+         "--plot", picture, "--layers", "1,3", "--heads", "0,7"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3-80    local + stride" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_refuses_layers_that_are_not_there():
+    done = subprocess.run(
+        [sys.executable, "-m", "s2megatron.cli", "show", "configs/quickstart.yaml", "--plot", "/dev/null",
+         "--layers", "9"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2 and "--layers: 9 is not in 1..4" in done.stderr
