@@ -1,0 +1,103 @@
+"""Tile sizes, warps and stages: one small table, chosen by measurement, nothing tuned at run time.
+
+A configuration is looked up by compute capability, head size and dtype. Launchers take one
+explicitly as well, which is how scripts/tune_attention.py measures candidates.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel is cut into tiles.
+
+    Attributes:
+        block_m: query rows of a tile. May span several blocks of the pattern, or be part of one.
+        block_n: KV rows of a tile. More than a block means several blocks gathered in one tile
+            (pointer loads only); the backward pass over KV blocks takes at most one block.
+        step: KV tiles that share one step of the forward's online softmax.
+        num_warps, num_stages: of the compiled kernel.
+        tma: load K and V (Q and dO in the backward pass over KV blocks) through TMA descriptors
+            where the tensors' strides allow it; else, and where False, through pointers.
+        maxnreg: cap on the registers of a thread, so that more programs fit on a multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    step: int = 1
+    tma: bool = True
+    maxnreg: int | None = None
+
+    def __str__(self) -> str:
+        step = f"x{self.step}" if self.step > 1 else ""
+        cap = f"r{self.maxnreg}" if self.maxnreg else ""
+        tile = f"{self.block_m}x{self.block_n}{step}"
+        return f"{tile}w{self.num_warps}s{self.num_stages}{'tma' if self.tma else 'ptr'}{cap}"
+
+    @classmethod
+    def parse(cls, text: str) -> "TileConfig":
+        """Reads what `str` writes, e.g. 64x64w4s3tma, 64x64x2w4s2tma or 128x64w8s2ptrr128."""
+        found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?w(\d+)s(\d+)(tma|ptr)(?:r(\d+))?", text)
+        if not found:
+            raise ValueError(f"config {text!r}: must look like 64x64w4s3tma or 128x64x2w8s2ptrr128")
+        m, n, step, warps, stages, load, cap = found.groups(default="0")
+        return cls(
+            block_m=int(m),
+            block_n=int(n),
+            num_warps=int(warps),
+            num_stages=int(stages),
+            step=max(1, int(step)),
+            tma=load == "tma",
+            maxnreg=int(cap) or None,
+        )
+
+    def options(self) -> dict:
+        """Launch options of the compiled kernel."""
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
+
+
+# (head size up to, forward), 16-bit types on Hopper.
+_HOPPER_FORWARD = (
+    (64, TileConfig(64, 64, 4, 3)),
+    (128, TileConfig(64, 64, 4, 3)),
+    (256, TileConfig(64, 64, 4, 2)),
+)
+# Any other GPU, and float32 everywhere: small tiles that fit in 99 KiB of shared memory.
+_PORTABLE_FORWARD = (
+    (64, TileConfig(64, 64, 4, 2, tma=False)),
+    (128, TileConfig(64, 64, 4, 2, tma=False)),
+    (256, TileConfig(64, 32, 4, 2, tma=False)),
+)
+_FLOAT32_FORWARD = (
+    (64, TileConfig(32, 32, 4, 2, tma=False)),
+    (128, TileConfig(32, 32, 4, 2, tma=False)),
+    (256, TileConfig(16, 16, 4, 2, tma=False)),
+)
+
+
+def forward_config(head_size: int, dtype: torch.dtype, capability: tuple[int, int]) -> TileConfig:
+    """The forward configuration for a head size, a dtype and a compute capability."""
+    if dtype == torch.float32:
+        table = _FLOAT32_FORWARD
+    else:
+        table = _HOPPER_FORWARD if capability[0] == 9 else _PORTABLE_FORWARD
+    return next(config for limit, config in table if head_size <= limit)
+
+
+def fit(config: TileConfig, block_size: int, gather: bool) -> TileConfig:
+    """The configuration with tiles that suit a block size.
+
+    A TMA tile is at most one block; pointer loads may gather several small blocks where `gather`.
+    """
+    block_n = config.block_n
+    if block_n > block_size and (config.tma or not gather):
+        if gather and block_size < 64:
+            return replace(config, tma=False)
+        block_n = block_size
+    return replace(config, block_n=block_n)
