@@ -6,6 +6,7 @@ explicitly as well, which is how scripts/tune_attention.py measures candidates.
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -62,32 +63,64 @@ class TileConfig:
         return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
 
 
-# (head size up to, forward), 16-bit types on Hopper.
-_HOPPER_FORWARD = (
-    (64, TileConfig(64, 64, 4, 3)),
-    (128, TileConfig(64, 64, 4, 3)),
-    (256, TileConfig(64, 64, 4, 2)),
+# Per kind of kernel: (head size up to, configuration). 16-bit types on Hopper.
+_HOPPER = dict(
+    forward=(
+        (128, TileConfig(64, 64, 4, 3)),
+        (256, TileConfig(64, 64, 4, 2)),
+    ),
+    dq=(
+        (128, TileConfig(64, 64, 4, 2)),
+        (256, TileConfig(64, 64, 8, 1)),
+    ),
+    separate=(
+        (128, TileConfig(64, 64, 4, 2)),
+        (256, TileConfig(64, 64, 8, 1)),
+    ),
+    fused=(
+        (64, TileConfig(64, 64, 4, 2)),
+        (128, TileConfig(64, 64, 8, 2)),
+        (256, TileConfig(64, 64, 8, 1)),
+    ),
 )
-# Any other GPU, and float32 everywhere: small tiles that fit in 99 KiB of shared memory.
-_PORTABLE_FORWARD = (
-    (64, TileConfig(64, 64, 4, 2, tma=False)),
-    (128, TileConfig(64, 64, 4, 2, tma=False)),
-    (256, TileConfig(64, 32, 4, 2, tma=False)),
-)
-_FLOAT32_FORWARD = (
-    (64, TileConfig(32, 32, 4, 2, tma=False)),
-    (128, TileConfig(32, 32, 4, 2, tma=False)),
-    (256, TileConfig(16, 16, 4, 2, tma=False)),
-)
+# Any other GPU: within 99 KiB of shared memory.
+_PORTABLE = {
+    kind: (
+        (64, TileConfig(64, 64, 4, 2, tma=False)),
+        (128, TileConfig(64, 32, 4, 2, tma=False)),
+        (256, TileConfig(32, 32, 4, 1, tma=False)),
+    )
+    for kind in _HOPPER
+}
+_FLOAT32 = {
+    kind: (
+        (64, TileConfig(32, 32, 4, 1, tma=False)),
+        (256, TileConfig(16, 16, 4, 1, tma=False)),
+    )
+    for kind in _HOPPER
+}
+
+
+def _look_up(kind: str, head_size: int, dtype: torch.dtype, capability: tuple[int, int]):
+    tables = _HOPPER if capability[0] == 9 else _PORTABLE
+    if dtype == torch.float32:
+        tables = _FLOAT32
+    return next(config for limit, config in tables[kind] if head_size <= limit)
 
 
 def forward_config(head_size: int, dtype: torch.dtype, capability: tuple[int, int]) -> TileConfig:
-    """The forward configuration for a head size, a dtype and a compute capability."""
-    if dtype == torch.float32:
-        table = _FLOAT32_FORWARD
-    else:
-        table = _HOPPER_FORWARD if capability[0] == 9 else _PORTABLE_FORWARD
-    return next(config for limit, config in table if head_size <= limit)
+    """Tiles of the forward kernel for a head size, a dtype and a compute capability."""
+    return _look_up("forward", head_size, dtype, capability)
+
+
+def backward_config(
+    kind: Literal["separate", "fused", "dq"],
+    head_size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+) -> TileConfig:
+    """Tiles of a backward kernel: over KV tiles (separate or fused with dq), or of dq alone."""
+    return _look_up(kind, head_size, dtype, capability)
 
 
 def fit(config: TileConfig, block_size: int, gather: bool) -> TileConfig:

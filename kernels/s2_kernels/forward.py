@@ -30,25 +30,21 @@ from s2_kernels.launch import (
 )
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
-    attend,
-    count_blocks,
-    head_base,
-    interior_columns,
-    interior_segments,
-    interior_tiles,
+    LN2,
+    count_interior_tiles,
+    count_tiles,
+    head_offset,
+    kept_segments,
     load_rows,
     load_rule,
     load_tile,
-    masked_columns,
-    masked_segments,
-    masked_tiles,
+    mask_scores,
+    online_softmax,
+    query_tile,
     sequence,
     store_rows,
-    tile_column,
-    tile_mask,
+    tile_columns,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(
@@ -65,18 +61,10 @@ def s2_forward_kernel(
     p_table,
     p_cu_q,
     p_cu_k,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kg,
-    stride_vb,
-    stride_vt,
-    stride_vg,
-    stride_ob,
-    stride_os,
-    stride_oh,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_out,
     stride_lse_b,
     stride_lse_h,
     s,
@@ -107,66 +95,55 @@ def s2_forward_kernel(
     start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
     i_batch = i_seq * 0 if PACKED else i_seq
 
-    # Tiles lie on the grid of the KV blocks: the first may start before row 0 of the queries.
-    first_row = (q_offset // M + i_tile) * M
-    if first_row >= q_offset + s:
+    o_row, m_row, first_row, last_row = query_tile(i_tile, q_offset, s, M, B)
+    if first_row > last_row:
         return
-    o_row = first_row + tl.arange(0, M)  # position in the KV sequence
-    m_row = (o_row >= q_offset) & (o_row < q_offset + s)
     o_q = o_row - q_offset
-    i_first = tl.maximum(first_row, q_offset) // B
-    last_row = tl.minimum(first_row + M, q_offset + s) - 1
-    i_last = last_row // B
-    k_last = (t - 1) // B
+    i_first, i_last, k_last = first_row // B, last_row // B, (t - 1) // B
 
-    p_q = head_base(p_q, i_batch, i_head, start_q, stride_qb, stride_qs, stride_qh)
-    p_k = head_base(p_k, i_batch, i_kv, start_k, stride_kb, stride_kt, stride_kg)
-    p_v = head_base(p_v, i_batch, i_kv, start_k, stride_vb, stride_vt, stride_vg)
-    b_q = load_rows(p_q, o_q, stride_qs, m_row, D, BLOCK_D, True)  # [M, D]
+    p_q += head_offset(strides_q, i_batch, i_head, start_q)
+    p_k += head_offset(strides_k, i_batch, i_kv, start_k)
+    p_v += head_offset(strides_v, i_batch, i_kv, start_k)
+    b_q = load_rows(p_q, o_q, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
     b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
     b_m = tl.full([M], float("-inf"), tl.float32)
     b_l = tl.zeros([M], tl.float32)
 
     rule = load_rule(p_table, i_kv, N_BANDS)
     SPANS: tl.constexpr = M > B
-    N_MASKED: tl.constexpr = N_BANDS + 1 if SPANS else 1
-    interior = interior_segments(rule, i_first, i_last, k_last, N_BANDS)
-    n_interior = count_blocks(interior, N_BANDS)
-    n_steps = interior_tiles(n_interior, N, B, STEP)
-    for p in tl.range(0, n_steps):
-        keys, values = (), ()
+    N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
+    kept = kept_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
+    n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
+    n_interior = count_interior_tiles(kept, N, B, N_BANDS)
+    for i in tl.range(0, tl.cdiv(n_tiles, STEP)):
+        scores, values = (), ()
         for j in tl.static_range(STEP):
-            o_col = interior_columns(interior, p * STEP + j, N, B, N_BANDS)
-            row = start_k + tile_column(interior, p * STEP + j, N, B, N_BANDS) if TMA else 0
-            keys += (load_tile(p_k, d_k, stride_kt, o_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA),)
-            values += (
-                load_tile(p_v, d_v, stride_vt, o_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA),
-            )
-        b_acc, b_m, b_l = attend(
-            b_q, keys, values, None, b_acc, b_m, b_l, scale_log2, STEP, PRECISION
-        )
-
-    masked = masked_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
-    n_masked = count_blocks(masked, N_MASKED)
-    n_left = n_interior * (B // N if N <= B else 1) - n_steps * STEP * (N // B if N > B else 1)
-    for p in tl.range(0, masked_tiles(n_left, n_masked, last_row, t, N, B)):
-        o_col, i_block = masked_columns(
-            interior, n_interior, n_left, masked, n_masked, p, N, B, N_BANDS, N_MASKED
-        )
-        # Pointers, not TMA: past the sequence memory may hold NaN, and NaN * 0 is not 0.
-        b_k = load_rows(p_k, o_col, stride_kt, o_col < t, D, BLOCK_D, True)
-        b_v = load_rows(p_v, o_col, stride_vt, o_col < t, DV, BLOCK_DV, True)
-        m_s = tile_mask(rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
-        b_acc, b_m, b_l = attend(
-            b_q, (b_k,), (b_v,), m_s, b_acc, b_m, b_l, scale_log2, 1, PRECISION
-        )
+            p = i * STEP + j
+            o_col, i_block, column = tile_columns(kept, p, n_tiles, N, B, N_SEGMENTS)
+            m_col, row = o_col < t, start_k + column
+            b_k = load_tile(
+                p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
+            )  # [N, D]
+            b_v = load_tile(
+                p_v, d_v, strides_v[1], o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
+            )  # [N, DV]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+            if p >= n_interior:
+                b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
+            scores += (b_s,)
+            values += (b_v,)
+        probabilities, b_acc, b_m, b_l = online_softmax(scores, b_acc, b_m, b_l, scale_log2, STEP)
+        for j in tl.static_range(STEP):
+            b_v = values[j]
+            b_p = probabilities[j].to(b_v.dtype)
+            b_acc = tl.dot(b_p, b_v, b_acc, input_precision=PRECISION)
 
     sees = b_l > 0
     b_out = b_acc / tl.where(sees, b_l, 1.0)[:, None]
     b_lse = tl.where(sees, b_m * LN2 + tl.log(tl.where(sees, b_l, 1.0)), float("-inf"))
-    p_out = head_base(p_out, i_batch, i_head, start_q, stride_ob, stride_os, stride_oh)
-    store_rows(p_out, o_q, stride_os, m_row, b_out, DV, BLOCK_DV)
-    p_lse = head_base(p_lse, i_batch, i_head, start_q, stride_lse_b, 1, stride_lse_h)
+    p_out += head_offset(strides_out, i_batch, i_head, start_q)
+    store_rows(p_out, o_q, strides_out[1], m_row, b_out, DV, BLOCK_DV)
+    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
     tl.store(p_lse + o_q, b_lse, mask=m_row)
 
 
@@ -201,7 +178,8 @@ def launch_forward(
     out = empty_like(q, dv)
     out_heads = head_major(out)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    tma = config.tma and takes_descriptor(k_heads) and takes_descriptor(v_heads)
+    # TMA cannot stop at the end of a packed sequence; what follows it may be NaN, and NaN * 0 too.
+    tma = config.tma and not packing and takes_descriptor(k_heads) and takes_descriptor(v_heads)
     n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
     m = config.block_m
     n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
@@ -216,10 +194,10 @@ def launch_forward(
         device_table(pattern, q.device),
         packing.cu_q if packing else None,
         packing.cu_k if packing else None,
-        *rows_and_heads(q_heads),
-        *rows_and_heads(k_heads),
-        *rows_and_heads(v_heads),
-        *rows_and_heads(out_heads),
+        rows_and_heads(q_heads),
+        rows_and_heads(k_heads),
+        rows_and_heads(v_heads),
+        rows_and_heads(out_heads),
         *lse.stride()[:2],
         s,
         k_heads.shape[2],

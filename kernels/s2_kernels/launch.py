@@ -40,6 +40,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+@functools.cache
+def concurrent_programs(device: torch.device, num_warps: int) -> int:
+    """About how many programs of so many warps run at a time: 8 warps a multiprocessor."""
+    if device.type != "cuda":
+        return 4
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count * max(1, 8 // num_warps)
+
+
 def head_major(x: torch.Tensor) -> torch.Tensor:
     """[b, s, h, d] or packed [T, h, d] -> the view [b, h, s, d] that descriptors cover."""
     return (x[None] if x.dim() == 3 else x).transpose(1, 2)
@@ -52,14 +61,25 @@ def rows_and_heads(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def takes_descriptor(x: torch.Tensor) -> bool:
-    """TMA wants a base address and strides that are multiples of 16 bytes, and int32 rows."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    """TMA wants a base address and strides that are multiples of 16 bytes, and int32 rows.
+
+    A stride of 0, which expanded gradients have, is not taken either.
+    """
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
     return aligned and x.data_ptr() % 16 == 0 and all(n < 2**31 for n in x.shape)
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A TMA descriptor over [batch, head, row, d] that loads [1, 1, rows, columns]."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
+    unit = 16 // x.element_size()  # a dimension of size 1 may have any stride: give it a fine one
+    strides = [st if n > 1 else unit for n, st in zip(x.shape[:-1], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor over [batch, head, row] that loads [1, 1, rows]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
 
 
 def empty_like(x: torch.Tensor, size: int) -> torch.Tensor:

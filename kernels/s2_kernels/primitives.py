@@ -2,19 +2,23 @@
 
 A rule on the device is one row of `LayerPattern.table()`: shift, then (reach, stride) from the
 narrowest to the widest band. For a *query tile* (rows of the blocks i_first..i_last) the KV blocks
-it visits form, per band, arithmetic progressions; a tuple `(start, stride, count, start, ...)` of
+it visits form, per band, an arithmetic progression; a tuple `(start, stride, count, start, ...)` of
 such segments is a list of blocks that costs a few scalar registers, and `block_at` is its p-th
 entry. So one pipelined loop walks all bands: no index table, no drain between shard and window.
 
-There are two lists. *Interior* blocks are seen entirely by every row, and need no mask. The
-*masked* ones are the diagonal, the tail of the sequence, and, where a query tile spans several
-blocks, the few blocks at the far edge of a band that only some rows still keep.
+First on the list come the *interior* blocks, seen entirely by every row, from far to near. The last
+ones need a mask: the diagonal, the end of the sequence, and, where a query tile spans several
+blocks, the few blocks at the far edge of a band that only some rows still keep. One loop body
+serves both: the mask is a branch that all threads take or none, so interior tiles do not pay.
 
 Positions: rows and columns count tokens in the KV sequence; blocks count block_size tokens.
 """
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -68,25 +72,19 @@ def band_segments(rule, i_first, i_last, k_last, EDGE: tl.constexpr, N_BANDS: tl
 
 
 @triton.jit
-def interior_segments(rule, i_first, i_last, k_last, N_BANDS: tl.constexpr):
-    """The blocks that every row of the query tile sees in full, from far to near."""
-    return band_segments(rule, i_first, i_last, k_last, False, N_BANDS)
+def kept_segments(rule, i_first, i_last, k_last, SPANS: tl.constexpr, N_BANDS: tl.constexpr):
+    """The list of blocks of a query tile: N_BANDS segments of interior blocks, then masked ones.
 
-
-@triton.jit
-def masked_segments(rule, i_first, i_last, k_last, SPANS: tl.constexpr, N_BANDS: tl.constexpr):
-    """The blocks that need a mask: far edges if the query tile SPANS blocks, then the diagonal.
-
-    The last KV block is here even when the tile lies beyond it: it may end inside the block.
+    Masked are N_BANDS far edges, if the query tile SPANS blocks, and the diagonal. The last KV
+    block is masked even when the tile lies beyond it: the sequence may end inside the block.
     """
+    segments = band_segments(rule, i_first, i_last, k_last, False, N_BANDS)
+    if SPANS:
+        segments += band_segments(rule, i_first, i_last, k_last, True, N_BANDS)
     start = tl.minimum(i_first, k_last)
     count = tl.minimum(i_last, k_last) - start + 1
     alive = i_first - start < lifetime(rule, start, N_BANDS)
-    diagonal = (start, 1, tl.where(alive, count, 0))
-    if SPANS:
-        return band_segments(rule, i_first, i_last, k_last, True, N_BANDS) + diagonal
-    else:
-        return diagonal
+    return segments + (start, 1, tl.where(alive, count, 0))  # noqa: RUF005
 
 
 @triton.jit
@@ -108,76 +106,46 @@ def block_at(segments, position, N_SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def tile_column(segments, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
-    """First column of the p-th tile of a list, where a tile is (part of) one block."""
-    PARTS: tl.constexpr = B // N
-    return block_at(segments, p // PARTS, N_SEGMENTS) * B + p % PARTS * N
-
-
-@triton.jit
-def interior_tiles(n_interior, N: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr):
-    """How many times STEP tiles of N columns fit in n_interior blocks."""
-    return n_interior * (B // N) // STEP if N <= B else n_interior // (N // B * STEP)
-
-
-@triton.jit
-def interior_columns(interior, p, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """Columns [N] of the p-th interior tile."""
-    o_n = tl.arange(0, N)
-    if N <= B:
-        return tile_column(interior, p, N, B, N_BANDS) + o_n
-    else:
-        return block_at(interior, p * (N // B) + o_n // B, N_BANDS) * B + o_n % B
-
-
-@triton.jit
-def masked_tiles(n_left, n_masked, last_row, t, N: tl.constexpr, B: tl.constexpr):
-    """Number of KV tiles in n_masked blocks and the n_left tiles (N <= B) or blocks before them."""
+def count_tiles(segments, last_row, t, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
+    """Number of KV tiles of N columns in a list of blocks."""
+    n_blocks = count_blocks(segments, N_SEGMENTS)
     if N <= B:
         # The last block is the diagonal: leave out its parts that no row reaches.
         beyond = B // N - 1 - tl.minimum(last_row, t - 1) % B // N
-        return n_left + tl.where(n_masked > 0, n_masked * (B // N) - beyond, 0)
+        return n_blocks * (B // N) - tl.where(segments[3 * N_SEGMENTS - 1] > 0, beyond, 0)
     else:
-        return tl.cdiv(n_left + n_masked, N // B)
+        return tl.cdiv(n_blocks, N // B)
 
 
 @triton.jit
-def masked_columns(
-    interior,
-    n_interior,
-    n_left,
-    masked,
-    n_masked,
-    p,
-    N: tl.constexpr,
-    B: tl.constexpr,
-    N_BANDS: tl.constexpr,
-    N_MASKED: tl.constexpr,
-):
-    """Columns [N] of the p-th masked tile, and their block: a scalar, or [N] where N > B.
+def count_interior_tiles(segments, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """How many tiles, from the first on, need no mask."""
+    n_blocks = count_blocks(segments, N_BANDS)
+    return n_blocks * (B // N) if N <= B else n_blocks // (N // B)
 
-    Before the masked blocks come the n_left last interior ones, which fill no step of the interior
-    loop. Columns past the end of the list lie in block 2^30 / B, beyond any sequence.
+
+@triton.jit
+def tile_columns(segments, p, n_tiles, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
+    """Columns [N] of the p-th tile, their block (a scalar, or [N] where N > B), and the first.
+
+    Past the end of the list the columns lie beyond any sequence.
     """
     o_n = tl.arange(0, N)
     if N <= B:
-        column = tile_column(masked, p - n_left, N, B, N_MASKED)
-        left = tile_column(interior, n_interior * (B // N) - n_left + p, N, B, N_BANDS)
-        column = tl.where(p < n_left, left, column)
-        return column + o_n, column // B
+        column = block_at(segments, p // (B // N), N_SEGMENTS) * B + p % (B // N) * N
+        column = tl.where(p < n_tiles, column, 1 << 30)
+        return column + o_n, column // B, column
     else:
         position = p * (N // B) + o_n // B
-        i_block = tl.where(
-            position < n_left,
-            block_at(interior, n_interior - n_left + position, N_BANDS),
-            block_at(masked, position - n_left, N_MASKED),
-        )
-        i_block = tl.where(position < n_left + n_masked, i_block, (1 << 30) // B)
-        return i_block * B + o_n % B, i_block
+        i_block = block_at(segments, position, N_SEGMENTS)
+        listed = position < count_blocks(segments, N_SEGMENTS)
+        i_block = tl.where(listed, i_block, (1 << 30) // B)
+        return i_block * B + o_n % B, i_block, 0
 
 
 @triton.jit
-def tile_mask(
+def mask_scores(
+    b_s,
     rule,
     o_row,
     o_col,
@@ -188,78 +156,45 @@ def tile_mask(
     B: tl.constexpr,
     N_BANDS: tl.constexpr,
 ):
-    """Mask [M, N]: query positions o_row [M] see the KV positions o_col [N] of block(s) i_block."""
+    """Scores [M, N], -inf where row o_row [M] does not see column o_col [N] of block(s) i_block."""
     m_s = (o_col[None, :] <= o_row[:, None]) & (o_col < t)[None, :]
     if SPANS:
         i_life = lifetime(rule, i_block, N_BANDS)
         if N > B:
             i_life, i_block = i_life[None, :], i_block[None, :]
         m_s &= o_row[:, None] // B - i_block < i_life
-    return m_s
+    return tl.where(m_s, b_s, float("-inf"))
 
 
 @triton.jit
-def attend(
-    b_q,
-    keys,
-    values,
-    m_s,
-    b_acc,
-    b_m,
-    b_l,
-    scale_log2,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax, in base 2, over STEP tiles of keys [N, D] and values [N, DV].
+def online_softmax(scores, b_acc, b_m, b_l, scale_log2, STEP: tl.constexpr):
+    """One step of the softmax over keys, in base 2, for STEP tiles of raw scores [M, N].
 
-    m_s [M, N] masks the scores, or is None. b_acc [M, DV], b_m [M], b_l [M]: the output so far, the
-    running maximum of the scaled scores and the running sum; returns the new ones.
+    b_acc [M, DV], b_m [M], b_l [M]: the output so far, the running maximum of the scaled scores and
+    the running sum. Returns the tiles of unnormalised probabilities and the new b_acc, b_m, b_l.
     """
-    scores = ()
     b_m_new = b_m
     for j in tl.static_range(STEP):
-        b_s = tl.dot(b_q, tl.trans(keys[j]), input_precision=PRECISION)  # [M, N]
-        if m_s is not None:
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_m_new = tl.maximum(b_m_new, tl.max(b_s, 1) * scale_log2)
-        scores += (b_s,)
-    b_shift = b_m_new
-    if m_s is not None:
-        # A row that has seen nothing yet has maximum -inf: subtract 0, so that exp2 gives 0.
-        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+        b_m_new = tl.maximum(b_m_new, tl.max(scores[j], 1) * scale_log2)
+    # A row that has seen nothing yet has maximum -inf: subtract 0, so that exp2 gives 0.
+    b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_rescale = tl.exp2(b_m - b_shift)
     b_l = b_l * b_rescale
-    b_acc = b_acc * b_rescale[:, None]
+    probabilities = ()
     for j in tl.static_range(STEP):
-        b_p = tl.exp2(scores[j] * scale_log2 - b_shift[:, None])  # [M, N]
+        b_p = tl.exp2(scores[j] * scale_log2 - b_shift[:, None])
         b_l += tl.sum(b_p, 1)
-        b_v = values[j]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_m_new, b_l
+        probabilities += (b_p,)
+    return probabilities, b_acc * b_rescale[:, None], b_m_new, b_l
 
 
 @triton.jit
-def load_rows(
-    p_base,
-    o_row,
-    stride,
-    m_row,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
+def load_rows(p_base, o_row, stride, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tile [rows, BLOCK_D] through pointers; rows outside m_row and columns past D are 0."""
     o_d = tl.arange(0, BLOCK_D)
     p_tile = p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if MASK_ROWS and D != BLOCK_D:
-        return tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    elif MASK_ROWS:
-        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    elif D != BLOCK_D:
-        return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        return tl.load(p_tile)
+    mask = m_row[:, None] & (o_d < D)[None, :] if D != BLOCK_D else m_row[:, None]
+    return tl.load(p_tile, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -272,11 +207,21 @@ def store_rows(p_base, o_row, stride, m_row, b_x, D: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def add_rows(p_base, o_row, stride, m_row, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds the rows of m_row of a tile [rows, BLOCK_D] to memory, atomically, in no fixed order."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    mask = m_row[:, None] & (o_d < D)[None, :] if D != BLOCK_D else m_row[:, None]
+    tl.atomic_add(p_tile, b_x, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def load_tile(
     p_base,
     desc,
     stride,
     o_row,
+    m_row,
     i_batch,
     i_head,
     row,
@@ -285,15 +230,15 @@ def load_tile(
     ROWS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Tile [ROWS, BLOCK_D] that lies inside the tensor.
+    """Tile [ROWS, BLOCK_D] through a TMA descriptor, from `row` on, or the rows o_row by pointers.
 
-    Through the descriptor over [batch, head, row, d] from `row` on (no address per thread, any
-    stride between heads), or else the rows o_row [ROWS] through pointers.
+    The descriptor, over [batch, head, row, d], needs no address per thread, and takes any stride
+    between heads. Rows past the tensor are 0; pointers leave out any row outside m_row [ROWS].
     """
     if TMA:
         return desc.load([i_batch, i_head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
-        return load_rows(p_base, o_row, stride, o_row >= 0, D, BLOCK_D, False)
+        return load_rows(p_base, o_row, stride, m_row, D, BLOCK_D)
 
 
 @triton.jit
@@ -307,7 +252,38 @@ def sequence(p_cu, i_seq, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def head_base(p_base, i_batch, i_head, start, stride_batch, stride_row, stride_head):
-    """Pointer to row `start` of a head; 64-bit, as a tensor may hold more than 2^31 elements."""
-    offset = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
-    return p_base + offset + start.to(tl.int64) * stride_row
+def head_offset(strides, i_batch, i_head, row):
+    """Offset of a row of a head, strides (batch, row, head).
+
+    64-bit: a tensor may hold more than 2^31 elements.
+    """
+    offset = i_batch.to(tl.int64) * strides[0] + i_head.to(tl.int64) * strides[2]
+    return offset + row.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def query_tile(i_tile, q_offset, s, M: tl.constexpr, B: tl.constexpr):
+    """The i_tile-th query tile: o_row [M] positions, m_row [M], and its first and last position.
+
+    Tiles lie on the grid of the KV blocks, so the first may begin before the queries do; m_row
+    marks the rows that exist.
+    """
+    first = (q_offset // M + i_tile) * M
+    o_row = first + tl.arange(0, M)
+    m_row = (o_row >= q_offset) & (o_row < q_offset + s)
+    return o_row, m_row, tl.maximum(first, q_offset), tl.minimum(first + M, q_offset + s) - 1
+
+
+@triton.jit
+def load_terms(
+    p_base, desc, o_row, m_row, i_batch, i_head, row, ROWS: tl.constexpr, TMA: tl.constexpr
+):
+    """One float32 per row, [ROWS], by a descriptor over [batch, head, row] or by pointers.
+
+    Through TMA it waits in shared memory; pointers would cost each thread registers and copies for
+    every column of the transposed scores that it holds. What lies outside m_row is not meaningful.
+    """
+    if TMA:
+        return desc.load([i_batch, i_head, row]).reshape(ROWS)
+    else:
+        return tl.load(p_base + o_row, mask=m_row, other=0.0)
