@@ -99,7 +99,7 @@ def s2_forward_kernel(
     if first_row > last_row:
         return
     o_q = o_row - q_offset
-    i_first, i_last, k_last = first_row // B, last_row // B, (t - 1) // B
+    i_first, i_last, k_last = first_row // B, last_row // B, tl.maximum(t - 1, 0) // B
 
     p_q += head_offset(strides_q, i_batch, i_head, start_q)
     p_k += head_offset(strides_k, i_batch, i_kv, start_k)
