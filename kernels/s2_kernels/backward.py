@@ -63,7 +63,10 @@ def s2_row_terms_kernel(
     if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_lse, mask=m_row, other=0.0)
     b_lse = tl.load(p_lse + o_lse, mask=m_row, other=0.0)
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    # A row that sees nothing passes no gradient on, not even a NaN that came in for its lse.
+    sees = b_lse != float("-inf")
+    b_delta = tl.where(sees, b_delta, 0.0)
+    b_lse = tl.where(sees, b_lse * LOG2E, float("inf"))
     o_out = tl.program_id(1).to(tl.int64) * rows + o_row
     tl.store(p_delta + o_out, b_delta, mask=o_row < rows)
     tl.store(p_lse2 + o_out, b_lse, mask=o_row < rows)
