@@ -244,4 +244,3 @@ def check_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"{name} has strides {x.stride()}: the last dimension must be contiguous for the "
                 f"Triton kernels; call {name}.contiguous(), or {way_out}"
             )
-
