@@ -211,11 +211,15 @@ def _choose(backend, q, k, v) -> str:
     return backend
 
 
-def check_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    way_out: str = "backend='blocked' (PyTorch, any device) takes it",
+) -> None:
     """Raises ValueError, with the argument, its value and the way out, where Triton cannot run."""
-    way_out = "backend='blocked' (PyTorch, any device) takes it"
     if not HAS_TRITON:
-        raise ValueError(f"backend='triton': triton is not installed; {way_out}")
+        raise ValueError(f"triton is not installed; {way_out}")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"q is on {q.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1, to debug); "
