@@ -2,9 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from attention_cases import CASES, assert_as_good_as_eager, make_inputs, reference_results
+from attention_cases import (
+    CASES,
+    Case,
+    _ls,
+    assert_as_good_as_eager,
+    make_inputs,
+    reference_results,
+)
 
 from s2_kernels import schedule
 from s2_kernels.backward import launch_backward
@@ -44,8 +52,8 @@ def results_of(case, inputs, config=None, **options):
     return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
-def check(case, dtype=torch.float32, **options):
-    inputs = make_inputs(case, dtype, DEVICE)
+def check(case, dtype=torch.float32, inputs=None, **options):
+    inputs = inputs or make_inputs(case, dtype, DEVICE)
     truth, eager = reference_results(case, inputs)
     assert_as_good_as_eager(results_of(case, inputs, **options), truth, eager, case)
 
@@ -55,9 +63,14 @@ def test_float32(case):
     check(case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_float16_in_tiles_of_several_blocks(case):
     check(case, torch.float16, config="64x64w4s2ptr")
+
+
+@pytest.mark.parametrize("case", CASES[1::2], ids=str)
+def test_float16_through_descriptors(case):
+    check(case, torch.float16, config="32x32w4s2tma")
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
@@ -69,3 +82,39 @@ def test_fused(case):
 def test_cut_columns(case, monkeypatch):
     monkeypatch.setattr(schedule, "SHORTEST_PIECE", 2)
     check(case, config="32x16w4s2tma", slots=10**6)
+
+
+@pytest.mark.parametrize("load", ["tma", "ptr"])
+@pytest.mark.parametrize("d", [48, 80, 96, 160, 256])
+def test_head_sizes_padded_in_tiles(d, load):
+    check(Case("padded", _ls(2, 1, 16, 1, 2), 40, d=d), torch.float16, config=f"16x16w4s2{load}")
+
+
+@pytest.mark.parametrize("config", ["64x64w4s2tma", "128x32w4s2ptr"])
+def test_blocks_of_256(config):
+    check(Case("block256", _ls(1, 1, 256, 1, 2), 700), torch.float16, config=config)
+
+
+def test_values_of_another_size():
+    case = Case("dv", _ls(4, 2, 16, 1, 2), 70)
+    q, k, v, dout, dlse = make_inputs(case, torch.float32, DEVICE)
+    wide = [torch.cat([x.detach(), x.detach().flip(1)[..., :16]], -1) for x in (v, dout)]
+    check(case, inputs=(q, k, wide[0].requires_grad_(), wide[1], dlse))
+
+
+@pytest.mark.parametrize("strides", [(2**26, 2**25), (64, 2**31 + 16)], ids=["rows", "heads"])
+def test_offsets_are_64_bit(strides):
+    """Rows or heads lie further apart than 2^31 elements; only pages that are touched cost."""
+    case = Case("far_apart", _ls(2, 2, 16, 1, 2), 40)
+    q, k, v, dout, dlse = make_inputs(case, torch.float16, DEVICE)
+    row, head = strides
+    size = (case.s - 1) * row + head + 4 * 8192
+    if DEVICE == "cuda":
+        storage = torch.zeros(size, dtype=torch.float16, device=DEVICE)
+    else:
+        storage = torch.from_numpy(np.empty(size, np.float16))
+    far = []
+    for i, x in enumerate((q, k, v, dout)):
+        view = storage.as_strided(x.shape, (size, row, head, 1), i * 8192)
+        far.append(view.copy_(x.detach()).requires_grad_(x.requires_grad))
+    check(case, inputs=(*far, dlse), dtype=torch.float16)
