@@ -36,14 +36,14 @@ def each_sequence(pattern, q_lengths, k_lengths):
     return attend
 
 
-def check(pattern, q_lengths, k_lengths, dtype=torch.float32, **options):
+def check(pattern, q_lengths, k_lengths, dtype=torch.float32, d=32, **options):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         x = torch.randn(*shape, generator=generator, dtype=torch.float64)
         return x.to(DEVICE, dtype)
 
-    d, rows = 32, sum(q_lengths)
+    rows = sum(q_lengths)
     q = draw(rows, pattern.heads, d).requires_grad_()
     k, v = (draw(sum(k_lengths), pattern.kv_heads, d).requires_grad_() for _ in range(2))
     inputs = (q, k, v, draw(*q.shape), draw(pattern.heads, rows))
