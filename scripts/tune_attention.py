@@ -4,7 +4,7 @@
 
 KERNEL is forward; dkdv or dq, the kernels of the deterministic backward pass, alone; separate, the
 whole of it; fused (adds dq through TMA) or fused_ptr (through atomics).
-A configuration is BLOCK_M x BLOCK_N [x STEP] w(arps) s(tages) tma|ptr [r(egister cap)]. Each is
+A configuration is BLOCK_M x BLOCK_N w(arps) s(tages) tma|ptr [r(egister cap)]. Each is
 first compared with the PyTorch backend on a small shape; a wrong one is reported and not timed.
 Prints useful TFLOP/s: only the pairs the pattern keeps count. For development: what it finds goes
 into s2_kernels/configs.py by hand.

@@ -36,9 +36,7 @@ from s2_kernels.primitives import (
 )
 
 
-@triton.jit(
-    do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "heads", "group"]
-)
+@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
 def s2_dq_kernel(
     p_q,
     p_k,
@@ -62,7 +60,6 @@ def s2_dq_kernel(
     s,
     t,
     q_offset,
-    heads,
     group,
     scale,
     scale_log2,
@@ -80,8 +77,7 @@ def s2_dq_kernel(
 ):
     """dq of one query tile of one head; grid and loops of the forward kernel."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_seq = tl.program_id(1) // heads
-    i_head = tl.program_id(1) % heads
+    i_head, i_seq = tl.program_id(1), tl.program_id(2)
     i_kv = i_head // group
     start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
     start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
@@ -111,7 +107,7 @@ def s2_dq_kernel(
     n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
     n_interior = count_interior_tiles(kept, N, B, N_BANDS)
     for p in tl.range(0, n_tiles):
-        o_col, i_block, column = tile_columns(kept, p, n_tiles, N, B, N_SEGMENTS)
+        o_col, i_block, column = tile_columns(kept, p, N, B, N_SEGMENTS)
         m_col, row = o_col < t, start_k + column
         b_k = load_tile(
             p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
@@ -155,7 +151,7 @@ def launch_dq(
     n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
     m = config.block_m
     n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
-    s2_dq_kernel[(n_tiles, h * n_seqs)](
+    s2_dq_kernel[(n_tiles, h, n_seqs)](
         q,
         k,
         v,
@@ -177,7 +173,6 @@ def launch_dq(
         s,
         k_heads.shape[2],
         q_offset,
-        h,
         h // k_heads.shape[1],
         softmax_scale,
         softmax_scale * math.log2(math.e),

@@ -28,7 +28,7 @@ from s2_kernels.launch import (
     takes_descriptor,
 )
 from s2_kernels.primitives import (
-    LN2,
+    finish_softmax,
     head_offset,
     load_rows,
     load_terms,
@@ -97,7 +97,7 @@ def s2_sparse_forward_kernel(
     b_q = load_rows(p_q, o_row, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
     b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
     b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M], tl.float32)
+    b_l = tl.zeros([M, 8], tl.float32)
 
     start, n_tiles = tile_list(p_ends, i_head // mask_group, i_block, nq, B // N)
     for p in tl.range(0, n_tiles):
@@ -114,13 +114,10 @@ def s2_sparse_forward_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if (i_k == i_block) | (column + N > t):
             b_s = mask_scores(b_s, 0, o_row, o_col, i_k, t, False, N, B, 0)
-        probabilities, b_acc, b_m, b_l = online_softmax((b_s,), b_acc, b_m, b_l, scale_log2, 1)
-        b_p = probabilities[0].to(b_v.dtype)
-        b_acc = tl.dot(b_p, b_v, b_acc, input_precision=PRECISION)
+        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, True)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
 
-    sees = b_l > 0
-    b_out = b_acc / tl.where(sees, b_l, 1.0)[:, None]
-    b_lse = tl.where(sees, b_m * LN2 + tl.log(tl.where(sees, b_l, 1.0)), float("-inf"))
+    b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
     p_out += head_offset(strides_out, i_batch, i_head, zero)
     store_rows(p_out, o_row, strides_out[1], m_row, b_out, DV, BLOCK_DV)
     p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero)

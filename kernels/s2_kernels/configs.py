@@ -19,7 +19,6 @@ class TileConfig:
         block_m: query rows of a tile. May span several blocks of the pattern, or be part of one.
         block_n: KV rows of a tile. More than a block means several blocks gathered in one tile
             (pointer loads only); the backward pass over KV blocks takes at most one block.
-        step: KV tiles that share one step of the forward's online softmax.
         num_warps, num_stages: of the compiled kernel.
         tma: load K and V (Q and dO in the backward pass over KV blocks) through TMA descriptors
             where the tensors' strides allow it; else, and where False, through pointers.
@@ -30,29 +29,26 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    step: int = 1
     tma: bool = True
     maxnreg: int | None = None
 
     def __str__(self) -> str:
-        step = f"x{self.step}" if self.step > 1 else ""
         cap = f"r{self.maxnreg}" if self.maxnreg else ""
-        tile = f"{self.block_m}x{self.block_n}{step}"
+        tile = f"{self.block_m}x{self.block_n}"
         return f"{tile}w{self.num_warps}s{self.num_stages}{'tma' if self.tma else 'ptr'}{cap}"
 
     @classmethod
     def parse(cls, text: str) -> "TileConfig":
-        """Reads what `str` writes, e.g. 64x64w4s3tma, 64x64x2w4s2tma or 128x64w8s2ptrr128."""
-        found = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?w(\d+)s(\d+)(tma|ptr)(?:r(\d+))?", text)
+        """Reads what `str` writes, e.g. 64x64w4s3tma or 128x64w8s2ptrr128."""
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(tma|ptr)(?:r(\d+))?", text)
         if not found:
-            raise ValueError(f"config {text!r}: must look like 64x64w4s3tma or 128x64x2w8s2ptrr128")
-        m, n, step, warps, stages, load, cap = found.groups(default="0")
+            raise ValueError(f"config {text!r}: must look like 64x64w4s3tma or 128x64w8s2ptrr128")
+        m, n, warps, stages, load, cap = found.groups(default="0")
         return cls(
             block_m=int(m),
             block_n=int(n),
             num_warps=int(warps),
             num_stages=int(stages),
-            step=max(1, int(step)),
             tma=load == "tma",
             maxnreg=int(cap) or None,
         )

@@ -2,7 +2,7 @@
 
 One program computes one query tile of one head. It walks two lists of KV blocks, computed from the
 head's rule in a few scalar operations (see primitives.py): the interior blocks of all bands without
-a mask, then the few that need one, sharing one online softmax.
+a mask, then the few that need one, sharing one body and one online softmax.
 
 Shapes: b batch (or sequences, packed), s query tokens, t KV tokens, h query heads, g KV heads,
 d head size, dv head size of V, B block size, M query rows and N KV rows of a tile.
@@ -30,9 +30,9 @@ from s2_kernels.launch import (
 )
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
-    LN2,
     count_interior_tiles,
     count_tiles,
+    finish_softmax,
     head_offset,
     kept_segments,
     load_rows,
@@ -47,9 +47,33 @@ from s2_kernels.primitives import (
 )
 
 
-@triton.jit(
-    do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "heads", "group"]
-)
+@triton.jit
+def attend_tiles(
+    kept, low, high, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+    p_k, p_v, d_k, d_v, stride_k, stride_v, i_batch, i_kv, start_k,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr, SPANS: tl.constexpr,
+    N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends from b_q [M, D] to the KV tiles low..high-1 of a list of blocks."""
+    for p in tl.range(low, high):
+        o_col, i_block, column = tile_columns(kept, p, N, B, N_SEGMENTS)
+        m_col, row = o_col < t, start_k + column
+        b_k = load_tile(
+            p_k, d_k, stride_k, o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
+        )  # [N, D]
+        b_v = load_tile(
+            p_v, d_v, stride_v, o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
+        )  # [N, DV]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        if MASKED:
+            b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
+        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_m, b_l
+
+
+@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
 def s2_forward_kernel(
     p_q,
     p_k,
@@ -70,7 +94,6 @@ def s2_forward_kernel(
     s,
     t,
     q_offset,
-    heads,
     group,
     scale_log2,
     D: tl.constexpr,
@@ -80,16 +103,14 @@ def s2_forward_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     B: tl.constexpr,
-    STEP: tl.constexpr,
     N_BANDS: tl.constexpr,
     TMA: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (query tiles, heads * batch), the last tiles first: they see the most."""
+    """Grid: (query tiles, heads, batch), the last tiles first: they see the most."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_seq = tl.program_id(1) // heads
-    i_head = tl.program_id(1) % heads
+    i_head, i_seq = tl.program_id(1), tl.program_id(2)
     i_kv = i_head // group
     start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
     start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
@@ -107,7 +128,7 @@ def s2_forward_kernel(
     b_q = load_rows(p_q, o_q, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
     b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
     b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M], tl.float32)
+    b_l = tl.zeros([M, 8], tl.float32)
 
     rule = load_rule(p_table, i_kv, N_BANDS)
     SPANS: tl.constexpr = M > B
@@ -115,32 +136,17 @@ def s2_forward_kernel(
     kept = kept_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
     n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
     n_interior = count_interior_tiles(kept, N, B, N_BANDS)
-    for i in tl.range(0, tl.cdiv(n_tiles, STEP)):
-        scores, values = (), ()
-        for j in tl.static_range(STEP):
-            p = i * STEP + j
-            o_col, i_block, column = tile_columns(kept, p, n_tiles, N, B, N_SEGMENTS)
-            m_col, row = o_col < t, start_k + column
-            b_k = load_tile(
-                p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
-            )  # [N, D]
-            b_v = load_tile(
-                p_v, d_v, strides_v[1], o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
-            )  # [N, DV]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-            if p >= n_interior:
-                b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
-            scores += (b_s,)
-            values += (b_v,)
-        probabilities, b_acc, b_m, b_l = online_softmax(scores, b_acc, b_m, b_l, scale_log2, STEP)
-        for j in tl.static_range(STEP):
-            b_v = values[j]
-            b_p = probabilities[j].to(b_v.dtype)
-            b_acc = tl.dot(b_p, b_v, b_acc, input_precision=PRECISION)
-
-    sees = b_l > 0
-    b_out = b_acc / tl.where(sees, b_l, 1.0)[:, None]
-    b_lse = tl.where(sees, b_m * LN2 + tl.log(tl.where(sees, b_l, 1.0)), float("-inf"))
+    b_acc, b_m, b_l = attend_tiles(
+        kept, 0, n_interior, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        D, DV, BLOCK_D, BLOCK_DV, N, B, False, SPANS, N_BANDS, N_BANDS, TMA, PRECISION,
+    )  # fmt: skip
+    b_acc, b_m, b_l = attend_tiles(
+        kept, n_interior, n_tiles, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        D, DV, BLOCK_D, BLOCK_DV, N, B, True, SPANS, N_SEGMENTS, N_BANDS, TMA, PRECISION,
+    )  # fmt: skip
+    b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
     p_out += head_offset(strides_out, i_batch, i_head, start_q)
     store_rows(p_out, o_q, strides_out[1], m_row, b_out, DV, BLOCK_DV)
     p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
@@ -183,7 +189,7 @@ def launch_forward(
     n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
     m = config.block_m
     n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
-    s2_forward_kernel[(n_tiles, h * n_seqs)](
+    s2_forward_kernel[(n_tiles, h, n_seqs)](
         q,
         k,
         v,
@@ -202,7 +208,6 @@ def launch_forward(
         s,
         k_heads.shape[2],
         q_offset,
-        h,
         h // k_heads.shape[1],
         softmax_scale * math.log2(math.e),
         D=d,
@@ -212,7 +217,6 @@ def launch_forward(
         M=m,
         N=config.block_n,
         B=pattern.block_size,
-        STEP=config.step,
         N_BANDS=pattern.n_bands,
         TMA=tma,
         PACKED=packing is not None,

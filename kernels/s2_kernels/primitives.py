@@ -8,8 +8,9 @@ entry. So one pipelined loop walks all bands: no index table, no drain between s
 
 First on the list come the *interior* blocks, seen entirely by every row, from far to near. The last
 ones need a mask: the diagonal, the end of the sequence, and, where a query tile spans several
-blocks, the few blocks at the far edge of a band that only some rows still keep. One loop body
-serves both: the mask is a branch that all threads take or none, so interior tiles do not pay.
+blocks, the few blocks at the far edge of a band that only some rows still keep. The forward walks
+the two parts in two loops over one body; the backward, short of registers, in one loop whose mask
+is a branch that all threads take or none.
 
 Positions: rows and columns count tokens in the KV sequence; blocks count block_size tokens.
 """
@@ -67,7 +68,11 @@ def band_segments(rule, i_first, i_last, k_last, EDGE: tl.constexpr, N_BANDS: tl
             high = tl.minimum(high, i_last - reach)
         else:
             low = i_last - reach + 1
-        segments = segments + segment(low, high, rule[0], rule[2 + 2 * j])
+        if j == 0:  # the narrowest band keeps every block
+            low = tl.maximum(low, 0)
+            segments = segments + (low, 1, tl.maximum(high - low + 1, 0))
+        else:
+            segments = segments + segment(low, high, rule[0], rule[2 + 2 * j])
     return segments
 
 
@@ -83,8 +88,9 @@ def kept_segments(rule, i_first, i_last, k_last, SPANS: tl.constexpr, N_BANDS: t
         segments += band_segments(rule, i_first, i_last, k_last, True, N_BANDS)
     start = tl.minimum(i_first, k_last)
     count = tl.minimum(i_last, k_last) - start + 1
-    alive = i_first - start < lifetime(rule, start, N_BANDS)
-    return segments + (start, 1, tl.where(alive, count, 0))  # noqa: RUF005
+    if i_first > k_last:  # queries past the keys: do they still keep the last block?
+        count = tl.where(i_first - start < lifetime(rule, start, N_BANDS), count, 0)
+    return segments + (start, 1, count)  # noqa: RUF005
 
 
 @triton.jit
@@ -125,15 +131,14 @@ def count_interior_tiles(segments, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl
 
 
 @triton.jit
-def tile_columns(segments, p, n_tiles, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
+def tile_columns(segments, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
     """Columns [N] of the p-th tile, their block (a scalar, or [N] where N > B), and the first.
 
-    Past the end of the list the columns lie beyond any sequence.
+    Where a tile gathers several blocks, columns past the end of the list lie beyond any sequence.
     """
     o_n = tl.arange(0, N)
     if N <= B:
         column = block_at(segments, p // (B // N), N_SEGMENTS) * B + p % (B // N) * N
-        column = tl.where(p < n_tiles, column, 1 << 30)
         return column + o_n, column // B, column
     else:
         position = p * (N // B) + o_n // B
@@ -167,25 +172,33 @@ def mask_scores(
 
 
 @triton.jit
-def online_softmax(scores, b_acc, b_m, b_l, scale_log2, STEP: tl.constexpr):
-    """One step of the softmax over keys, in base 2, for STEP tiles of raw scores [M, N].
+def online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED: tl.constexpr):
+    """One step of the softmax over keys, in base 2, for a tile of raw scores [M, N].
 
-    b_acc [M, DV], b_m [M], b_l [M]: the output so far, the running maximum of the scaled scores and
-    the running sum. Returns the tiles of unnormalised probabilities and the new b_acc, b_m, b_l.
+    b_acc [M, DV], b_m [M]: the output so far and the running maximum of the scaled scores. b_l
+    [M, 8]: the running sum, in parts that a thread adds up by itself; `finish_softmax` adds the parts.
+    Returns the unnormalised probabilities [M, N] and the new b_acc, b_m, b_l.
     """
-    b_m_new = b_m
-    for j in tl.static_range(STEP):
-        b_m_new = tl.maximum(b_m_new, tl.max(scores[j], 1) * scale_log2)
-    # A row that has seen nothing yet has maximum -inf: subtract 0, so that exp2 gives 0.
-    b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    M: tl.constexpr = b_s.shape[0]
+    N: tl.constexpr = b_s.shape[1]
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    b_shift = b_m_new
+    if MASKED:  # a row that has seen nothing yet has maximum -inf: with 0, exp2 gives 0
+        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_rescale = tl.exp2(b_m - b_shift)
-    b_l = b_l * b_rescale
-    probabilities = ()
-    for j in tl.static_range(STEP):
-        b_p = tl.exp2(scores[j] * scale_log2 - b_shift[:, None])
-        b_l += tl.sum(b_p, 1)
-        probabilities += (b_p,)
-    return probabilities, b_acc * b_rescale[:, None], b_m_new, b_l
+    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+    b_l = b_l * b_rescale[:, None] + tl.sum(tl.reshape(b_p, (M, N // 8, 8)), 1)
+    return b_p, b_acc * b_rescale[:, None], b_m_new, b_l
+
+
+@triton.jit
+def finish_softmax(b_acc, b_m, b_l):
+    """(out [M, DV], natural lse [M]); a row that saw nothing has out 0 and lse -inf."""
+    b_sum = tl.sum(b_l, 1)
+    sees = b_sum > 0
+    b_sum = tl.where(sees, b_sum, 1.0)
+    b_lse = tl.where(sees, b_m * LN2 + tl.log(b_sum), float("-inf"))
+    return b_acc / b_sum[:, None], b_lse
 
 
 @triton.jit
