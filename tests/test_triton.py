@@ -75,7 +75,7 @@ def test_float16_through_descriptors(case):
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_fused(case):
-    check(case, config="32x32x2w4s2tma", deterministic=False)
+    check(case, config="32x32w4s2tma", deterministic=False)
 
 
 @pytest.mark.parametrize("case", CASES[1::2], ids=str)

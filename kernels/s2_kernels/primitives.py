@@ -70,7 +70,7 @@ def band_segments(rule, i_first, i_last, k_last, EDGE: tl.constexpr, N_BANDS: tl
             low = i_last - reach + 1
         if j == 0:  # the narrowest band keeps every block
             low = tl.maximum(low, 0)
-            segments = segments + (low, 1, tl.maximum(high - low + 1, 0))
+            segments = segments + (low, 1, tl.maximum(high - low + 1, 0))  # noqa: RUF005
         else:
             segments = segments + segment(low, high, rule[0], rule[2 + 2 * j])
     return segments
@@ -176,7 +176,7 @@ def online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED: tl.constexpr):
     """One step of the softmax over keys, in base 2, for a tile of raw scores [M, N].
 
     b_acc [M, DV], b_m [M]: the output so far and the running maximum of the scaled scores. b_l
-    [M, 8]: the running sum, in parts that a thread adds up by itself; `finish_softmax` adds the parts.
+    [M, 8]: the running sum, in parts that a thread adds up alone; `finish_softmax` adds the parts.
     Returns the unnormalised probabilities [M, N] and the new b_acc, b_m, b_l.
     """
     M: tl.constexpr = b_s.shape[0]
