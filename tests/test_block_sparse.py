@@ -120,5 +120,6 @@ def test_errors_name_the_argument(change, words):
     q, k, v = (torch.randn(1, 20, h, 32) for h in (4, 2, 2))
     good = dict(q=q, k=k, v=v, block_mask=torch.ones(4, 2, 2, dtype=torch.bool), block_size=16)
     arguments = good | change
+    arguments |= {name: arguments[name].to(DEVICE) for name in ("q", "k", "v")}
     with pytest.raises(ValueError, match=words):
         block_sparse_attention(**arguments)
