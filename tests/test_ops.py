@@ -61,14 +61,15 @@ def packed_loss_of(q, k, v, cu_seqlens):
     return out.pow(2).sum()
 
 
-def test_torch_compile_sees_one_operator():
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_torch_compile_sees_one_operator(dynamic):
     cu_seqlens = torch.tensor([0, 10, 10, 33], device=DEVICE)
     for loss, inputs, more in (
         (loss_of, tensors(33, 1), ()),
         (packed_loss_of, tensors(33), (cu_seqlens,)),
     ):
         expected = torch.autograd.grad(loss(*inputs, *more), inputs)
-        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         for got, want in zip(
             torch.autograd.grad(compiled(*inputs, *more), inputs), expected, strict=True
         ):

@@ -17,7 +17,6 @@ if HAS_TRITON:
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_HEAD_SIZES = range(32, 257, 16)
 
 
 def s2_attention(
@@ -238,7 +237,7 @@ def check_triton(
             f"{way_out}"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[-1] not in TRITON_HEAD_SIZES:
+        if x.shape[-1] % 16 or not 32 <= x.shape[-1] <= 256:
             raise ValueError(
                 f"{name} has head size {x.shape[-1]}: the Triton kernels take multiples of 16 "
                 f"from 32 to 256; {way_out}"
