@@ -1,6 +1,7 @@
 """S2 attention kernels. Imports torch and triton, never Megatron; useful on its own."""
 
-from s2_kernels.api import s2_attention
+from s2_kernels.api import s2_attention, s2_attention_varlen
+from s2_kernels.block_sparse import block_sparse_attention
 from s2_kernels.pattern import (
     FOREVER,
     Band,
@@ -17,9 +18,11 @@ __all__ = [
     "Band",
     "HeadRule",
     "LayerPattern",
+    "block_sparse_attention",
     "dense",
     "local_stride",
     "ranges",
     "s2_attention",
+    "s2_attention_varlen",
     "sliding_window",
 ]

@@ -1,6 +1,9 @@
-"""`s2_attention`: checks the inputs and chooses a backend."""
+"""`s2_attention` and `s2_attention_varlen`: check the inputs and choose a backend."""
 
+import importlib.util
+import itertools
 import math
+import os
 
 import torch
 
@@ -8,7 +11,12 @@ from s2_kernels.blocked import blocked_attention
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import reference_attention
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # only Linux has it
+if HAS_TRITON:
+    from s2_kernels import ops
+
 BACKENDS = ("auto", "triton", "blocked", "reference")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def s2_attention(
@@ -21,6 +29,7 @@ def s2_attention(
     q_offset: int = 0,
     return_lse: bool = False,
     backend: str = "auto",
+    deterministic: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which every KV head keeps the blocks that `pattern` gives it.
 
@@ -33,51 +42,208 @@ def s2_attention(
         q_offset: position of the first query token in the KV sequence (tokens).
         return_lse: also return lse [b, h, s]: the natural log of the softmax denominator,
             float32 (float64 for float64 inputs), differentiable.
-        backend: "blocked" (PyTorch, any device), "triton" (GPU), "reference" (dense mask; tests),
-            or "auto": the fastest that is exact on this device.
+        backend: "auto" takes "triton" for tensors on a GPU and "blocked" for others, and never
+            falls back. "triton": head sizes 32 to 256 in multiples of 16, bfloat16, float16 and
+            float32, a contiguous last dimension, compute capability 8.0. "blocked": PyTorch, any
+            device. "reference": dense mask, for tests.
+        deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
+            in an order that varies. The other backends do not read it.
 
     Returns:
-        out [b, s, h, dv] in q's dtype, or (out, lse). A query that sees no key (q_offset + s beyond
-        t) has out 0 and lse -inf.
+        out [b, s, h, dv] in q's dtype, or (out, lse); Triton lays out in memory like q. A query
+        that sees no key (q_offset + s beyond t) has out 0 and lse -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; names the argument and the value.
     """
-    _check(q, k, v, pattern, q_offset, backend)
+    _check(q, k, v, pattern, q_offset, dims=4)
+    backend = _choose(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if backend == "triton":
-        raise ValueError(
-            "backend='triton': this version of s2_kernels has no Triton kernels; "
-            "use backend='blocked' (PyTorch, any device) or 'auto'"
-        )
-    run = reference_attention if backend == "reference" else blocked_attention
-    out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
+        numbers = (0, 0, pattern.block_size, pattern.flat(), scale, q_offset, deterministic)
+        out, lse = ops.attention(q, k, v, None, None, *numbers)
+    else:
+        run = reference_attention if backend == "reference" else blocked_attention
+        out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
     return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, pattern, q_offset, backend) -> None:
+def s2_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    deterministic: bool = True,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`s2_attention` within each of many sequences packed one after the other (THD).
+
+    Positions and blocks count from the start of each sequence, in q as in k: it gives what a call
+    per sequence would. A sequence may be empty.
+
+    Args:
+        q: [T, h, d]. k: [T', g, d]. v: [T', g, dv]. Strides as in `s2_attention`.
+        cu_seqlens_q: int32 or int64 [sequences + 1] on q's device: sequence i is the rows from
+            cu_seqlens_q[i] to cu_seqlens_q[i + 1], from 0 to T. The values are not checked on a
+            GPU, which would wait for it; rows outside every sequence are left undefined there.
+        cu_seqlens_k: the same for k and v; default cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: length of the longest sequence, or more (tokens);
+            max_seqlen_k must be given with cu_seqlens_k.
+        softmax_scale, return_lse, backend, deterministic: as in `s2_attention`.
+
+    Returns:
+        out [T, h, dv], or (out, lse) with lse [h, T].
+
+    Raises:
+        ValueError: as `s2_attention`; cu_seqlens or max_seqlen that do not fit.
+    """
+    _check(q, k, v, pattern, 0, dims=3)
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_k or max_seqlen_q
+    _check_packing(q, "q", cu_seqlens_q, max_seqlen_q)
+    _check_packing(k, "k", cu_seqlens_k, max_seqlen_k)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_q has {len(cu_seqlens_q)} entries, cu_seqlens_k {len(cu_seqlens_k)}: "
+            "must be as many"
+        )
+    backend = _choose(backend, q, k, v)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if backend == "triton":
+        cu_seqlens = (cu_seqlens_q.int().contiguous(), cu_seqlens_k.int().contiguous())
+        numbers = (pattern.block_size, pattern.flat(), scale, 0, deterministic)
+        out, lse = ops.attention(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
+    else:
+        run = reference_attention if backend == "reference" else blocked_attention
+        out, lse = _each_sequence(run, q, k, v, pattern, scale, cu_seqlens_q, cu_seqlens_k)
+    return (out, lse) if return_lse else out
+
+
+def _each_sequence(run, q, k, v, pattern, scale, cu_seqlens_q, cu_seqlens_k):
+    """out [T, h, dv] and lse [h, T] by one call of a dense backend per sequence."""
+    outs, lses = [], []
+    q_ends, k_ends = itertools.pairwise(cu_seqlens_q.tolist()), cu_seqlens_k.tolist()
+    for (q_start, q_end), (k_start, k_end) in zip(q_ends, itertools.pairwise(k_ends), strict=True):
+        if q_start == q_end:
+            continue
+        rows = q[None, q_start:q_end]
+        if k_start == k_end:
+            outs.append(rows[0, :, :, :1].expand(-1, -1, v.shape[-1]) * 0)
+            lse_dtype = torch.promote_types(q.dtype, torch.float32)
+            lses.append(q.new_full((q.shape[1], q_end - q_start), -math.inf, dtype=lse_dtype))
+            continue
+        keys, values = k[None, k_start:k_end], v[None, k_start:k_end]
+        out, lse = run(rows, keys, values, pattern, softmax_scale=scale)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _check(q, k, v, pattern, q_offset, dims) -> None:
+    """Shapes [*, heads, d] with a batch (dims 4) or packed (3), dtypes, devices and heads."""
+    layout, of = ("[batch, seq, heads, d]", "b, ") if dims == 4 else ("[tokens, heads, d]", "")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be [batch, seq, heads, d]")
+        if x.dim() != dims:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {layout}")
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}: must be a floating-point type")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}: must be the same"
             )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    batches_differ = dims == 4 and q.shape[0] != k.shape[0]
+    if k.shape[:-1] != v.shape[:-1] or batches_differ or q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [b, s, h, d], "
-            "[b, t, g, d], [b, t, g, dv]"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [{of}s, h, d], "
+            f"[{of}t, g, d], [{of}t, g, dv]"
         )
     if 0 in q.shape or 0 in v.shape:
         raise ValueError(f"q {tuple(q.shape)}, v {tuple(v.shape)}: must not be empty")
-    if q.shape[2] != pattern.heads or k.shape[2] != pattern.kv_heads:
+    if q.shape[-2] != pattern.heads or k.shape[-2] != pattern.kv_heads:
         raise ValueError(
-            f"q has {q.shape[2]} heads and k has {k.shape[2]}, the pattern {pattern.heads} and "
+            f"q has {q.shape[-2]} heads and k has {k.shape[-2]}, the pattern {pattern.heads} and "
             f"{pattern.kv_heads}: build it for these heads, or take pattern.shard(rank, world)"
         )
     if q_offset < 0:
         raise ValueError(f"q_offset={q_offset}: must be at least 0")
+
+
+def _check_packing(x, name, cu_seqlens, max_seqlen) -> None:
+    what = f"cu_seqlens_{name}"
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != x.device:
+        raise ValueError(
+            f"{what} has shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}: must be "
+            f"[sequences + 1] on {x.device}"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{what} has dtype {cu_seqlens.dtype}: must be int32 or int64")
+    if max_seqlen is None or max_seqlen < 1:
+        raise ValueError(
+            f"max_seqlen_{name}={max_seqlen}: must be the length of the longest sequence"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(ends)]
+        if ends[0] != 0 or ends[-1] != len(x) or min(lengths) < 0:
+            raise ValueError(f"{what}={ends}: must grow from 0 to {len(x)}, the rows of {name}")
+        if max(lengths) > max_seqlen:
+            raise ValueError(
+                f"max_seqlen_{name}={max_seqlen}: the longest sequence has {max(lengths)} tokens"
+            )
+
+
+def _choose(backend, q, k, v) -> str:
+    """The backend to run; raises where Triton is meant and cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if q.is_cuda else "blocked"
+    if backend == "triton":
+        check_triton(q, k, v)
+    return backend
+
+
+def check_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    way_out: str = "backend='blocked' (PyTorch, any device) takes it",
+) -> None:
+    """Raises ValueError, with the argument, its value and the way out, where Triton cannot run."""
+    if not HAS_TRITON:
+        raise ValueError(f"triton is not installed; {way_out}")
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"q is on {q.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1, to debug); "
+            f"{way_out}"
+        )
+    if q.is_cuda and not torch.compiler.is_compiling():  # torch.compile cannot trace the question
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if (major, minor) < (8, 0):
+            raise ValueError(
+                f"q is on {torch.cuda.get_device_name(q.device)}, compute capability "
+                f"{major}.{minor}: the Triton kernels need 8.0; {way_out}"
+            )
+    if q.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"q has dtype {q.dtype}: the Triton kernels take bfloat16, float16 and float32; "
+            f"{way_out}"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[-1] % 16 or not 32 <= x.shape[-1] <= 256:
+            raise ValueError(
+                f"{name} has head size {x.shape[-1]}: the Triton kernels take multiples of 16 "
+                f"from 32 to 256; {way_out}"
+            )
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {x.stride()}: the last dimension must be contiguous for the "
+                f"Triton kernels; call {name}.contiguous(), or {way_out}"
+            )

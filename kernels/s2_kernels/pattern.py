@@ -156,17 +156,36 @@ class LayerPattern:
         first = rank * self.kv_heads // world
         return LayerPattern(self.heads // world, self.block_size, self.rules[first : first + count])
 
+    def flat(self) -> list[int]:
+        """The rows of `table`, one after the other: what an operator can take as an argument."""
+        numbers = []
+        for rule in self.rules:
+            bands = rule.bands + rule.bands[-1:] * (self.n_bands - len(rule.bands))
+            numbers.append(rule.shift)
+            for reach, stride in bands:
+                numbers += [reach, stride]
+        return numbers
+
+    @classmethod
+    def from_flat(
+        cls, heads: int, kv_heads: int, block_size: int, numbers: Sequence[int]
+    ) -> "LayerPattern":
+        """The pattern whose `flat()` is `numbers`."""
+        width = len(numbers) // kv_heads
+        rules = []
+        for start in range(0, len(numbers), width):
+            shift, *rest = numbers[start : start + width]
+            bands = [Band(*band) for band in zip(rest[::2], rest[1::2], strict=True)]
+            rules.append(HeadRule(tuple(dict.fromkeys(bands)), shift))  # padding repeats a band
+        return cls(heads, block_size, tuple(rules))
+
     def table(self) -> torch.Tensor:
         """Int32 [kv_heads, 1 + 2 * n_bands]: shift, then (reach, stride) from narrow to wide.
 
         This is all that a kernel needs. Heads with fewer bands repeat their last one, which then
         spans an empty range of ages.
         """
-        rows = []
-        for rule in self.rules:
-            bands = rule.bands + rule.bands[-1:] * (self.n_bands - len(rule.bands))
-            rows.append([rule.shift, *(x for band in bands for x in band)])
-        return torch.tensor(rows, dtype=torch.int32)
+        return torch.tensor(self.flat(), dtype=torch.int32).view(self.kv_heads, -1)
 
     def to_dict(self) -> dict:
         """Plain numbers and lists, as recorded in checkpoints; `from_dict` reads them back."""

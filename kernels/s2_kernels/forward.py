@@ -1,0 +1,226 @@
+"""The forward kernel: out and lse of S2 attention, for dense batches and packed sequences.
+
+One program computes one query tile of one head. It walks two lists of KV blocks, computed from the
+head's rule in a few scalar operations (see primitives.py): the interior blocks of all bands without
+a mask, then the few that need one, sharing one body and one online softmax.
+
+Shapes: b batch (or sequences, packed), s query tokens, t KV tokens, h query heads, g KV heads,
+d head size, dv head size of V, B block size, M query rows and N KV rows of a tile.
+    q [b, s, h, d]   k [b, t, g, d]   v [b, t, g, dv]   out [b, s, h, dv]   lse [b, h, s] float32
+    packed: q [T, h, d] and so on, as b = 1 with the rows of sequence i from cu_seqlens[i] on.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from s2_kernels.configs import TileConfig, fit, forward_config
+from s2_kernels.launch import (
+    Packing,
+    capability,
+    descriptor,
+    device_table,
+    empty_like,
+    head_major,
+    pad,
+    rows_and_heads,
+    takes_descriptor,
+)
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import (
+    count_interior_tiles,
+    count_tiles,
+    finish_softmax,
+    head_offset,
+    kept_segments,
+    load_rows,
+    load_rule,
+    load_tile,
+    mask_scores,
+    online_softmax,
+    query_tile,
+    sequence,
+    store_rows,
+    tile_columns,
+)
+
+
+@triton.jit
+def attend_tiles(
+    kept, low, high, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+    p_k, p_v, d_k, d_v, stride_k, stride_v, i_batch, i_kv, start_k,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr, SPANS: tl.constexpr,
+    N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends from b_q [M, D] to the KV tiles low..high-1 of a list of blocks."""
+    for p in tl.range(low, high):
+        o_col, i_block, column = tile_columns(kept, p, N, B, N_SEGMENTS)
+        m_col, row = o_col < t, start_k + column
+        b_k = load_tile(
+            p_k, d_k, stride_k, o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
+        )  # [N, D]
+        b_v = load_tile(
+            p_v, d_v, stride_v, o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
+        )  # [N, DV]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        if MASKED:
+            b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
+        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_m, b_l
+
+
+@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
+def s2_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    d_k,
+    d_v,
+    p_out,
+    p_lse,
+    p_table,
+    p_cu_q,
+    p_cu_k,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_out,
+    stride_lse_b,
+    stride_lse_h,
+    s,
+    t,
+    q_offset,
+    group,
+    scale_log2,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    B: tl.constexpr,
+    N_BANDS: tl.constexpr,
+    TMA: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (query tiles, heads, batch), the last tiles first: they see the most."""
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_head, i_seq = tl.program_id(1), tl.program_id(2)
+    i_kv = i_head // group
+    start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
+    start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
+    i_batch = i_seq * 0 if PACKED else i_seq
+
+    o_row, m_row, first_row, last_row = query_tile(i_tile, q_offset, s, M, B)
+    if first_row > last_row:
+        return
+    o_q = o_row - q_offset
+    i_first, i_last, k_last = first_row // B, last_row // B, tl.maximum(t - 1, 0) // B
+
+    p_q += head_offset(strides_q, i_batch, i_head, start_q)
+    p_k += head_offset(strides_k, i_batch, i_kv, start_k)
+    p_v += head_offset(strides_v, i_batch, i_kv, start_k)
+    b_q = load_rows(p_q, o_q, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
+    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    b_m = tl.full([M], float("-inf"), tl.float32)
+    b_l = tl.zeros([M, 8], tl.float32)
+
+    rule = load_rule(p_table, i_kv, N_BANDS)
+    SPANS: tl.constexpr = M > B
+    N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
+    kept = kept_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
+    n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
+    n_interior = count_interior_tiles(kept, N, B, N_BANDS)
+    b_acc, b_m, b_l = attend_tiles(
+        kept, 0, n_interior, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        D, DV, BLOCK_D, BLOCK_DV, N, B, False, SPANS, N_BANDS, N_BANDS, TMA, PRECISION,
+    )  # fmt: skip
+    b_acc, b_m, b_l = attend_tiles(
+        kept, n_interior, n_tiles, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
+        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        D, DV, BLOCK_D, BLOCK_DV, N, B, True, SPANS, N_SEGMENTS, N_BANDS, TMA, PRECISION,
+    )  # fmt: skip
+    b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
+    p_out += head_offset(strides_out, i_batch, i_head, start_q)
+    store_rows(p_out, o_q, strides_out[1], m_row, b_out, DV, BLOCK_DV)
+    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
+    tl.store(p_lse + o_q, b_lse, mask=m_row)
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+    q_offset: int = 0,
+    *,
+    packing: Packing | None = None,
+    config: TileConfig | None = None,
+    tf32: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of one forward pass; inputs checked by the caller.
+
+    Args:
+        q, k, v: [b, s, h, d], [b, t, g, d], [b, t, g, dv] with a contiguous last dimension, or
+            packed [T, h, d] and so on with `packing`.
+        config: tiles; default: the table of configs.py.
+        tf32: let float32 inputs use tensor cores, at 10 bits of mantissa.
+
+    Returns:
+        out like q (dv columns); lse [b, h, s], or [h, T] packed, float32.
+    """
+    q_heads, k_heads, v_heads = head_major(q), head_major(k), head_major(v)
+    b, h, s, d = q_heads.shape
+    dv = v.shape[-1]
+    config = config or forward_config(max(d, dv), q.dtype, capability(q.device))
+    config = fit(config, pattern.block_size, gather=True)
+    out = empty_like(q, dv)
+    out_heads = head_major(out)
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    # TMA cannot stop at the end of a packed sequence; what follows it may be NaN, and NaN * 0 too.
+    tma = config.tma and not packing and takes_descriptor(k_heads) and takes_descriptor(v_heads)
+    n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
+    m = config.block_m
+    n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
+    s2_forward_kernel[(n_tiles, h, n_seqs)](
+        q,
+        k,
+        v,
+        descriptor(k_heads, config.block_n, pad(d)) if tma else None,
+        descriptor(v_heads, config.block_n, pad(dv)) if tma else None,
+        out,
+        lse,
+        device_table(pattern, q.device),
+        packing.cu_q if packing else None,
+        packing.cu_k if packing else None,
+        rows_and_heads(q_heads),
+        rows_and_heads(k_heads),
+        rows_and_heads(v_heads),
+        rows_and_heads(out_heads),
+        *lse.stride()[:2],
+        s,
+        k_heads.shape[2],
+        q_offset,
+        h // k_heads.shape[1],
+        softmax_scale * math.log2(math.e),
+        D=d,
+        DV=dv,
+        BLOCK_D=pad(d),
+        BLOCK_DV=pad(dv),
+        M=m,
+        N=config.block_n,
+        B=pattern.block_size,
+        N_BANDS=pattern.n_bands,
+        TMA=tma,
+        PACKED=packing is not None,
+        PRECISION="tf32" if tf32 else "ieee",
+        **config.options(),
+    )
+    return out, lse if packing is None else lse[0]

@@ -1,0 +1,95 @@
+"""What the launchers share: descriptors, head sizes in tiles, the pattern's table on a device."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from s2_kernels.pattern import LayerPattern
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences packed one after the other: int32 offsets [n_seqs + 1] on the device, longest."""
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+    @property
+    def n_seqs(self) -> int:
+        return len(self.cu_q) - 1
+
+
+def pad(size: int) -> int:
+    """The extent of a tile that holds `size` columns: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=1024)
+def device_table(pattern: LayerPattern, device: torch.device) -> torch.Tensor:
+    """`pattern.table()` on a device: all that a kernel knows of the pattern."""
+    return pattern.table().to(device)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; CPU tensors (the interpreter) count as Hopper, to test its paths."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def concurrent_programs(device: torch.device, num_warps: int) -> int:
+    """About how many programs of so many warps run at a time: 8 warps a multiprocessor."""
+    if device.type != "cuda":
+        return 4
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count * max(1, 8 // num_warps)
+
+
+def head_major(x: torch.Tensor) -> torch.Tensor:
+    """[b, s, h, d] or packed [T, h, d] -> the view [b, h, s, d] that descriptors cover."""
+    return (x[None] if x.dim() == 3 else x).transpose(1, 2)
+
+
+def rows_and_heads(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of [b, h, s, d] in the order the kernels take them: batch, row, head."""
+    batch, head, row, _ = x.stride()
+    return batch, row, head
+
+
+def takes_descriptor(x: torch.Tensor) -> bool:
+    """TMA wants a base address and strides that are multiples of 16 bytes, and int32 rows.
+
+    A stride of 0, which expanded gradients have, is not taken either.
+    """
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
+    return aligned and x.data_ptr() % 16 == 0 and all(n < 2**31 for n in x.shape)
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor over [batch, head, row, d] that loads [1, 1, rows, columns]."""
+    unit = 16 // x.element_size()  # a dimension of size 1 may have any stride: give it a fine one
+    strides = [st if n > 1 else unit for n, st in zip(x.shape[:-1], x.stride(), strict=False)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A TMA descriptor over [batch, head, row] that loads [1, 1, rows]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
+
+
+def empty_like(x: torch.Tensor, size: int) -> torch.Tensor:
+    """An empty tensor laid out in memory like x, with `size` columns in its last dimension.
+
+    So what enters as Megatron's [s, b, h, d] leaves as it: its reshape to [s, b, h * d] is a view.
+    """
+    if size == x.shape[-1]:
+        return torch.empty_like(x)
+    order = sorted(range(x.dim() - 1), key=lambda dim: x.stride(dim), reverse=True)
+    shape = [x.shape[dim] for dim in order] + [size]
+    inverse = [order.index(dim) for dim in range(x.dim() - 1)]
+    return x.new_empty(shape).permute(*inverse, x.dim() - 1)

@@ -1,0 +1,131 @@
+"""The Triton kernels as two `torch.library` operators, one forward and one backward.
+
+torch.compile, export and activation recompute see one opaque operator with known output shapes and
+strides, and never look into launchers. The pattern goes in as plain numbers (`LayerPattern.flat`).
+
+Shapes as in forward.py; sequences are packed when cu_seqlens_q is given.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from s2_kernels.backward import launch_backward
+from s2_kernels.forward import launch_forward
+from s2_kernels.launch import Packing, capability, empty_like
+from s2_kernels.pattern import LayerPattern
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(heads: int, kv_heads: int, block_size: int, rules: tuple[int, ...]) -> LayerPattern:
+    return LayerPattern.from_flat(heads, kv_heads, block_size, rules)
+
+
+def _common(q, k, cu_seqlens_q, cu_seqlens_k, max_q, max_k, block_size, rules):
+    """The pattern, and the packing or None."""
+    pattern = _pattern(q.shape[-2], k.shape[-2], block_size, tuple(rules))
+    if cu_seqlens_q is None:
+        return pattern, None
+    return pattern, Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+
+
+@torch.library.custom_op("s2_kernels::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    rules: list[int],
+    softmax_scale: float,
+    q_offset: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out, laid out in memory like q, and lse; inputs checked by the caller (api.py).
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], or None for dense batches, for which the
+            longest sequences max_seqlen_q and max_seqlen_k are not read.
+        block_size, rules: the pattern; rules is `LayerPattern.flat()`.
+        deterministic: of the backward pass.
+    """
+    pattern, packing = _common(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, rules
+    )
+    return launch_forward(q, k, v, pattern, softmax_scale, q_offset, packing=packing)
+
+
+@attention.register_fake
+def _(q, k, v, cu_seqlens_q, *rest):
+    heads, tokens = q.shape[-2], q.shape[-3]
+    lse_shape = (heads, tokens) if q.dim() == 3 else (q.shape[0], heads, tokens)
+    return empty_like(q, v.shape[-1]), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("s2_kernels::attention_backward", mutates_args=())
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int,
+    rules: list[int],
+    softmax_scale: float,
+    q_offset: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, laid out like q, k and v. Arguments as in `attention`, dlse like lse."""
+    pattern, packing = _common(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, rules
+    )
+    return launch_backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        dlse,
+        pattern,
+        softmax_scale,
+        q_offset,
+        packing=packing,
+        deterministic=deterministic,
+        # Reductions through TMA are Hopper's; the interpreter has none.
+        tma_add=q.is_cuda and capability(q.device)[0] >= 9,
+    )
+
+
+@attention_backward.register_fake
+def _(q, k, v, *rest):
+    return tuple(empty_like(x, x.shape[-1]) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = attention_backward(
+        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
+    )
+    return *grads, *(None,) * (2 + len(ctx.numbers))
+
+
+attention.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,109 @@
+"""The shipped Hopper configurations, compiled for sm_90 with no GPU: no spills, no recompilation.
+
+The kernels must be imported without the interpreter, so a process of its own compiles them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROBE = """
+import json
+import torch
+from aot import compiled, usage
+from s2_kernels import backward_dkdv, block_sparse, block_sparse_kernels, local_stride
+from s2_kernels.backward import launch_backward
+from s2_kernels.forward import launch_forward
+from s2_kernels.launch import Packing
+
+backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
+pattern = local_stride(heads=4, local_blocks=4, stride=4)
+
+
+def tensors(*shape):
+    return [torch.randn(*shape, 4, 128).bfloat16() for _ in range(4)]
+
+
+def run(n, packing=None, deterministic=True):
+    q, k, v, dout = tensors(n) if packing else tensors(1, n)
+    common = (pattern, 0.1)
+    out, lse = launch_forward(q, k, v, *common, packing=packing)
+    options = dict(packing=packing, deterministic=deterministic)
+    launch_backward(q, k, v, out, lse, dout, None, *common, **options)
+
+
+def run_sparse(n):
+    q, k, v, dout = tensors(1, n)
+    mask = torch.ones(4, -(-n // 64), -(-n // 64), dtype=torch.bool)
+    common = (block_sparse._tables_of(mask, q.device), 64, 0.1)
+    out, lse = block_sparse_kernels.launch_forward(q, k, v, *common)
+    block_sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
+
+
+def packed(n):
+    cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
+    return Packing(cu_seqlens, cu_seqlens, n, n)
+
+
+def run_all(n):  # returns how many launches came before those of packed sequences
+    run(n)
+    run(n, deterministic=False)
+    run_sparse(n)
+    dense = len(kernels)
+    run(n, packed(n))
+    return dense
+
+
+with compiled() as kernels:
+    dense = run_all(4096)
+    first = {id(kernel): kernel for kernel in kernels}
+    dense = {id(kernel) for kernel in kernels[:dense]}
+    run_all(5519)
+again = [kernel.metadata.name for kernel in kernels if id(kernel) not in first]
+used = [vars(usage(k)) | dict(packed=id(k) not in dense) for k in first.values()]
+print(json.dumps(dict(usage=used, recompiled=again)))
+"""
+
+KERNELS = dict(  # how many kinds of each: dense and packed; dk and dv also fused with dq
+    s2_forward_kernel=2,
+    s2_dkdv_kernel=3,
+    s2_dq_kernel=2,
+    s2_row_terms_kernel=1,
+    s2_add_pieces_kernel=3,
+    s2_sparse_forward_kernel=1,
+    s2_sparse_dkdv_kernel=1,
+    s2_sparse_dq_kernel=1,
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = Path(__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{root / 'kernels'}:{root / 'tests'}"
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills(report):
+    """But for dk and dv of packed sequences, a little: pointer loads, where TMA cannot be used."""
+    used = report["usage"]
+    names = [x["kernel"] for x in used]
+    assert {name: names.count(name) for name in names} == KERNELS
+    spilling = [x for x in used if x["stack"]]
+    assert {x["kernel"] for x in spilling if not x["packed"]} == set()
+    assert {x["kernel"] for x in spilling} <= {"s2_dkdv_kernel"}
+    assert all(x["stack"] <= 128 for x in spilling)
+    assert all(x["shared"] <= 227 * 1024 for x in used)
+
+
+def test_a_second_length_compiles_nothing(report):
+    assert report["recompiled"] == []

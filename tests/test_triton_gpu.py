@@ -1,0 +1,319 @@
+"""The Triton kernels on a GPU: real shapes, every shipped configuration, a million tokens, limits.
+
+Needs pytest, torch and triton only:
+
+    python3 -m pytest tests/test_triton_gpu.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_block_sparse
+import test_varlen
+import torch
+from attention_cases import (
+    Case,
+    _ls,
+    assert_as_good_as_eager,
+    make_inputs,
+    reference_results,
+    run_with_grads,
+)
+
+from s2_kernels import configs, dense, ranges, s2_attention, sliding_window
+from s2_kernels.backward import launch_backward
+from s2_kernels.forward import launch_forward
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA GPU"),
+]
+
+HALVES = [torch.bfloat16, torch.float16]
+BANDS = [(4, 1), (16, 4), (None, 8)]
+
+REAL = [
+    Case("plain", _ls(8, 8, 64, 8, 8), 3001, d=128),
+    Case("gqa", _ls(16, 4, 64, 4, 8, head_step=2), 2048, d=128, b=2),
+    Case("mqa", _ls(8, 1, 64, 4, 4), 1100, d=64),
+    Case("per_head_strides", _ls(4, 4, 64, 4, [2, 8, 16, 3]), 2500, d=128),
+    Case("dense_heads", _ls(8, 4, 64, 4, 8, dense_heads=1), 2222, d=128),
+    Case("ranges", ranges(heads=8, block_size=64, bands=BANDS), 3000, d=128),
+    Case("sliding_window", sliding_window(heads=4, block_size=64, local_blocks=5), 2000, d=128),
+    Case("dense", dense(heads=4, kv_heads=2), 1999, d=128),
+    Case("q_offset", _ls(4, 2, 64, 4, 4), 777, t=2500, d=128, q_offset=1723),
+    Case("one_query", _ls(4, 2, 64, 4, 4), 1, t=2500, d=128, q_offset=2499),
+    Case("q_longer_than_k", _ls(4, 4, 64, 4, 8), 2000, t=700, d=128),
+    *(Case(f"block{n}", _ls(4, 4, n, 4, 4), 2051, d=128) for n in (16, 32, 128, 256)),
+    *(Case(f"head{d}", _ls(4, 2, 64, 4, 4), 1111, d=d) for d in (32, 48, 64, 80, 96, 192, 256)),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """What the allocator hands out next holds NaN."""
+    torch.full((2**28,), math.nan, device="cuda")
+
+
+def check(case, dtype, **options):
+    inputs = make_inputs(case, dtype, "cuda")
+
+    def attend(q, k, v):
+        return s2_attention(
+            q, k, v, case.pattern, q_offset=case.q_offset, return_lse=True, **options
+        )
+
+    truth, eager = reference_results(case, inputs)
+    assert_as_good_as_eager(run_with_grads(attend, inputs), truth, eager, case)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_real_shapes(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", REAL[::4], ids=str)
+def test_float32(case):
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [*REAL[:3], *REAL[-7:]], ids=str)
+def test_adding_up_dq(case, dtype):
+    check(case, dtype, deterministic=False)
+
+
+def shipped():
+    """Every configuration of the tables: (table, kind of kernel, head size, configuration)."""
+    tables = {n: x for n, x in vars(configs).items() if isinstance(x, dict) and "forward" in x}
+    assert tables
+    return [
+        pytest.param(name, kind, d, config, id=f"{name.strip('_')}-{kind}-D{d}-{config}")
+        for name, table in tables.items()
+        for kind, rows in table.items()
+        for d, config in rows
+    ]
+
+
+@pytest.mark.parametrize("table, kind, d, config", shipped())
+def test_every_shipped_configuration(table, kind, d, config):
+    """On this GPU, whichever they are meant for."""
+    dtypes = [torch.float32] if "FLOAT32" in table else HALVES
+    for dtype in dtypes:
+        case = Case(kind, _ls(4, 2, 64, 4, 4), 1500, d=d)
+        inputs = make_inputs(case, dtype, "cuda")
+        truth, eager = reference_results(case, inputs)
+        q, k, v, dout, dlse = (x.detach() for x in inputs)
+        common = (case.pattern, 1 / math.sqrt(d))
+        out, lse = launch_forward(q, k, v, *common, config=config if kind == "forward" else None)
+        tiles = {
+            "separate": dict(dkdv_config=config),
+            "fused": dict(dkdv_config=config),
+            "dq": dict(dq_config=config),
+        }
+        dq, dk, dv = launch_backward(
+            *(q, k, v, out, lse, dout, dlse.float()),
+            *common,
+            **tiles.get(kind, {}),
+            deterministic=kind != "fused",
+        )
+        results = dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
+        assert_as_good_as_eager(results, truth, eager, case)
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["separate", "fused"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_packed(dtype, deterministic):
+    lengths = [517, 1, 0, 2048, 63, 1300]
+    pattern = _ls(8, 2, 64, 4, 4)
+    test_varlen.check(pattern, lengths, lengths, dtype, d=128, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_any_block_mask(dtype):
+    case = Case("any", _ls(4, 2, 64, 4, 4), 2000, d=128, b=2)
+    test_block_sparse.check(case, test_block_sparse.any_mask(4, 32, 32), dtype)
+
+
+def one_row(q, k, v, dout, pattern, head, row, dtype):
+    """out, lse and dq of one query row, computed in `dtype`."""
+    group, block = pattern.heads // pattern.kv_heads, pattern.block_size
+    blocks = torch.arange(row // block + 1)
+    kept = blocks[row // block - blocks < pattern.rules[head // group].lifetimes(len(blocks))]
+    cols = (kept[:, None] * block + torch.arange(block)).flatten()
+    cols = cols[cols <= row].to(q.device)
+    q_i, dout_i = (x[0, row, head].to(dtype) for x in (q, dout))
+    k_j, v_j = (x[0, cols, head // group].to(dtype) for x in (k, v))
+    scale = 1 / math.sqrt(len(q_i))
+    scores = (k_j @ q_i) * scale
+    lse = torch.logsumexp(scores, 0)
+    probs = (scores - lse).exp()
+    out = probs @ v_j
+    dscores = probs * (v_j @ dout_i - (dout_i * out).sum())
+    return dict(out=out, lse=lse, dq=dscores @ k_j * scale)
+
+
+def one_column(q, k, v, dout, out, lse, pattern, kv_head, col, dtype):
+    """dk and dv of one KV token in `dtype`, given out and lse of the rows that see it."""
+    group, block = pattern.heads // pattern.kv_heads, pattern.block_size
+    life = pattern.lifetime(kv_head, col // block)
+    rows = slice(col, min((col // block + life) * block, q.shape[1]))
+    dk = dv = 0
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        q_i, dout_i, out_i = (x[0, rows, head].to(dtype) for x in (q, dout, out))
+        k_j, v_j = (x[0, col, kv_head].to(dtype) for x in (k, v))
+        scale = 1 / math.sqrt(len(k_j))
+        probs = (q_i @ k_j * scale - lse[0, head, rows].to(dtype)).exp()
+        dscores = probs * (dout_i @ v_j - (dout_i * out_i).sum(-1))
+        dk, dv = dk + dscores @ q_i * scale, dv + probs @ dout_i
+    return dict(dk=dk, dv=dv)
+
+
+def stacked(results):
+    """[{name: x}, ...] -> {name: [x, ...]}."""
+    return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+
+
+def check_sampled(pattern, n, d, dtype, device):
+    """One forward and backward pass; sampled rows and columns against float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads, pattern.heads)
+    q, k, v, dout = (
+        torch.randn(1, n, h, d, device=device, dtype=dtype, generator=generator) for h in heads
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = s2_attention(*leaves, pattern, return_lse=True, backend="triton")
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
+
+    draw = torch.Generator().manual_seed(1)
+    rows = [0, n - 1, *torch.randint(n, (22,), generator=draw).tolist()]
+    rows = [(i % pattern.heads, row) for i, row in enumerate(rows)]
+    got = [dict(out=out[0, r, h], lse=lse[0, h, r], dq=dq[0, r, h]) for h, r in rows]
+    truth, eager = (
+        stacked([one_row(q, k, v, dout, pattern, h, r, x) for h, r in rows])
+        for x in (torch.float64, dtype)
+    )
+    case = Case("rows", pattern, n)
+    assert_as_good_as_eager(stacked(got), truth, eager, case)
+
+    columns = [0, n - 1, *torch.randint(n, (10,), generator=draw).tolist()]
+    # Every other one on the shard, where the whole rest of the sequence sees it.
+    size, columns = pattern.block_size, [(i % pattern.kv_heads, c) for i, c in enumerate(columns)]
+    for i in range(2, len(columns), 2):
+        head, col = columns[i]
+        block = col // size
+        lives = pattern.rules[head].lifetimes(block + 1)
+        columns[i] = (head, int(lives.flip(0).argmax().neg() + block) * size + col % size)
+    got = [dict(dk=dk[0, c, h], dv=dv[0, c, h]) for h, c in columns]
+    truth, eager = (
+        stacked([one_column(q, k, v, dout, out, lse, pattern, h, c, x) for h, c in columns])
+        for x in (torch.float64, dtype)
+    )
+    assert_as_good_as_eager(stacked(got), truth, eager, case)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2], ids=["mha", "gqa"])
+def test_a_million_tokens(kv_heads):
+    torch.cuda.empty_cache()
+    check_sampled(_ls(8, kv_heads, 64, 16, 8), 2**20, 128, torch.bfloat16, "cuda")
+
+
+def tensors(n, heads=8, d=128, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, n, heads, d, device="cuda", dtype=dtype) for _ in range(4))
+    return [x.requires_grad_() for x in (q, k, v)], dout
+
+
+def test_torch_compile():
+    pattern = _ls(8, 8, 64, 8, 8)
+
+    def layer(q, k, v):
+        return torch.nn.functional.silu(s2_attention(q * 0.5, k, v, pattern)).flatten(2)
+
+    compiled = torch.compile(layer, fullgraph=True)
+    for n in (2048, 3001):
+        leaves, dout = tensors(n)
+        dout = dout.flatten(2)
+        got, want = (torch.autograd.grad(f(*leaves), leaves, dout) for f in (compiled, layer))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_the_same_bits_every_time():
+    pattern = _ls(8, 8, 64, 4, 8)
+    leaves, dout = tensors(20_000)
+
+    def run():
+        out, lse = s2_attention(*leaves, pattern, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, leaves, dout)
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["separate", "fused"])
+def test_peak_memory(deterministic):
+    """Inputs, outputs, gradients, lse and delta, plus 5%."""
+    pattern = _ls(32, 32, 64, 16, 32)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    leaves, dout = tensors(32_768, heads=32)
+    torch.cuda.reset_peak_memory_stats()
+    out, lse = s2_attention(*leaves, pattern, return_lse=True, deterministic=deterministic)
+    grads = torch.autograd.grad(out, leaves, dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    kept = (*leaves, dout, out, lse, *grads, lse)
+    needed = sum(x.numel() * x.element_size() for x in kept)
+    print(f"peak {peak / 2**20:.0f} MiB, needed {needed / 2**20:.0f} MiB: {peak / needed:.3f}")
+    assert peak <= 1.05 * needed
+
+
+FIRST_CALL = """
+import json, os, time
+from pathlib import Path
+import torch
+from s2_kernels import local_stride, s2_attention
+
+pattern = local_stride(heads=8, local_blocks=16, stride=8)
+torch.ones(1, device="cuda").sum().item()
+
+
+def run(n):
+    q, k, v = (torch.randn(1, n, 8, 128, device="cuda").bfloat16().requires_grad_() for _ in "qkv")
+    torch.cuda.synchronize()
+    began = time.time()
+    s2_attention(q, k, v, pattern).sum().backward()
+    torch.cuda.synchronize()
+    return time.time() - began
+
+
+def kernels():
+    return len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
+
+
+first, compiled = run(8192), kernels()
+second = [run(n) for n in (8192, 5519, 16384, 100)]
+print(json.dumps(dict(first=first, compiled=compiled, second=second, again=kernels() - compiled)))
+"""
+
+
+def test_first_call_and_no_recompilation(tmp_path):
+    kernels = Path(__file__).parents[1] / "kernels"
+    environment = os.environ | {"PYTHONPATH": str(kernels), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    report = json.loads(done.stdout)
+    assert report["first"] < 15
+    assert report["compiled"] >= 4 and report["again"] == 0
+    assert max(report["second"]) < 1
