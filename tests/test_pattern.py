@@ -112,8 +112,7 @@ def test_tp_slices_equal_the_whole(world, data):
 @given(any_pattern())
 def test_round_trip_through_plain_data(pattern):
     assert LayerPattern.from_dict(pattern.to_dict()) == pattern
-    counts = (pattern.heads, pattern.kv_heads, pattern.block_size)
-    assert LayerPattern.from_flat(*counts, pattern.flat()) == pattern
+    assert LayerPattern.from_key(pattern.key) == pattern
 
 
 @given(any_pattern())

@@ -82,22 +82,21 @@ def test_shipped_config_passes_dry_run(dry_runs, name):
         assert f"{PARAMETERS[name]:,}" in out
 
 
+def show(*arguments):
+    command = [sys.executable, "-m", "s2megatron.cli", "show", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
 def test_show_prints_and_draws(tmp_path):
     picture = tmp_path / "masks.png"
-    done = subprocess.run(
-        [sys.executable, "-m", "s2megatron.cli", "show", "configs/llama_70b_32k.yaml",
-         "--plot", picture, "--layers", "1,3", "--heads", "0,7"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+    done = show(
+        "configs/llama_70b_32k.yaml", "--plot", picture, "--layers", "1,3", "--heads", "0,7"
+    )
     assert done.returncode == 0, done.stderr
     assert "3-80    local + stride" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_show_refuses_layers_that_are_not_there():
-    done = subprocess.run(
-        [sys.executable, "-m", "s2megatron.cli", "show", "configs/quickstart.yaml", "--plot", "/dev/null",
-         "--layers", "9"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+    done = show("configs/quickstart.yaml", "--plot", "/dev/null", "--layers", "9")
     assert done.returncode == 2 and "--layers: 9 is not in 1..4" in done.stderr

@@ -60,7 +60,7 @@ def s2_attention(
     backend = _choose(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if backend == "triton":
-        numbers = (0, 0, pattern.block_size, pattern.flat(), scale, q_offset, deterministic)
+        numbers = (0, 0, pattern.key, scale, q_offset, deterministic)
         out, lse = ops.attention(q, k, v, None, None, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
@@ -118,7 +118,7 @@ def s2_attention_varlen(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if backend == "triton":
         cu_seqlens = (cu_seqlens_q.int().contiguous(), cu_seqlens_k.int().contiguous())
-        numbers = (pattern.block_size, pattern.flat(), scale, 0, deterministic)
+        numbers = (pattern.key, scale, 0, deterministic)
         out, lse = ops.attention(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention

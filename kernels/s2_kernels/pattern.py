@@ -16,6 +16,7 @@ selects the blocks of the paper's library (DKernel); docs/design.md derives the 
 """
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class LayerPattern:
         heads: number of query heads. Query head q reads KV head q // (heads / kv_heads).
         block_size: tokens per block, one of 16, 32, 64, 128, 256.
         rules: one `HeadRule` per KV head, in global head order.
+        key: the pattern as a string (JSON of `to_dict`), which `from_key` reads.
     """
 
     heads: int
@@ -91,6 +93,8 @@ class LayerPattern:
                 f"heads={self.heads} is not a multiple of kv_heads={len(self.rules)}: "
                 "every KV head serves the same number of query heads"
             )
+        # Kernels look a pattern up on every call: its name, and with it its hash, is made once.
+        object.__setattr__(self, "key", json.dumps(self.to_dict()))
 
     @property
     def kv_heads(self) -> int:
@@ -100,6 +104,9 @@ class LayerPattern:
     def is_dense(self) -> bool:
         """True when every head attends to the whole causal context."""
         return all(rule.is_dense for rule in self.rules)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def n_bands(self) -> int:
@@ -156,28 +163,11 @@ class LayerPattern:
         first = rank * self.kv_heads // world
         return LayerPattern(self.heads // world, self.block_size, self.rules[first : first + count])
 
-    def flat(self) -> list[int]:
-        """The rows of `table`, one after the other: what an operator can take as an argument."""
-        numbers = []
-        for rule in self.rules:
-            bands = rule.bands + rule.bands[-1:] * (self.n_bands - len(rule.bands))
-            numbers.append(rule.shift)
-            for reach, stride in bands:
-                numbers += [reach, stride]
-        return numbers
-
     @classmethod
-    def from_flat(
-        cls, heads: int, kv_heads: int, block_size: int, numbers: Sequence[int]
-    ) -> "LayerPattern":
-        """The pattern whose `flat()` is `numbers`."""
-        width = len(numbers) // kv_heads
-        rules = []
-        for start in range(0, len(numbers), width):
-            shift, *rest = numbers[start : start + width]
-            bands = [Band(*band) for band in zip(rest[::2], rest[1::2], strict=True)]
-            rules.append(HeadRule(tuple(dict.fromkeys(bands)), shift))  # padding repeats a band
-        return cls(heads, block_size, tuple(rules))
+    @functools.lru_cache(maxsize=1024)
+    def from_key(cls, key: str) -> "LayerPattern":
+        """The pattern whose `key` this is: patterns enter operators as strings."""
+        return cls.from_dict(json.loads(key))
 
     def table(self) -> torch.Tensor:
         """Int32 [kv_heads, 1 + 2 * n_bands]: shift, then (reach, stride) from narrow to wide.
@@ -185,7 +175,11 @@ class LayerPattern:
         This is all that a kernel needs. Heads with fewer bands repeat their last one, which then
         spans an empty range of ages.
         """
-        return torch.tensor(self.flat(), dtype=torch.int32).view(self.kv_heads, -1)
+        rows = []
+        for rule in self.rules:
+            bands = rule.bands + rule.bands[-1:] * (self.n_bands - len(rule.bands))
+            rows.append([rule.shift, *(number for band in bands for number in band)])
+        return torch.tensor(rows, dtype=torch.int32)
 
     def to_dict(self) -> dict:
         """Plain numbers and lists, as recorded in checkpoints; `from_dict` reads them back."""
