@@ -24,12 +24,12 @@ class Backends:
     fused_adam: str | None
     """'Transformer Engine', 'Apex', or None (torch's AdamW)."""
     gradient_accumulation_fusion: bool
-    """NVIDIA Apex's fused_weight_gradient_mlp_cuda; Transformer Engine brings its own."""
+    """NVIDIA Apex's fused_weight_gradient_mlp_cuda, which Megatron's output layer asks for under
+    Transformer Engine too."""
 
     def lines(self, transformer_impl: str) -> list[str]:
         """The start table's lines: which backend each part uses, and what is done without."""
         te = transformer_impl == "transformer_engine"
-        fusion = te or self.gradient_accumulation_fusion
         parts = {
             "device": "CUDA" if self.cuda else "CPU (no GPU found), gloo",
             "layers": f"Transformer Engine {self.transformer_engine}"
@@ -38,7 +38,9 @@ class Backends:
             "S2 attention": "Triton" if self.cuda else "blocked (PyTorch)",
             "dense attention": "Transformer Engine" if te else "torch SDPA",
             "optimizer": f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW",
-            "gradient fusion": "on" if fusion else "off (NVIDIA Apex not found)",
+            "gradient fusion": "on"
+            if self.gradient_accumulation_fusion
+            else "off (NVIDIA Apex not found)",
         }
         return [f"{name:<16} {value}" for name, value in parts.items()]
 
@@ -87,6 +89,11 @@ def default_options(backends: Backends, chosen: dict) -> dict:
             "megatron.transformer_impl: 'transformer_engine' is not installed here; install it "
             "(docs/install.md), or leave the option out to run on Megatron's local modules"
         )
+    if chosen.get("gradient_accumulation_fusion") and not backends.gradient_accumulation_fusion:
+        raise ConfigError(
+            "megatron.gradient_accumulation_fusion: true needs NVIDIA Apex (built with its "
+            "fused_weight_gradient_mlp_cuda), which is not installed here; leave the option out"
+        )
     use_te = impl == "transformer_engine" or (
         impl is None and backends.transformer_engine is not None and backends.cuda
     )
@@ -104,11 +111,11 @@ def default_options(backends: Backends, chosen: dict) -> dict:
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,  # Megatron divides by it, and has no default
         "distributed_backend": "nccl" if backends.cuda else "gloo",
+        "gradient_accumulation_fusion": backends.gradient_accumulation_fusion,
     }
     if not use_te:
         options |= {
             "no_persist_layer_norm": True,
             "apply_rope_fusion": False,
-            "gradient_accumulation_fusion": backends.gradient_accumulation_fusion,
         }
     return options | chosen

@@ -82,7 +82,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
         heads=transformer.num_attention_heads,
         kv_heads=transformer.num_query_groups,
     )
-    check_model_options(transformer, patterns)
+    check_model_options(transformer, patterns, on_gpu=backends.cuda)
     check_resume(args, patterns, run.sparsity.on_resume)
     args.s2_sparsity = record(patterns)
 

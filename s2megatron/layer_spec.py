@@ -13,6 +13,7 @@ try:
     import os
     from functools import partial
 
+    import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp
@@ -47,7 +48,7 @@ def build_layer_spec(
         ConfigError: an option that S2 attention does not work with.
     """
     transformer = config.transformer
-    check_model_options(transformer, patterns)
+    check_model_options(transformer, patterns, on_gpu=torch.cuda.is_available())
     use_te = transformer.transformer_impl == "transformer_engine"
     if use_te and not HAVE_TE:
         raise ConfigError(

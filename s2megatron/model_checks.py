@@ -15,13 +15,19 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2_kernels import LayerPattern
+from s2_kernels.api import TRITON_HEAD_SIZES
 from s2megatron.core_attention import S2CoreAttention
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 
 
-def check_model_options(config: TransformerConfig, patterns: tuple[LayerPattern, ...]) -> None:
+def check_model_options(
+    config: TransformerConfig, patterns: tuple[LayerPattern, ...], *, on_gpu: bool
+) -> None:
     """Refuses the options that S2 attention does not work with, by name and with the way out.
+
+    Args:
+        on_gpu: the run uses the Triton kernels, and with them their head sizes.
 
     Raises:
         ConfigError: the first option refused. Nothing is refused when all layers are dense.
@@ -31,6 +37,9 @@ def check_model_options(config: TransformerConfig, patterns: tuple[LayerPattern,
     refused = [
         ("context_parallel_size", config.context_parallel_size > 1,
          "not supported yet; use tensor or pipeline parallelism"),
+        ("kv_channels", on_gpu and config.kv_channels not in TRITON_HEAD_SIZES,
+         "the Triton kernels take head sizes from 32 to 256 in multiples of 16; choose another "
+         "head size (kv_channels, or hidden_size over num_attention_heads)"),
         ("mtp_num_layers", config.mtp_num_layers is not None,
          "multi-token prediction layers ignore the layer spec and would run dense; leave it out"),
         ("multi_latent_attention", config.multi_latent_attention,

@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launches import ON_CPU
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -23,7 +26,7 @@ def call(module: str, function: str, *arguments: str, env: dict | None = None):
         text=True,
         timeout=600,
         cwd=HERE.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **(env or {})},
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2", **(env or {})},
     )
     assert done.returncode == 0, done.stderr[-2500:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,6 +9,7 @@ import yaml
 
 from s2megatron.plot import read_scalars
 
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # these runs are small and in float32: no GPU is needed
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = {
@@ -67,7 +68,7 @@ def start(config: Path, *overrides: str, ranks: int = 1, env: dict | None = None
         text=True,
         cwd=ROOT,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", **(env or {})},
     )
 
 

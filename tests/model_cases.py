@@ -50,8 +50,15 @@ def options_refused() -> dict:
     ready = prepare(_run_file(MOCK), [], writers=False)
     sound = ready.model_config.transformer
     assert dataclasses.is_dataclass(sound)
-    results = {"sound": _said(check_model_options, sound, ready.patterns)}
+    sound.kv_channels = 32
+
+    def check(config, on_gpu=True):
+        return _said(lambda: check_model_options(config, ready.patterns, on_gpu=on_gpu))
+
+    results = {"sound": check(sound)}
+    results["sound_on_cpu"] = check(sound, on_gpu=False)
     changes = {
+        "kv_channels": 24,
         "mtp_num_layers": 1,
         "attention_backend": AttnBackend.local,
         "flash_decode": True,
@@ -68,7 +75,7 @@ def options_refused() -> dict:
     for name, value in changes.items():
         config = copy.copy(sound)
         setattr(config, name, value)
-        results[name] = _said(check_model_options, config, ready.patterns)
+        results[name] = check(config)
     return results
 
 

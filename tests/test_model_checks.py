@@ -76,12 +76,13 @@ def options():
 
 
 def test_sound_options_pass(options):
-    assert options.pop("sound") == ""
+    assert options["sound"] == options["sound_on_cpu"] == ""
 
 
 @pytest.mark.parametrize(
     "name",
     [
+        "kv_channels",
         "mtp_num_layers",
         "attention_backend",
         "flash_decode",

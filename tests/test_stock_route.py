@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launches import ROOT, TINY, losses, write_run_file
+from launches import ON_CPU, ROOT, TINY, losses, write_run_file
 
 from s2megatron.backends import Backends, default_options
 from s2megatron.megatron_options import to_argv
@@ -22,7 +22,7 @@ def stock(folder: Path, options: dict, config: Path | None, spec=("layer_spec", 
     options = options | {"tensorboard_dir": str(folder)}
     argv, _ = to_argv(options)
     module, function = spec
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2"}
     if config:
         env["S2MEGATRON_CONFIG"] = str(config)
     return subprocess.run(

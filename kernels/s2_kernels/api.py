@@ -16,6 +16,7 @@ if HAS_TRITON:
     from s2_kernels import ops
 
 BACKENDS = ("auto", "triton", "blocked", "reference")
+TRITON_HEAD_SIZES = range(32, 257, 16)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -237,7 +238,7 @@ def check_triton(
             f"{way_out}"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[-1] % 16 or not 32 <= x.shape[-1] <= 256:
+        if x.shape[-1] not in TRITON_HEAD_SIZES:
             raise ValueError(
                 f"{name} has head size {x.shape[-1]}: the Triton kernels take multiples of 16 "
                 f"from 32 to 256; {way_out}"
