@@ -27,6 +27,7 @@ setup(
         "tqdm",
         "tensorboard",
         "transformers>=4.50",
+        "sentencepiece",
         "matplotlib>=3.8",
     ],
     extras_require={

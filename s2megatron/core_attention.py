@@ -43,7 +43,10 @@ def build_core_attention(
 
 
 class _CausalCoreAttention(MegatronModule):
-    """What the two attentions here share: the contract's checks. No parameters, no buffers."""
+    """What the two attentions here share: the contract. No parameters, no buffers.
+
+    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d].
+    """
 
     def __init__(
         self,
@@ -81,8 +84,21 @@ class _CausalCoreAttention(MegatronModule):
                 f"{type(self).__name__}, layer {self.layer_number}: {found}: {way_out}"
             )
 
-    def _check_call(self, query, key, attention_mask, attn_mask_type, attention_bias, packed):
-        self._require(packed is None, "packed_seq_params", "packed sequences are not supported yet")
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
+        self._require(
+            packed_seq_params is None, "packed_seq_params", "packed sequences are not supported yet"
+        )
         self._require(attention_bias is None, "attention_bias", "is not supported")
         self._require(
             attn_mask_type in (None, AttnMaskType.causal),
@@ -100,6 +116,8 @@ class _CausalCoreAttention(MegatronModule):
             f"{query.shape[0]} queries against {key.shape[0]} keys",
             "inference with a KV cache is not supported yet",
         )
+        out = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
+        return out.transpose(0, 1).flatten(2)
 
 
 class S2CoreAttention(_CausalCoreAttention):
@@ -119,27 +137,8 @@ class S2CoreAttention(_CausalCoreAttention):
         super().__init__(*args, **contract)
         self.pattern = pattern.shard(self.tp_group.rank(), self.tp_group.size())
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params=None,
-    ) -> Tensor:
-        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
-        self._check_call(
-            query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-        )
-        out = s2_attention(
-            *(x.transpose(0, 1) for x in (query, key, value)),
-            self.pattern,
-            softmax_scale=self.softmax_scale,
-        )
-        return out.transpose(0, 1).flatten(2)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return s2_attention(q, k, v, self.pattern, softmax_scale=self.softmax_scale)
 
 
 class TorchDenseAttention(_CausalCoreAttention):
@@ -148,25 +147,11 @@ class TorchDenseAttention(_CausalCoreAttention):
     Megatron's own local attention holds all s x s scores; this one does not.
     """
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params=None,
-    ) -> Tensor:
-        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
-        self._check_call(
-            query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-        )
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.nn.functional.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            *(x.transpose(1, 2) for x in (q, k, v)),
             is_causal=True,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=q.shape[2] != k.shape[2],
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.transpose(1, 2)

@@ -3,12 +3,13 @@
 # model under torchrun (TP=2 + SP; GPUs if there are any, else CPU and gloo), evaluation on held-out
 # files, a checkpoint, and 20 more steps resumed from it. Run it again at once: it picks up what is
 # there.
+#   scripts/quickstart.sh [STEPS [FOLDER]]     (200, runs/quickstart)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 make_venv ""
 
-run=runs/quickstart
+steps=${1:-200} run=${2:-runs/quickstart}
 mkdir -p "$run/data"
 
 if [ ! -e "$run/data/train.idx" ] || [ ! -e "$run/data/valid.idx" ]; then
@@ -38,6 +39,8 @@ train() {
     .venv/bin/python -m torch.distributed.run --nproc-per-node "$ranks" \
         --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 \
         -m s2megatron.pretrain --config configs/quickstart.yaml $layout \
+        "data.train=[$run/data/train]" "data.valid=[$run/data/valid]" \
+        "megatron.train_iters=$((steps + 20))" \
         megatron.save="$run/checkpoints" megatron.load="$run/checkpoints" \
         megatron.tensorboard_dir="$run/tensorboard" "$@" 2>&1 | tee -a "$run/train.log" |
         grep --line-buffered -E \
@@ -45,7 +48,7 @@ train() {
 }
 
 start=$SECONDS
-[ "$(reached)" -ge 200 ] || train megatron.exit_interval=200
-[ "$(reached)" -ge 220 ] || { echo "== resuming from the checkpoint for 20 more steps"; train; }
+[ "$(reached)" -ge "$steps" ] || train "megatron.exit_interval=$steps"
+[ "$(reached)" -ge $((steps + 20)) ] || { echo "== resuming from the checkpoint for 20 more steps"; train; }
 .venv/bin/s2megatron show configs/quickstart.yaml --plot "$run/masks.png" --blocks 16 >"$run/layers.txt"
-.venv/bin/python scripts/quickstart_report.py "$run" $((SECONDS - start))
+.venv/bin/python scripts/quickstart_report.py "$run" "$steps" $((SECONDS - start))

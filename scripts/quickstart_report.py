@@ -15,7 +15,7 @@ def unigram_entropy(prefix: str, vocab: int) -> float:
     return float(-(shares * numpy.log(shares)).sum())
 
 
-def main(run: str, seconds: str) -> int:
+def main(run: str, steps: str, seconds: str) -> int:
     scalars = read_scalars(Path(run) / "tensorboard")
     train, held_out = scalars["lm loss"], scalars["lm loss validation"]
     entropy = unigram_entropy(f"{run}/data/valid", 257)
@@ -25,7 +25,7 @@ def main(run: str, seconds: str) -> int:
         levels={"byte unigram entropy of the held-out text": entropy},
         title="quickstart: 4 layers (1 dense, 3 S2), 512 bytes of context",
     )
-    resumed = [step for step, _ in train if step > 200]
+    resumed = [step for step, _ in train if step > int(steps)]
     speed = scalars["s2/tokens-per-second"][-1][1]
 
     def ends(curve):

@@ -183,6 +183,33 @@ def test_corrupt_index(dataset, damage):
         options(train=dataset)
 
 
+def test_tokenizers_by_name(tmp_path):
+    """A Hugging Face tokenizer folder and a SentencePiece model, both made here."""
+    import sentencepiece
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from s2megatron.data import make_tokenizer
+
+    vocabulary = {"<eos>": 0, "sparse": 1, "shards": 2, "<unk>": 3}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path)
+    encode, end, size = make_tokenizer(f"huggingface:{tmp_path}")
+    assert (encode("sparse shards"), end, size) == ([1, 2], 0, 4)
+
+    text = tmp_path / "text.txt"
+    text.write_text("every head keeps its own shard\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "sp"), vocab_size=20, minloglevel=2
+    )
+    encode, end, size = make_tokenizer(f"sentencepiece:{tmp_path}/sp.model")
+    assert size == 20 and len(encode("own shard")) > 1 and end == 2
+    for bad in (f"sentencepiece:{tmp_path}/gone.model", "word", f"huggingface:{tmp_path}/gone"):
+        with pytest.raises(ConfigError, match="--tokenizer"):
+            make_tokenizer(bad)
+
+
 def test_dataset_input_mistakes(tmp_path):
     from s2megatron.data import documents, find_files
 

@@ -1,13 +1,14 @@
 """The shell scripts' own part, and the shipped run files."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from in_process import call
-from launches import ROOT
+from launches import ON_CPU, ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
@@ -56,6 +57,24 @@ def test_named_python_that_is_too_old_is_refused(tmp_path):
     fake_python(tmp_path, "old", (3, 9))
     done = find_python(PATH=os.environ["PATH"], HOME="/", PYTHON=str(tmp_path / "old"))
     assert done.returncode == 1 and "is not a Python 3.12 or later" in done.stderr
+
+
+def test_quickstart_learns_and_resumes(tmp_path):
+    """The whole script, at 60 steps: well below the unigram entropy, and everything it promises."""
+    run = tmp_path / "quickstart"
+    command = ["bash", "scripts/quickstart.sh", "60", str(run)]
+    env = {**os.environ, **ON_CPU}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, env=env)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    print(done.stdout[-1800:])
+    held_out = float(re.search(r"held out .* ([\d.]+) at step 80", done.stdout)[1])
+    entropy = float(re.search(r"compare +([\d.]+): byte unigram entropy", done.stdout)[1])
+    assert held_out < entropy - 0.3
+    assert "80 steps, the last 20 of them resumed" in done.stdout
+    for name in ("train.log", "loss.png", "masks.png", "checkpoints/iter_0000080"):
+        assert (run / name).exists()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
+    assert again.returncode == 0 and "== 2 rank(s)" not in again.stdout  # nothing left to do
 
 
 @pytest.fixture(scope="module")
