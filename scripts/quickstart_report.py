@@ -48,7 +48,8 @@ files     {run}/train.log        everything that was printed
 
 next, on GPUs (8 of them; configs/ has 7B and 70B too):
   torchrun --nproc-per-node 8 -m s2megatron.pretrain --config configs/llama_1.3b_32k.yaml \\
-      data.train=[PREFIX] data.valid=[PREFIX]     # made by: s2megatron data INPUT --out PREFIX"""
+      data.mock=false data.train=[PREFIX] data.valid=[PREFIX]
+  where PREFIX is made by: s2megatron data INPUT --out PREFIX"""
     )
     return 0 if below == "below" else 1
 
