@@ -121,7 +121,7 @@ def install() -> None:
         training.initialize_megatron, allow_no_cuda=True
     )
     # Its warm-up of fused kernels only compiles them.
-    training.set_jit_fusion_options = lambda *args, **kwargs: None
+    training.set_jit_fusion_options = nothing
     # These read and write the CUDA generator through torch._C.
     megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
         torch.get_rng_state()
@@ -132,9 +132,16 @@ def install() -> None:
     _CudaMeansCpu().__enter__()
 
 
+def nothing(*args, **kwargs) -> None:
+    """For calls that only matter to a GPU."""
+
+
+def zero(*args, **kwargs) -> int:
+    """For questions about a GPU's memory."""
+    return 0
+
+
 def _answer_for_the_device() -> None:
-    nothing = lambda *args, **kwargs: None  # noqa: E731 - reads best as a value
-    zero = lambda *args, **kwargs: 0  # noqa: E731
     answers = {
         # Model parallelism and its random state are set up only where GPUs are counted.
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

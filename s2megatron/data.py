@@ -4,6 +4,7 @@ Each file is a document, and so is each line of a .jsonl file (its "text" field)
 written beside their final names and renamed when whole.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -96,7 +97,7 @@ def make_tokenizer(name: str) -> tuple[Callable[[str], list[int]], int, int]:
             raise ConfigError(f"--tokenizer {name}: cannot be loaded: {error}") from None
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"--tokenizer {name}: has no end-of-text token to part documents")
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         return encode, tokenizer.eos_token_id, len(tokenizer)
     if kind == "sentencepiece" and model:
         if not Path(model).is_file():

@@ -70,7 +70,7 @@ def band_segments(rule, i_first, i_last, k_last, EDGE: tl.constexpr, N_BANDS: tl
             low = i_last - reach + 1
         if j == 0:  # the narrowest band keeps every block
             low = tl.maximum(low, 0)
-            segments = segments + (low, 1, tl.maximum(high - low + 1, 0))  # noqa: RUF005
+            segments = segments + (low, 1, tl.maximum(high - low + 1, 0))  # noqa: RUF005 - Triton has no (*a, b)
         else:
             segments = segments + segment(low, high, rule[0], rule[2 + 2 * j])
     return segments
@@ -90,7 +90,7 @@ def kept_segments(rule, i_first, i_last, k_last, SPANS: tl.constexpr, N_BANDS: t
     count = tl.minimum(i_last, k_last) - start + 1
     if i_first > k_last:  # queries past the keys: do they still keep the last block?
         count = tl.where(i_first - start < lifetime(rule, start, N_BANDS), count, 0)
-    return segments + (start, 1, count)  # noqa: RUF005
+    return segments + (start, 1, count)  # noqa: RUF005 - likewise
 
 
 @triton.jit
