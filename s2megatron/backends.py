@@ -21,6 +21,8 @@ class Backends:
     cuda: bool
     transformer_engine: str | None
     """Version, or None."""
+    te_fails: bool
+    """Transformer Engine is installed and does not import."""
     fused_adam: str | None
     """'Transformer Engine', 'Apex', or None (torch's AdamW)."""
     gradient_accumulation_fusion: bool
@@ -34,7 +36,8 @@ class Backends:
             "device": "CUDA" if self.cuda else "CPU (no GPU found), gloo",
             "layers": f"Transformer Engine {self.transformer_engine}"
             if te
-            else "Megatron local modules, torch norms",
+            else "Megatron local modules, torch norms"
+            + (" (Transformer Engine is installed but does not import)" if self.te_fails else ""),
             "S2 attention": "Triton" if self.cuda else "blocked (PyTorch)",
             "dense attention": "Transformer Engine" if te else "torch SDPA",
             "optimizer": f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW",
@@ -61,6 +64,7 @@ def find_backends() -> Backends:
     return Backends(
         cuda=torch.cuda.is_available(),
         transformer_engine=te_version,
+        te_fails=te_spec is not None and te_version is None,
         fused_adam="Transformer Engine" if te_version else "Apex" if apex_adam else None,
         gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
         is not None,

@@ -29,7 +29,11 @@ class _Stream:
     def synchronize(self):
         pass
 
-    wait_stream = wait_event = synchronize_with = lambda self, other=None: None
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
 
     def record_event(self, event=None):
         return event or _Event()

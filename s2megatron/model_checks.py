@@ -20,6 +20,10 @@ from s2megatron.core_attention import S2CoreAttention
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 
+NO_CONTEXT_PARALLELISM = "not supported yet; use tensor or pipeline parallelism"
+NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
+NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
+
 
 def check_model_options(
     config: TransformerConfig, patterns: tuple[LayerPattern, ...], *, on_gpu: bool
@@ -36,16 +40,16 @@ def check_model_options(
         return
     refused = [
         ("context_parallel_size", config.context_parallel_size > 1,
-         "not supported yet; use tensor or pipeline parallelism"),
+         NO_CONTEXT_PARALLELISM),
         ("kv_channels", on_gpu and config.kv_channels not in TRITON_HEAD_SIZES,
          "the Triton kernels take head sizes from 32 to 256 in multiples of 16; choose another "
          "head size (kv_channels, or hidden_size over num_attention_heads)"),
         ("mtp_num_layers", config.mtp_num_layers is not None,
-         "multi-token prediction layers ignore the layer spec and would run dense; leave it out"),
+         NO_MTP),
         ("multi_latent_attention", config.multi_latent_attention,
          "S2 attention has no latent form; leave it out"),
         ("attention_backend", config.attention_backend == AttnBackend.local,
-         "'local' would replace S2 attention with dense attention; leave it out"),
+         NO_LOCAL_BACKEND),
         ("flash_decode", config.flash_decode,
          "never calls the core attention; leave it out"),
         ("attention_dropout", config.attention_dropout != 0,
@@ -91,11 +95,11 @@ def check_run_options(args) -> None:
         )
     refused = [
         ("context_parallel_size", args.context_parallel_size > 1,
-         "not supported yet; use tensor or pipeline parallelism"),
+         NO_CONTEXT_PARALLELISM),
         ("mtp_num_layers", args.mtp_num_layers is not None,
-         "multi-token prediction layers ignore the layer spec and would run dense; leave it out"),
+         NO_MTP),
         ("attention_backend", args.attention_backend == AttnBackend.local,
-         "'local' would replace S2 attention with dense attention; leave it out"),
+         NO_LOCAL_BACKEND),
         ("sft", args.sft, "packed sequences are not supported yet"),
         ("dataloader_inter_document_masking", args.dataloader_inter_document_masking,
          "packed sequences are not supported yet"),

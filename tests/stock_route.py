@@ -6,30 +6,34 @@ S2MEGATRON_CONFIG; only the CPU runtime is ours.
 
 from s2megatron import cpu_runtime
 
-cpu_runtime.prepare_environment()
-cpu_runtime.install()
-
-from megatron.core.enums import ModelType  # noqa: E402 - after the CPU runtime
-from megatron.training import pretrain  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-
-from s2megatron.gpt_loop import datasets_provider, make_forward_step  # noqa: E402
-from s2megatron.megatron_fixes import skip_missing_makefile  # noqa: E402
-
 
 class NoMeter:
     def training(self, iteration):
         pass
 
-    evaluating = training
+    def evaluating(self):
+        pass
 
 
-if __name__ == "__main__":
+def main():
+    cpu_runtime.prepare_environment()
+    cpu_runtime.install()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from s2megatron.gpt_loop import datasets_provider, make_forward_step
+    from s2megatron.megatron_fixes import skip_missing_makefile
+
     skip_missing_makefile()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, make_forward_step(NoMeter()))
+
+
+if __name__ == "__main__":
+    main()

@@ -163,6 +163,24 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
     assert "iteration        2/" in done.stdout
 
 
+def test_broken_transformer_engine_is_said(tmp_path):
+    """Installed, and failing at import: the run goes on with local modules and says why."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libtransformer_engine.so')")
+    code = (
+        "from s2megatron.backends import find_backends\n"
+        "print(*find_backends().lines('local'), sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert "Transformer Engine is installed but does not import" in done.stdout, done.stderr
+
+
 def test_half_removed_transformer_engine_is_named(tmp_path):
     (tmp_path / "transformer_engine").mkdir()
     done = subprocess.run(

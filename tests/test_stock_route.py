@@ -13,7 +13,11 @@ from s2megatron.megatron_options import to_argv
 from s2megatron.plot import read_scalars
 
 NO_BACKENDS = Backends(
-    cuda=False, transformer_engine=None, fused_adam=None, gradient_accumulation_fusion=False
+    cuda=False,
+    transformer_engine=None,
+    te_fails=False,
+    fused_adam=None,
+    gradient_accumulation_fusion=False,
 )
 
 
