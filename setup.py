@@ -13,7 +13,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
-    packages=["s2_kernels", *find_packages(include=["s2megatron", "s2megatron.*"])],
+    packages=[
+        "s2_kernels",
+        "s2_kernels.hopper",
+        *find_packages(include=["s2megatron*"]),
+    ],
     package_dir={"s2_kernels": "kernels/s2_kernels"},
     install_requires=[
         "torch>=2.6",

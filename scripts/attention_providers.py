@@ -178,14 +178,14 @@ def fa4_sparse(p, a):
     return Ready(forward, leaves, dout, pattern.kept_pairs(p.tokens))
 
 
-def s2(deterministic, p, a):
+def s2(backend, deterministic, p, a):
     from s2_kernels import s2_attention
 
     leaves, dout = p.tensors("bshd")
     pattern = p.pattern()
 
     def forward():
-        return s2_attention(*leaves, pattern, backend="triton", deterministic=deterministic)
+        return s2_attention(*leaves, pattern, backend=backend, deterministic=deterministic)
 
     return Ready(forward, leaves, dout, pattern.kept_pairs(p.tokens))
 
@@ -197,8 +197,9 @@ PREPARE = {
     "dkernel": dkernel,
     "fa4": fa4,
     "fa4-sparse": fa4_sparse,
-    "s2": functools.partial(s2, True),
-    "s2-nondeterministic": functools.partial(s2, False),
+    "s2": functools.partial(s2, "auto", True),
+    "s2-portable": functools.partial(s2, "triton", True),
+    "s2-nondeterministic": functools.partial(s2, "auto", False),
 }
 
 

@@ -18,6 +18,7 @@ from aot import compiled, usage
 from s2_kernels import backward_dkdv, block_sparse, block_sparse_kernels, local_stride
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
+from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.launch import Packing
 
 backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
@@ -53,6 +54,7 @@ def run_all(n):  # returns how many launches came before those of packed sequenc
     run(n)
     run(n, deterministic=False)
     run_sparse(n)
+    launch_hopper_forward(*tensors(1, n)[:3], pattern, 0.1)
     dense = len(kernels)
     run(n, packed(n))
     return dense
@@ -70,6 +72,7 @@ print(json.dumps(dict(usage=used, recompiled=again)))
 
 KERNELS = dict(  # how many kinds of each: dense and packed; dk and dv also fused with dq
     s2_forward_kernel=2,
+    s2_hopper_forward_kernel=1,
     s2_dkdv_kernel=3,
     s2_dq_kernel=2,
     s2_row_terms_kernel=1,
@@ -94,14 +97,17 @@ def report(tmp_path_factory):
 
 
 def test_no_kernel_spills(report):
-    """But for dk and dv of packed sequences, a little: pointer loads, where TMA cannot be used."""
+    """But for dk and dv of packed sequences, a little: pointer loads, where TMA cannot be used.
+
+    On Hopper the producer has 40 registers: a few scalars of an item's list lie on the stack.
+    """
     used = report["usage"]
     names = [x["kernel"] for x in used]
     assert {name: names.count(name) for name in names} == KERNELS
     spilling = [x for x in used if x["stack"]]
-    assert {x["kernel"] for x in spilling if not x["packed"]} == set()
-    assert {x["kernel"] for x in spilling} <= {"s2_dkdv_kernel"}
-    assert all(x["stack"] <= 128 for x in spilling)
+    assert {x["kernel"] for x in spilling if not x["packed"]} <= {"s2_hopper_forward_kernel"}
+    assert {x["kernel"] for x in spilling if x["packed"]} <= {"s2_dkdv_kernel"}
+    assert all(x["stack"] <= (128 if x["packed"] else 24) for x in spilling)
     assert all(x["shared"] <= 227 * 1024 for x in used)
 
 

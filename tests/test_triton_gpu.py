@@ -25,7 +25,7 @@ from attention_cases import (
     run_with_grads,
 )
 
-from s2_kernels import configs, dense, ranges, s2_attention, sliding_window
+from s2_kernels import configs, dense, hopper, ranges, s2_attention, sliding_window
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
 
@@ -75,7 +75,22 @@ def check(case, dtype, **options):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_real_shapes(case, dtype):
-    check(case, dtype)
+    check(case, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_hopper_forward(case, dtype):
+    """The Hopper kernel where it takes the case, as good as eager; else it says what it lacks."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper")
+    q, k, v, dout = make_inputs(case, dtype, "cuda")
+    if hopper.why_not(q, k, v, case.pattern, None):
+        assert case.pattern.block_size < 64 or case.d not in range(48, 129)
+        with pytest.raises(ValueError, match="backend='hopper' does not take"):
+            s2_attention(q, k, v, case.pattern, q_offset=case.q_offset, backend="hopper")
+        return
+    check(case, dtype, backend="hopper")
 
 
 @pytest.mark.parametrize("case", REAL[::4], ids=str)

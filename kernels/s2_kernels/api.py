@@ -15,7 +15,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # only Linux has it
 if HAS_TRITON:
     from s2_kernels import ops
 
-BACKENDS = ("auto", "triton", "blocked", "reference")
+BACKENDS = ("auto", "hopper", "triton", "blocked", "reference")
+ON_GPU = ("auto", "hopper", "triton")
 TRITON_HEAD_SIZES = range(32, 257, 16)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,10 +44,13 @@ def s2_attention(
         q_offset: position of the first query token in the KV sequence (tokens).
         return_lse: also return lse [b, h, s]: the natural log of the softmax denominator,
             float32 (float64 for float64 inputs), differentiable.
-        backend: "auto" takes "triton" for tensors on a GPU and "blocked" for others, and never
-            falls back. "triton": head sizes 32 to 256 in multiples of 16, bfloat16, float16 and
-            float32, a contiguous last dimension, compute capability 8.0. "blocked": PyTorch, any
-            device. "reference": dense mask, for tests.
+        backend: "auto" takes "blocked" for tensors that are not on a GPU; else "hopper" for the
+            forward pass where it can, saying once where it cannot, and "triton". "triton": head
+            sizes 32 to 256 in multiples of 16, bfloat16, float16 and float32, a contiguous last
+            dimension, compute capability 8.0. "hopper": the forward kernel for compute capability
+            9.0 (head sizes 48 to 128, blocks from 64 on, 16-bit types, not packed) with the
+            backward pass of "triton". "blocked": PyTorch, any device. "reference": dense mask, for
+            tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
             in an order that varies. The other backends do not read it.
 
@@ -60,8 +64,8 @@ def s2_attention(
     _check(q, k, v, pattern, q_offset, dims=4)
     backend = _choose(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if backend == "triton":
-        numbers = (0, 0, pattern.key, scale, q_offset, deterministic)
+    if backend in ON_GPU:
+        numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
         out, lse = ops.attention(q, k, v, None, None, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
@@ -117,9 +121,9 @@ def s2_attention_varlen(
         )
     backend = _choose(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if backend == "triton":
+    if backend in ON_GPU:
         cu_seqlens = (cu_seqlens_q.int().contiguous(), cu_seqlens_k.int().contiguous())
-        numbers = (pattern.key, scale, 0, deterministic)
+        numbers = (pattern.key, scale, 0, deterministic, backend)
         out, lse = ops.attention(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
@@ -204,9 +208,9 @@ def _choose(backend, q, k, v) -> str:
     """The backend to run; raises where Triton is meant and cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "triton" if q.is_cuda else "blocked"
-    if backend == "triton":
+    if backend == "auto" and not q.is_cuda:
+        backend = "blocked"
+    if backend in ON_GPU:
         check_triton(q, k, v)
     return backend
 

@@ -70,11 +70,16 @@ def takes_descriptor(x: torch.Tensor) -> bool:
     return aligned and x.data_ptr() % 16 == 0 and all(n < 2**31 for n in x.shape)
 
 
+def tma_strides(x: torch.Tensor) -> list[int]:
+    """Strides as TMA takes them: a dimension of size 1 may have any, and gets one that will do."""
+    unit = 16 // x.element_size()
+    strides = zip(x.shape[:-1], x.stride(), strict=False)
+    return [*(stride if n > 1 else unit for n, stride in strides), 1]
+
+
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A TMA descriptor over [batch, head, row, d] that loads [1, 1, rows, columns]."""
-    unit = 16 // x.element_size()  # a dimension of size 1 may have any stride: give it a fine one
-    strides = [st if n > 1 else unit for n, st in zip(x.shape[:-1], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])
+    return TensorDescriptor(x, list(x.shape), tma_strides(x), [1, 1, rows, columns])
 
 
 def row_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

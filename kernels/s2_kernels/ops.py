@@ -9,6 +9,7 @@ Shapes as in forward.py; sequences are packed when cu_seqlens_q is given.
 import torch
 from torch import Tensor
 
+from s2_kernels import hopper
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
 from s2_kernels.launch import Packing, capability, empty_like
@@ -32,6 +33,7 @@ def attention(
     softmax_scale: float,
     q_offset: int,
     deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out, laid out in memory like q, and lse; inputs checked by the caller (api.py).
 
@@ -40,11 +42,20 @@ def attention(
             longest sequences max_seqlen_q and max_seqlen_k are not read.
         pattern: `LayerPattern.key`. A string costs the dispatcher nothing; 160 numbers 0.2 ms.
         deterministic: of the backward pass.
+        backend: of the forward pass: "triton", "hopper", or "auto": the second where it can.
     """
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return launch_forward(
-        q, k, v, LayerPattern.from_key(pattern), softmax_scale, q_offset, packing=packing
-    )
+    rule = LayerPattern.from_key(pattern)
+    reason = hopper.why_not(q, k, v, rule, packing) if backend != "triton" else "not asked for"
+    if reason is None:
+        from s2_kernels.hopper.forward import launch_hopper_forward  # imports Gluon
+
+        return launch_hopper_forward(q, k, v, rule, softmax_scale, q_offset)
+    if backend == "hopper":
+        raise ValueError(f"backend='hopper' does not take {reason}; choose 'auto' or 'triton'")
+    if backend == "auto" and q.is_cuda and capability(q.device)[0] == 9:
+        hopper.announce(reason)
+    return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
 
 
 @attention.register_fake
@@ -98,7 +109,7 @@ def _(q, k, v, *rest):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, _backend = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.numbers = numbers
     ctx.set_materialize_grads(False)
@@ -110,7 +121,7 @@ def _backward(ctx, dout, dlse):
     grads = attention_backward(
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
     )
-    return *grads, *(None,) * (2 + len(ctx.numbers))
+    return *grads, *(None,) * (len(ctx.numbers) + 3)
 
 
 attention.register_autograd(_backward, setup_context=_save)

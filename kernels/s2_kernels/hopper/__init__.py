@@ -1,0 +1,49 @@
+"""The Hopper backend: Gluon kernels behind the same launchers as the portable Triton kernels.
+
+So far the forward pass; the backward pass is the portable one. What a kernel here cannot take runs
+on the portable kernels, which compute the same.
+"""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+
+from s2_kernels.launch import Packing, capability, head_major, pad, takes_descriptor
+from s2_kernels.pattern import LayerPattern
+
+HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+
+
+def why_not(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    packing: Packing | None,
+) -> str | None:
+    """What keeps the Hopper forward kernel from these inputs; None where it takes them."""
+    if not HAS_GLUON:
+        return "this Triton has no Gluon for Hopper (3.6 has)"
+    if not q.is_cuda or capability(q.device)[0] != 9:
+        return "the GPU is not a Hopper"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype} (bfloat16 and float16 only)"
+    if packing is not None:
+        return "packed sequences"
+    if pattern.block_size < 64:
+        return f"block_size {pattern.block_size} (64, 128 and 256 only)"
+    if pad(q.shape[-1]) not in (64, 128) or q.shape[-1] != v.shape[-1]:
+        return f"head sizes {q.shape[-1]} and {v.shape[-1]} (one size from 48 to 128 only)"
+    if not all(takes_descriptor(head_major(x)) for x in (q, k, v)):
+        return "strides or addresses that TMA does not take (multiples of 16 bytes only)"
+    return None
+
+
+@functools.cache
+def announce(reason: str) -> None:
+    """Says once per reason that the portable kernels run instead."""
+    logging.getLogger("s2_kernels").warning(
+        "s2_attention: portable Triton forward kernel instead of the Hopper one: %s", reason
+    )
