@@ -173,6 +173,10 @@ class SparsityConfig(_Checked):
     on_resume: Literal["error", "replace"] = "error"
     """Resuming a checkpoint of another sparsity: stop, or go on with this one."""
 
+    keep_attention_output: bool = True
+    """Under full activation recompute, keep what sparse layers' attention put out (tokens x heads x
+    (2 d + 4) bytes a layer and rank) instead of computing it again."""
+
     def resolve(self, *, num_layers: int, heads: int, kv_heads: int) -> tuple[LayerPattern, ...]:
         """One pattern per layer, in order, for global head counts. Raises ConfigError."""
         chosen = [(("default",), self.default)] * num_layers

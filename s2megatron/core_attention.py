@@ -15,12 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from s2_kernels import LayerPattern, s2_attention
+from s2megatron.recompute import OutputKeeper
 
 
 def build_core_attention(
     *,
     patterns: tuple[LayerPattern, ...],
     dense: Callable,
+    keep_output: bool,
     config: TransformerConfig,
     layer_number: int,
     **contract,
@@ -33,13 +35,20 @@ def build_core_attention(
     Args:
         patterns: one per layer of the whole model, for global head counts.
         dense: builds the core attention of the layers whose pattern is dense.
+        keep_output: of sparse layers, see S2CoreAttention.
         layer_number: global and 1-based.
         contract: Megatron's other keywords, handed on.
     """
     pattern = patterns[layer_number - 1]
     if pattern.is_dense:
         return dense(config=config, layer_number=layer_number, **contract)
-    return S2CoreAttention(config=config, layer_number=layer_number, pattern=pattern, **contract)
+    return S2CoreAttention(
+        config=config,
+        layer_number=layer_number,
+        pattern=pattern,
+        keep_output=keep_output,
+        **contract,
+    )
 
 
 class _CausalCoreAttention(MegatronModule):
@@ -127,17 +136,23 @@ class S2CoreAttention(_CausalCoreAttention):
         config, layer_number, ...: Megatron's core-attention contract.
         pattern: the layer's lifetimes, for the model's global head counts. The slice of this rank
             is taken here, and nowhere else.
+        keep_output: under full activation recompute, keep the output instead of computing it again
+            (recompute.py).
 
     Raises:
         ValueError: heads do not divide over the ranks, or the layer asks for what S2 attention
             does not do (dropout, masks, context parallelism, packed sequences, a KV cache).
     """
 
-    def __init__(self, *args, pattern: LayerPattern, **contract):
+    def __init__(self, *args, pattern: LayerPattern, keep_output: bool = False, **contract):
         super().__init__(*args, **contract)
         self.pattern = pattern.shard(self.tp_group.rank(), self.tp_group.size())
+        keep = keep_output and self.config.recompute_granularity == "full"
+        self.keeper = OutputKeeper(self.pattern, self.softmax_scale) if keep else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.keeper and self.training:
+            return self.keeper.attend(q, k, v)
         return s2_attention(q, k, v, self.pattern, softmax_scale=self.softmax_scale)
 
 

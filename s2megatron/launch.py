@@ -87,7 +87,8 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     args.s2_sparsity = record(patterns)
 
     def layer_spec(config, vp_stage: int | None = None):
-        return build_layer_spec(config, patterns, vp_stage)
+        keep = run.sparsity.keep_attention_output
+        return build_layer_spec(config, patterns, vp_stage, keep_attention_output=keep)
 
     model_config.transformer_layer_spec = layer_spec
     add_model_check(model_config, patterns, seq_len=args.seq_length)

@@ -35,7 +35,11 @@ except ImportError as error:
 
 
 def build_layer_spec(
-    config, patterns: tuple[LayerPattern, ...], vp_stage: int | None = None
+    config,
+    patterns: tuple[LayerPattern, ...],
+    vp_stage: int | None = None,
+    *,
+    keep_attention_output: bool = True,
 ) -> TransformerBlockSubmodules:
     """Megatron's spec of this pipeline stage's layers, dense MLPs or experts, with our attention.
 
@@ -43,6 +47,7 @@ def build_layer_spec(
         config: Megatron's GPTModelConfig.
         patterns: one per layer, for global head counts.
         vp_stage: virtual pipeline stage.
+        keep_attention_output: as in the run file's `sparsity:` section.
 
     Raises:
         ConfigError: an option that S2 attention does not work with.
@@ -64,7 +69,10 @@ def build_layer_spec(
     dense = TEDotProductAttention if use_te else TorchDenseAttention
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = partial(
-            build_core_attention, patterns=patterns, dense=dense
+            build_core_attention,
+            patterns=patterns,
+            dense=dense,
+            keep_output=keep_attention_output,
         )
         if not use_te:
             _use_torch_norms(layer, transformer)
@@ -108,7 +116,8 @@ def s2_layer_spec(config, vp_stage: int | None = None):
         heads=transformer.num_attention_heads,
         kv_heads=transformer.num_query_groups,
     )
-    spec = build_layer_spec(config, patterns, vp_stage)
+    keep = run.sparsity.keep_attention_output
+    spec = build_layer_spec(config, patterns, vp_stage, keep_attention_output=keep)
     if not vp_stage:
         print_rank_0(
             f"s2megatron: sparsity from {path}; its megatron: and data: sections are not used "

@@ -65,6 +65,12 @@ def assert_same(got: dict[int, float], expected: dict[int, float], first: int = 
 LAYOUTS = {
     "tp2_sp": ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"],
     "pp2": ["megatron.pipeline_model_parallel_size=2"],
+    "pp2_full_recompute": [
+        "megatron.pipeline_model_parallel_size=2",
+        "megatron.recompute_granularity=full",
+        "megatron.recompute_method=uniform",
+        "megatron.recompute_num_layers=1",
+    ],
     "dp2": [],
     "dp2_distributed_optimizer": ["megatron.use_distributed_optimizer=true"],
 }

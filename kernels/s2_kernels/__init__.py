@@ -1,6 +1,6 @@
 """S2 attention kernels. Imports torch and triton, never Megatron; useful on its own."""
 
-from s2_kernels.api import s2_attention, s2_attention_varlen
+from s2_kernels.api import s2_attention, s2_attention_backward, s2_attention_varlen
 from s2_kernels.block_sparse import block_sparse_attention
 from s2_kernels.pattern import (
     FOREVER,
@@ -23,6 +23,7 @@ __all__ = [
     "local_stride",
     "ranges",
     "s2_attention",
+    "s2_attention_backward",
     "s2_attention_varlen",
     "sliding_window",
 ]

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from s2_kernels.blocked import blocked_attention
+from s2_kernels.blocked import blocked_attention, blocked_backward
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import reference_attention
 
@@ -71,6 +71,53 @@ def s2_attention(
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
     return (out, lse) if return_lse else out
+
+
+def s2_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    pattern: LayerPattern,
+    *,
+    softmax_scale: float | None = None,
+    q_offset: int = 0,
+    backend: str = "auto",
+    deterministic: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of an `s2_attention` whose out and lse are at hand.
+
+    For who runs the two passes apart (activation recompute that keeps the output). Takes no part in
+    autograd itself.
+
+    Args:
+        out: [b, s, h, dv], lse: [b, h, s] as `s2_attention` returned them for the other arguments.
+        dout: the gradient of out. The lse is taken to have none.
+        backend: as in `s2_attention`, but for "reference".
+
+    Returns:
+        dq, dk and dv, shaped like q, k and v.
+
+    Raises:
+        ValueError: as `s2_attention`; out, lse or dout of another shape.
+    """
+    _check(q, k, v, pattern, q_offset, dims=4)
+    b, s, h, _ = q.shape
+    shapes = {"out": (*q.shape[:-1], v.shape[-1]), "lse": (b, h, s)}
+    shapes["dout"] = shapes["out"]
+    for name, x in (("out", out), ("lse", lse), ("dout", dout)):
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shapes[name]}")
+    backend = _choose(backend, q, k, v)
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if backend == "reference":
+        raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
+    if backend == "blocked":
+        return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
+    numbers = (0, 0, pattern.key, scale, q_offset, deterministic)
+    return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *numbers)
 
 
 def s2_attention_varlen(

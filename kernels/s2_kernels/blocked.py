@@ -133,36 +133,40 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
-        b, s, h, _ = q.shape
-        group = h // k.shape[2]
         dout = torch.zeros_like(out) if dout is None else dout
-        # d loss / d score = p * (dp - delta), with the lse's own gradient folded into delta.
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-        delta = delta if dlse is None else delta - dlse
-        tiles = _Tiles(ctx.pattern, s, k.shape[1], ctx.q_offset, q.device)
-        k_blocks, v_blocks = tiles.blocks(k), tiles.blocks(v)
-        dq = torch.zeros_like(q)
-        dk = torch.zeros(k_blocks.shape, dtype=lse.dtype, device=q.device)
-        dv = torch.zeros(v_blocks.shape, dtype=lse.dtype, device=q.device)
-        for head, rows, kept, mask in tiles:
-            heads = slice(head * group, (head + 1) * group)
-            q_tile = _grouped(q, head, group, rows, lse.dtype)
-            do_tile = _grouped(dout, head, group, rows, lse.dtype)
-            k_tile = _gather(k_blocks[:, head], kept).to(lse.dtype)
-            v_tile = _gather(v_blocks[:, head], kept).to(lse.dtype)
-            tile_lse = lse[:, heads, rows].flatten(1, 2).unsqueeze(-1)
-            tile_delta = delta[:, heads, rows].flatten(1, 2).unsqueeze(-1)
-            probs = _scores(q_tile, k_tile, mask, ctx.scale, group)
-            probs = probs.sub_(tile_lse).nan_to_num_(nan=-math.inf).exp_()
-            _scatter_add(dv[:, head], kept, probs.transpose(1, 2) @ do_tile)
-            dscores = (do_tile @ v_tile.transpose(1, 2)).sub_(tile_delta).mul_(probs)
-            dscores *= ctx.scale
-            _scatter_add(dk[:, head], kept, dscores.transpose(1, 2) @ q_tile)
-            dq[:, rows, heads] = _ungrouped(dscores @ k_tile, group).to(dq.dtype)
-        dk, dv = (
-            x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : k.shape[1]].to(k.dtype) for x in (dk, dv)
-        )
-        return dq, dk, dv, None, None, None
+        numbers = (ctx.pattern, ctx.scale, ctx.q_offset)
+        return *blocked_backward(q, k, v, out, lse, dout, dlse, *numbers), None, None, None
+
+
+def blocked_backward(q, k, v, out, lse, dout, dlse, pattern: LayerPattern, scale, q_offset=0):
+    """dq, dk and dv of a forward pass that gave out and lse; dlse may be None."""
+    b, s, h, _ = q.shape
+    group = h // k.shape[2]
+    # d loss / d score = p * (dp - delta), with the lse's own gradient folded into delta.
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    delta = delta if dlse is None else delta - dlse
+    tiles = _Tiles(pattern, s, k.shape[1], q_offset, q.device)
+    k_blocks, v_blocks = tiles.blocks(k), tiles.blocks(v)
+    dq = torch.zeros_like(q)
+    dk = torch.zeros(k_blocks.shape, dtype=lse.dtype, device=q.device)
+    dv = torch.zeros(v_blocks.shape, dtype=lse.dtype, device=q.device)
+    for head, rows, kept, mask in tiles:
+        heads = slice(head * group, (head + 1) * group)
+        q_tile = _grouped(q, head, group, rows, lse.dtype)
+        do_tile = _grouped(dout, head, group, rows, lse.dtype)
+        k_tile = _gather(k_blocks[:, head], kept).to(lse.dtype)
+        v_tile = _gather(v_blocks[:, head], kept).to(lse.dtype)
+        tile_lse = lse[:, heads, rows].flatten(1, 2).unsqueeze(-1)
+        tile_delta = delta[:, heads, rows].flatten(1, 2).unsqueeze(-1)
+        probs = _scores(q_tile, k_tile, mask, scale, group)
+        probs = probs.sub_(tile_lse).nan_to_num_(nan=-math.inf).exp_()
+        _scatter_add(dv[:, head], kept, probs.transpose(1, 2) @ do_tile)
+        dscores = (do_tile @ v_tile.transpose(1, 2)).sub_(tile_delta).mul_(probs)
+        dscores *= scale
+        _scatter_add(dk[:, head], kept, dscores.transpose(1, 2) @ q_tile)
+        dq[:, rows, heads] = _ungrouped(dscores @ k_tile, group).to(dq.dtype)
+    dk, dv = (x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : k.shape[1]].to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def blocked_attention(q, k, v, pattern: LayerPattern, *, softmax_scale: float, q_offset: int = 0):
