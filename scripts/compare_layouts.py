@@ -233,10 +233,8 @@ def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> Run:
 def collect(case, tree, run: Run, options, out: Path) -> dict:
     """Reads a run that ended; writes result.json."""
     folder, error = out / case.name, run.poll()
-    try:
-        losses = dict(read_scalars(folder / "tensorboard")["lm loss"])
-    except (KeyError, OSError):
-        losses = {}
+    events = folder / "tensorboard"
+    losses = dict(read_scalars(events).get("lm loss", [])) if events.is_dir() else {}
     expected = tree["megatron"]["train_iters"]
     if not error and len(losses) != expected:
         error = f"{len(losses)} losses of {expected} steps"
