@@ -125,13 +125,15 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
         f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}, "
         f"DP {args.data_parallel_size}"
     )
+    packed = args.dataloader_inter_document_masking
+    assumed = "; if every sequence were one document: the log counts documents" if packed else ""
     return [
         *ready.backends.lines(args.transformer_impl),
         f"{'layout':<16} {layout}: {args.world_size} rank(s)",
         f"{'parameters':<16} {shape.parameters():,}",
         f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
         f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
-        f"attention; with dense attention {sparse - attention + dense:.4e}",
+        f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
         *lines,
     ]
 
@@ -165,6 +167,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
         log_interval=args.log_interval,
         save_interval=args.save_interval if args.save else None,
         report=report,
+        all_data=_over_data_parallel_ranks,
     )
     try:
         pretrain(
@@ -176,3 +179,12 @@ def train(config: str, overrides: Sequence[str]) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _over_data_parallel_ranks(number: float) -> float:
+    """Its sum over the data-parallel ranks, which call this at the same point of a step."""
+    from megatron.core import mpu
+
+    total = torch.tensor(number, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    return total.item()

@@ -93,18 +93,27 @@ def check_run_options(args) -> None:
             f"megatron.tensor_model_parallel_size={tp}: num_attention_heads={heads} must be a "
             f"multiple of it, and num_query_groups={groups} a multiple or a divisor"
         )
+    packed = args.dataloader_inter_document_masking
     refused = [
+        ("dataloader_inter_document_masking", packed and args.context_parallel_size > 1,
+         f"does not go with context_parallel_size={args.context_parallel_size}: documents and "
+         "context-parallel chunks do not fit together in Megatron 0.19; leave one of them out"),
+        ("dataloader_inter_document_masking",
+         packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
+         "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
+         "micro_batch_size to 1"),
         ("context_parallel_size", args.context_parallel_size > 1,
          NO_CONTEXT_PARALLELISM),
         ("mtp_num_layers", args.mtp_num_layers is not None,
          NO_MTP),
         ("attention_backend", args.attention_backend == AttnBackend.local,
          NO_LOCAL_BACKEND),
-        ("sft", args.sft, "packed sequences are not supported yet"),
-        ("dataloader_inter_document_masking", args.dataloader_inter_document_masking,
-         "packed sequences are not supported yet"),
+        ("sft", args.sft,
+         "this launcher has no SFT dataset; for documents packed in pretraining set "
+         "dataloader_inter_document_masking"),
         ("reset_attention_mask", args.reset_attention_mask,
-         "no mask but the causal one is applied; leave it out"),
+         "no mask but the causal one is applied; dataloader_inter_document_masking keeps documents "
+         "apart"),
         ("create_attention_mask_in_dataloader", args.create_attention_mask_in_dataloader,
          "the causal mask is built in; set it to false"),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),

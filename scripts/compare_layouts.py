@@ -83,7 +83,8 @@ def main() -> int:
     if not corpus.with_suffix(".idx").exists():
         stdlib = Path(sysconfig.get_paths()["stdlib"])
         files = find_files([str(stdlib / part) for part in CORPUS], (".py",))
-        write_dataset(documents(files), str(corpus))
+        paragraphs = (part for text in documents(files) for part in text.split("\n\n"))
+        write_dataset(paragraphs, str(corpus))  # some documents per sequence, for packing
     base = base_run_file(small=not backends.cuda, corpus=str(corpus), steps=options.steps)
     cases = list_cases(wanted, modules, options.attention)
     trees = {case: tree_of(base, case, out) for case in cases}

@@ -26,11 +26,7 @@ VARIANTS = {
     "GQA, 2 KV heads": {"group_query_attention": True, "num_query_groups": 2},
     "qk_layernorm": {"qk_layernorm": True},
     "tied embeddings": {"untie_embeddings_and_output_weights": False},
-    "MoE, 8 experts": {
-        "num_experts": 8,
-        "moe_router_topk": 2,
-        "moe_token_dispatcher_type": "alltoall",
-    },
+    "MoE, 8 experts": {"num_experts": 8, "moe_router_topk": 2},
     "FP8 linears": {"fp8_format": "hybrid"},
     "packed": {"dataloader_inter_document_masking": True},
 }
@@ -90,11 +86,14 @@ def base_run_file(*, small: bool, corpus: str, steps: int) -> dict:
         corpus: prefix of the dataset.
     """
     sizes = {"num_layers": 4, "num_attention_heads": 8, "hidden_size": 512, "seq_length": 2048,
-             "ffn_hidden_size": 1376, "moe_ffn_hidden_size": 512, "bf16": True}  # fmt: skip
+             "ffn_hidden_size": 1376, "moe_ffn_hidden_size": 512, "bf16": True,
+             "moe_token_dispatcher_type": "alltoall"}  # fmt: skip
     sparsity = {"block_size": 64, "default": {"local_blocks": 4, "stride": 8}}
     if small:
         sizes |= {"num_attention_heads": 4, "hidden_size": 64, "seq_length": 128,
-                  "ffn_hidden_size": 96, "moe_ffn_hidden_size": 32, "bf16": False}  # fmt: skip
+                  "ffn_hidden_size": 96, "moe_ffn_hidden_size": 32, "bf16": False,
+                  "moe_token_dispatcher_type": "allgather"}  # fmt: skip
+        # (Megatron's all-to-all takes its split sizes off the GPU, and fails where there is none.)
         sparsity = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}}
     return {
         "sparsity": sparsity
@@ -137,7 +136,7 @@ def run_file(base: dict, layout: Layout, *, modules: str, dense: bool) -> dict:
     variant = VARIANTS[layout.variant]
     tree["megatron"] |= variant | layout.options | {"transformer_impl": modules}
     if "num_experts" not in variant:
-        del tree["megatron"]["moe_ffn_hidden_size"]
+        del tree["megatron"]["moe_ffn_hidden_size"], tree["megatron"]["moe_token_dispatcher_type"]
     if not tree["megatron"]["bf16"]:
         del tree["megatron"]["bf16"]
     return tree

@@ -11,6 +11,7 @@ launcher's own `main`) and ends with it: nothing of one run is left for the next
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -150,14 +151,15 @@ def _free_port() -> int:
 
 def what_went_wrong(log: Path, status: int | None) -> str:
     """The error of a rank's log in one line."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = re.sub(r"^\[rank\d+\]: ?", "", text, flags=re.MULTILINE).splitlines()
     for i, line in enumerate(lines):
         if line.startswith("s2megatron: this run cannot start:"):
             return " ".join(lines[i + 1 : i + 4])
     for i in range(len(lines) - 1, -1, -1):
         name = lines[i].split(":")[0]
         if name.isascii() and name.endswith(("Error", "Exception")) and " " not in name:
-            return " ".join(lines[i : i + 3])
+            return " ".join(lines[i : i + 3])[:500]
     return f"status {status}; " + _last_line(log)
 
 
