@@ -59,8 +59,12 @@ class Case:
 
     @property
     def start(self) -> str:
-        """The variant whose initial weights this run takes."""
-        return self.layout.variant
+        """The initial weights this run takes: the variant's, whatever the modules.
+
+        (Megatron names the norms before experts differently in its local modules.)
+        """
+        variant = self.layout.variant
+        return f"{variant}, {self.modules}" if "MoE" in variant else variant
 
 
 def main() -> int:
@@ -121,7 +125,7 @@ def parse() -> argparse.Namespace:
                         default=["s2", "dense"])  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="WORDS",
                         help="only layouts whose 'model: layout' holds one of these")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=2 if count else 1,
+    parser.add_argument("--jobs", type=int, default=3 if count else 1,
                         help="runs that may share a GPU")  # fmt: skip
     parser.add_argument("--ahead", type=int, default=max(1, (os.cpu_count() or 2) // 2),
                         help="processes that import ahead (default: half the cores)")  # fmt: skip
