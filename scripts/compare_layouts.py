@@ -38,6 +38,7 @@ from s2megatron.errors import hide_import_warnings
 from s2megatron.plot import read_scalars
 
 MODULES = {"te": "transformer_engine", "local": "local"}
+ATTENTIONS = ("s2", "dense")
 CORPUS = ("asyncio", "email", "http", "json", "logging", "unittest", "xml")
 STEP = 20  # where the losses must agree, by the issue that this tool answers
 
@@ -119,12 +120,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=count or 2, help="GPUs (CPU: ranks) to use")
     parser.add_argument("--out", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES),
-                        help="of those that are installed (default: all)")  # fmt: skip
-    parser.add_argument("--attention", nargs="+", choices=["s2", "dense"],
-                        default=["s2", "dense"])  # fmt: skip
-    parser.add_argument("--only", nargs="+", metavar="WORDS",
-                        help="only layouts whose 'model: layout' holds one of these")  # fmt: skip
+    parser.add_argument("--modules", action="append", choices=MODULES,
+                        help="only these (default: all that are installed)")  # fmt: skip
+    parser.add_argument("--attention", action="append", choices=ATTENTIONS,
+                        help="only this (default: both)")  # fmt: skip
+    parser.add_argument("--only", action="append", metavar="WORDS",
+                        help="only layouts whose 'model: layout' holds this")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=3 if count else 1,
                         help="runs that may share a GPU")  # fmt: skip
     parser.add_argument("--ahead", type=int, default=max(1, (os.cpu_count() or 2) // 2),
@@ -132,6 +133,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one run")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args()
+    options.modules = options.modules or list(MODULES)
+    options.attention = options.attention or list(ATTENTIONS)
     if count and options.gpus > count:
         parser.error(f"--gpus {options.gpus}: this machine has {count}")
     return options

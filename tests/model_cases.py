@@ -82,6 +82,7 @@ def options_refused() -> dict:
 def built_model() -> dict:
     """What the check says of a built model, sound and tampered with."""
     import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -108,7 +109,8 @@ def built_model() -> dict:
     q, k = torch.randn(128, 1, 4, 16), torch.randn(128, 1, 2, 16)
     results["shape"] = list(core(q, k, k, None).shape)
     results["mask"] = _said(core, q, k, k, torch.ones(1, 1, 128, 128, dtype=torch.bool))
-    results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=object()))
+    other_layout = PackedSeqParams(qkv_format="sbhd")
+    results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=other_layout))
     results["cache"] = _said(core, q[-1:], k, k, None)
     results["state"] = sorted(core.state_dict())
 

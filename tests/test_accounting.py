@@ -1,6 +1,7 @@
 """Figures that users read: tokens/s, true FLOPs, the layer table, the recorded sparsity."""
 
 import pytest
+import torch
 
 from s2_kernels import dense, local_stride, ranges
 from s2megatron.checkpoint.record import describe_difference, read_record, record
@@ -75,6 +76,35 @@ def test_meter_times_training_alone():
         true = 8 * SHAPE.flops_per_sequence(PATTERNS) / 2.0 / 2 / 1e12
         assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true)
         assert "400 tokens/s" in text
+
+
+def test_meter_counts_the_pairs_of_packed_documents():
+    """Two steps of two micro-batches on one of two data-parallel ranks that see the same."""
+    now, reports, lengths = [0.0], [], [60, 30, 10]
+    meter = ThroughputMeter(
+        SHAPE,
+        PATTERNS,
+        sequences=4,
+        gpus=2,
+        log_interval=2,
+        save_interval=None,
+        report=lambda *report: reports.append(report),
+        all_data=lambda number: 2 * number,
+        clock=lambda: now[0],
+    )
+    for iteration in range(5):
+        for _ in range(2):
+            meter.training(iteration)
+            meter.documents(torch.tensor(lengths))
+        now[0] += 1.0
+    pairs = 4 * sum(p.kept_pairs(n) for p in PATTERNS for n in lengths)  # 2 micro-batches, 2 ranks
+    every = 4 * 4 * 3 * sum(n * (n + 1) // 2 for n in lengths)  # 4 heads, 3 layers
+    matmuls = 4 * 100 * SHAPE.matmul_flops_per_token()
+    true = matmuls + 12 * 16 * pairs
+    assert [iteration for iteration, _, _ in reports] == [2, 4]
+    for _, text, scalars in reports:
+        assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true / 2 / 1e12)
+        assert f"need {(matmuls + 12 * 16 * every) / true:.2f}x" in text
 
 
 def test_table_groups_layers_and_names_what_is_uncovered():

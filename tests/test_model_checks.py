@@ -31,7 +31,19 @@ CASES = {
         ["megatron.seq_length=127", "tensor_model_parallel_size=2"],
     ),
     "context_parallel": (["megatron.context_parallel_size=2"], ["context_parallel_size=2"]),
-    "packed": (["megatron.dataloader_inter_document_masking=true"], ["packed sequences"]),
+    "packed_context_parallel": (
+        ["megatron.dataloader_inter_document_masking=true", "megatron.context_parallel_size=2"],
+        ["dataloader_inter_document_masking", "context_parallel_size=2"],
+    ),
+    "packed_pipeline": (
+        [
+            "megatron.dataloader_inter_document_masking=true",
+            "megatron.pipeline_model_parallel_size=2",
+            "megatron.micro_batch_size=2",
+        ],
+        ["dataloader_inter_document_masking", "micro_batch_size to 1"],
+    ),
+    "sft": (["megatron.sft=true"], ["megatron.sft=True", "dataloader_inter_document_masking"]),
     "reset_mask": (["megatron.reset_attention_mask=true"], ["reset_attention_mask"]),
     "mask": (
         ["megatron.create_attention_mask_in_dataloader=true"],
@@ -122,7 +134,7 @@ def test_every_layer_holds_what_was_configured(built):
         ("too_many", "some layers do not hold"),
         ("inference", "RuntimeError: layer 2: Megatron's inference contexts do not run S2"),
         ("mask", "ValueError: S2CoreAttention, layer 2: attention_mask"),
-        ("packed", "ValueError: S2CoreAttention, layer 2: packed_seq_params"),
+        ("packed", "ValueError: S2CoreAttention, layer 2: qkv_format='sbhd'"),
         ("cache", "ValueError: S2CoreAttention, layer 2: 1 queries against 128 keys"),
     ],
 )
