@@ -3,7 +3,9 @@
 megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py, whose part this is.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
@@ -18,6 +20,9 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from s2megatron.packing import document_ends, flatten_samples, packed_seq_params
 from s2megatron.throughput import ThroughputMeter
+
+SPIKE = 10.0
+"""A loss this many times the largest one seen is spiky (--check-for-spiky-loss; Megatron's own)."""
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -71,15 +76,18 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
     losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
     loss = (losses * mask).sum()
     num_tokens = mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    args, machine = get_args(), get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [(torch.isnan, "found NaN in local forward loss calculation", True)]
+        checks += [(torch.isinf, "found Inf in local forward loss calculation", True)]
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        checks += [(spiky, "Spiky loss", False)]
+    for rejected, message, fatal in checks:
+        machine.validate_result(
+            result=loss, rejection_func=rejected, message=message, tolerance=0.0, fatal=fatal
+        )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 
@@ -124,6 +132,7 @@ def make_forward_step(meter: ThroughputMeter):
 def dataset_config(args) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -143,6 +152,9 @@ def dataset_config(args) -> GPTDatasetConfig:
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        sequences_per_dataset=sequences and json.loads(Path(sequences).read_text()),
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         inter_document_masking=args.dataloader_inter_document_masking,
     )
 

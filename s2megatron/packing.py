@@ -53,4 +53,5 @@ def packed_seq_params(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         tokens_per_sample=tokens_per_sample,
+        pad_between_seqs=False,  # else Transformer Engine would look, and wait
     )

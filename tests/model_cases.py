@@ -1,6 +1,7 @@
 """Cases that need Megatron's CPU runtime; each function runs in an interpreter of its own."""
 
 import copy
+import os
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def options_refused() -> dict:
     from megatron.core.transformer.enums import AttnBackend
 
     from s2megatron.launch import prepare
+    from s2megatron.layer_spec import s2_layer_spec
     from s2megatron.model_checks import check_model_options
 
     ready = prepare(_run_file(MOCK), [], writers=False)
@@ -66,6 +68,10 @@ def options_refused() -> dict:
         "softmax_type": "learnable",
         "window_size": (8, 0),
         "qk_clip": True,
+        "log_max_attention_logit": True,
+        "apply_query_key_layer_scaling": True,
+        "use_kitchen_attention": True,
+        "heterogeneous_block_specs": True,
         "context_parallel_size": 2,
         "attention_dropout": 0.1,
         "experimental_attention_variant": "dsa",
@@ -76,6 +82,10 @@ def options_refused() -> dict:
         config = copy.copy(sound)
         setattr(config, name, value)
         results[name] = check(config)
+    broken = Path(tempfile.mkdtemp()) / "run.yaml"
+    broken.write_text("sparsity: {default: [")
+    os.environ["S2MEGATRON_CONFIG"] = str(broken)
+    results["broken_run_file"] = _said(s2_layer_spec, ready.model_config)
     return results
 
 
@@ -178,8 +188,6 @@ def model_sizes(name: str) -> dict:
 
 def dry_run_configs() -> dict:
     """Every shipped run file's dry run: [status, stdout, stderr]."""
-    import os
-
     from launches import ROOT
 
     from s2megatron import pretrain
