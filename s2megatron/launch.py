@@ -128,7 +128,7 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
     packed = args.dataloader_inter_document_masking
     assumed = "; if every sequence were one document: the log counts documents" if packed else ""
     return [
-        *ready.backends.lines(args.transformer_impl),
+        *ready.backends.lines(args),
         f"{'layout':<16} {layout}: {args.world_size} rank(s)",
         f"{'parameters':<16} {shape.parameters():,}",
         f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",

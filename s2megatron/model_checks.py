@@ -12,7 +12,7 @@ place is found by looking at every layer of the built model.
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2_kernels import LayerPattern
@@ -23,6 +23,10 @@ from s2megatron.layer_table import layer_table
 
 NO_CONTEXT_PARALLELISM = "not supported yet; use tensor or pipeline parallelism"
 NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
+GRAPHS = (
+    ", which is not supported; choose cuda_graph_impl 'transformer_engine' and cuda_graph_modules "
+    "without 'attn', as [mlp] (docs/configuration.md)"
+)
 NO_LOGITS = "needs the attention logits, which S2 attention never holds; leave it out"
 NO_LATENT = "S2 attention has no latent form; leave it out"
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
@@ -75,8 +79,11 @@ def check_model_options(
          "the layers must be alike but for their attention; leave it out"),
         ("transformer_impl", config.transformer_impl == "inference_optimized",
          "'inference_optimized' is not supported; use 'transformer_engine' or 'local'"),
-        ("cuda_graph_impl", config.cuda_graph_impl != "none",
-         "CUDA graphs are not supported yet; leave it out"),
+        ("cuda_graph_impl", config.cuda_graph_impl in ("local", "full_iteration"),
+         f"captures attention{GRAPHS}"),
+        ("cuda_graph_modules", config.cuda_graph_impl == "transformer_engine"
+         and (not config.cuda_graph_modules or CudaGraphModule.attn in config.cuda_graph_modules),
+         f"captures attention (an empty list: whole layers){GRAPHS}"),
     ]  # fmt: skip
     for name, asked_for, way_out in refused:
         if asked_for:

@@ -43,7 +43,7 @@ def options_refused() -> dict:
     """Options set on Megatron's model configuration itself, as the stock route could."""
     import dataclasses
 
-    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
     from s2megatron.launch import prepare
     from s2megatron.layer_spec import s2_layer_spec
@@ -82,6 +82,11 @@ def options_refused() -> dict:
         config = copy.copy(sound)
         setattr(config, name, value)
         results[name] = check(config)
+    graphs = copy.copy(sound)
+    graphs.cuda_graph_impl = "transformer_engine"
+    for name, modules in (("attn", ["attn", "mlp"]), ("layers", []), ("mlp", ["mlp"])):
+        graphs.cuda_graph_modules = [CudaGraphModule[module] for module in modules]
+        results[f"graphs_of_{name}"] = check(graphs)
     broken = Path(tempfile.mkdtemp()) / "run.yaml"
     broken.write_text("sparsity: {default: [")
     os.environ["S2MEGATRON_CONFIG"] = str(broken)
