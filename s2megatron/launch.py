@@ -120,10 +120,13 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
     sparse = shape.flops_per_sequence(ready.patterns) * args.global_batch_size
     attention = shape.attention_flops(ready.patterns) * args.global_batch_size
     dense = shape.dense_attention_flops() * args.global_batch_size
+    stages = args.virtual_pipeline_model_parallel_size
+    experts = args.expert_model_parallel_size
     layout = (
         f"TP {args.tensor_model_parallel_size}"
-        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}, "
-        f"DP {args.data_parallel_size}"
+        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}"
+        f"{f' x {stages} virtual stages' if stages else ''}, DP {args.data_parallel_size}"
+        f"{f', EP {experts}' if experts > 1 else ''}"
     )
     packed = args.dataloader_inter_document_masking
     assumed = "; if every sequence were one document: the log counts documents" if packed else ""
@@ -146,7 +149,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from s2megatron.gpt_loop import datasets_provider, make_forward_step
-    from s2megatron.throughput import ThroughputMeter
+    from s2megatron.throughput import ThroughputMeter, peak_tflops
 
     args = ready.args
     if args.rank == 0:
@@ -159,12 +162,17 @@ def train(config: str, overrides: Sequence[str]) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, iteration)
 
+    peak = None
+    if ready.backends.cuda:
+        torch.cuda.set_device(args.local_rank)  # or the question would wake GPU 0
+        peak = peak_tflops(torch.cuda.get_device_name())
     meter = ThroughputMeter(
         ready.shape,
         ready.patterns,
         sequences=args.global_batch_size,
         gpus=args.world_size,
         log_interval=args.log_interval,
+        peak=peak,
         save_interval=args.save_interval if args.save else None,
         report=report,
         all_data=_over_data_parallel_ranks,

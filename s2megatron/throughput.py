@@ -8,6 +8,23 @@ import torch
 from s2_kernels import LayerPattern
 from s2megatron.planning import KeptPairs, ModelShape
 
+PEAKS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "GB200": 2500,
+    "B200": 2250,
+}
+"""Dense bf16 TFLOP/s that NVIDIA's data sheets give, by a part of the device's name."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """What MFU is measured against; None for a device that `PEAKS` does not know."""
+    return next((peak for part, peak in PEAKS.items() if part in device_name), None)
+
 
 class ThroughputMeter:
     """Times training iterations from the moments at which the forward step is called.
@@ -22,6 +39,7 @@ class ThroughputMeter:
         sequences: sequences per iteration, all ranks together.
         gpus: ranks in all.
         log_interval: iterations per report.
+        peak: TFLOP/s of one GPU in bf16, for MFU; None: unknown, and MFU is left out.
         save_interval: checkpoints are written after multiples of this (None: never).
         report: called with (iteration, text, scalars) on every rank.
         all_data: adds a number up over the data-parallel ranks; called by all of them at once, and
@@ -37,6 +55,7 @@ class ThroughputMeter:
         gpus: int,
         log_interval: int,
         save_interval: int | None,
+        peak: float | None = None,
         report: Callable[[int, str, dict[str, float]], None],
         all_data: Callable[[float], float] = float,
         clock: Callable[[], float] = time.perf_counter,
@@ -47,7 +66,7 @@ class ThroughputMeter:
         self.dense_attention_flops = sequences * shape.dense_attention_flops()
         self.shape, self.counter = shape, KeptPairs(patterns)
         self.gpus, self.log_interval, self.save_interval = gpus, log_interval, save_interval
-        self.report, self.all_data, self.clock = report, all_data, clock
+        self.peak, self.report, self.all_data, self.clock = peak, report, all_data, clock
         self._kept = self._dense = self._counted = 0
         """Pairs of packed documents on this rank since the last report, and in how many steps."""
         self._iteration: int | None = None
@@ -99,15 +118,19 @@ class ThroughputMeter:
         flops = self.matmul_flops + self.attention_flops
         dense_ratio = (self.matmul_flops + self.dense_attention_flops) / flops
         tflops = flops / seconds / self.gpus / 1e12
+        mfu = f"MFU {tflops / self.peak:.1%} of {self.peak:g}, bf16; " if self.peak else ""
         text = (
             f" s2megatron iteration {iteration:8d} | {seconds * 1e3:.1f} ms/iteration | "
             f"{tokens:.0f} tokens/s | {tokens / self.gpus:.0f} tokens/s/rank | "
-            f"true model TFLOP/s/rank: {tflops:.4g} (kept pairs; "
+            f"true model TFLOP/s/rank: {tflops:.4g} ({mfu}kept pairs; "
             f"dense attention would need {dense_ratio:.2f}x the FLOPs)"
         )
         scalars = {
             "s2/tokens-per-second": tokens,
             "s2/true-TFLOPs-per-rank": tflops,
             "s2/seconds-per-iteration": seconds,
+            "s2/dense-over-true-FLOPs": dense_ratio,
         }
+        if self.peak:
+            scalars["s2/MFU"] = tflops / self.peak
         self.report(iteration, text, scalars)
