@@ -29,27 +29,41 @@ class Backends:
     """NVIDIA Apex's fused_weight_gradient_mlp_cuda, which Megatron's output layer asks for under
     Transformer Engine too."""
 
-    def lines(self, transformer_impl: str) -> list[str]:
-        """The start table's lines: which backend each part uses, and what is done without."""
-        te = transformer_impl == "transformer_engine"
+    def lines(self, args) -> list[str]:
+        """The start table's lines: which backend each part uses, and what is done without.
+
+        Args:
+            args: Megatron's arguments, validated.
+        """
+        te = args.transformer_impl == "transformer_engine"
+        engine = f"Transformer Engine {self.transformer_engine}"
+        why = "installed, not used" if self.transformer_engine else "not found"
+        why = "installed, does not import" if self.te_fails else why
+        fp8 = f", FP8 ({args.fp8}, {args.fp8_recipe}), attention in bf16" if args.fp8 else ""
+        fusion = "off" if self.gradient_accumulation_fusion else "off (NVIDIA Apex not found)"
+        adam = f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW"
         parts = {
             "device": "CUDA" if self.cuda else "CPU (no GPU found), gloo",
-            "layers": f"Transformer Engine {self.transformer_engine}"
+            "linear layers": engine + fp8
             if te
-            else "Megatron local modules, torch norms"
-            + (" (Transformer Engine is installed but does not import)" if self.te_fails else ""),
+            else f"Megatron local modules (Transformer Engine: {why})",
+            "norms": f"{engine}, fused with the linear layer that follows" if te else "torch",
+            "rotary": "fused (Transformer Engine)" if args.apply_rope_fusion else "not fused",
             "S2 attention": "Triton" if self.cuda else "blocked (PyTorch)",
             "dense attention": "Transformer Engine" if te else "torch SDPA",
-            "optimizer": f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW",
-            "gradient fusion": "on"
-            if self.gradient_accumulation_fusion
-            else "off (NVIDIA Apex not found)",
+            "optimizer": adam if args.optimizer == "adam" else args.optimizer,
+            "gradient fusion": "on (NVIDIA Apex)" if args.gradient_accumulation_fusion else fusion,
         }
         return [f"{name:<16} {value}" for name, value in parts.items()]
 
 
 def find_backends() -> Backends:
-    """Looks at this machine. Raises ConfigError for a half-removed Transformer Engine."""
+    """Looks at this machine.
+
+    Raises:
+        ConfigError: a half-removed Transformer Engine, or an Apex whose FusedAdam Megatron would
+            take and could not build.
+    """
     te_spec = importlib.util.find_spec("transformer_engine")
     if te_spec is not None and te_spec.origin is None:
         folders = ", ".join(te_spec.submodule_search_locations or [])
@@ -61,13 +75,20 @@ def find_backends() -> Backends:
     if te_spec is not None and _brings("transformer_engine.pytorch", "TransformerLayer"):
         te_version = importlib.metadata.version("transformer_engine")
     apex_adam = _brings("apex.optimizers", "FusedAdam")
+    if apex_adam and not te_version and not _brings("amp_C", "multi_tensor_adam"):
+        raise ConfigError(
+            "apex: is installed without its CUDA extensions (amp_C), and Megatron would take its "
+            "FusedAdam, which needs them; build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+            "(docs/install.md), or uninstall it to run with torch's AdamW"
+        )
     return Backends(
         cuda=torch.cuda.is_available(),
         transformer_engine=te_version,
         te_fails=te_spec is not None and te_version is None,
         fused_adam="Transformer Engine" if te_version else "Apex" if apex_adam else None,
-        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        is not None,
+        gradient_accumulation_fusion=_brings(
+            "fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32"
+        ),
     )
 
 

@@ -2,19 +2,22 @@
 
 Contract (Megatron Core 0.19, megatron/core/transformer/attention.py): q is [s, b, h, d] and k, v
 are [s, b, g, d] for this tensor-parallel rank's heads, positions already rotated, sequence
-parallelism already gathered; the result is [s, b, h * d].
+parallelism already gathered; the result is [s, b, h * d]. Packed documents (THD): q is [t, h, d],
+k and v are [t, g, d], and the result is [t, h * d].
 """
 
 from collections.abc import Callable
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from s2_kernels import LayerPattern, s2_attention
+from s2_kernels import LayerPattern, s2_attention, s2_attention_varlen
+from s2_kernels import dense as dense_pattern
 from s2megatron.recompute import OutputKeeper
 
 
@@ -54,7 +57,8 @@ def build_core_attention(
 class _CausalCoreAttention(MegatronModule):
     """What the two attentions here share: the contract. No parameters, no buffers.
 
-    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d].
+    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d], and
+    `_packed_pattern`: what the heads at hand keep of each document.
     """
 
     def __init__(
@@ -102,12 +106,13 @@ class _CausalCoreAttention(MegatronModule):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads."""
-        self._require(
-            packed_seq_params is None, "packed_seq_params", "packed sequences are not supported yet"
-        )
+        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads.
+
+        Packed: [t, h, d], [t, g, d] -> [t, h * d]; positions and blocks start afresh in each
+        document.
+        """
         self._require(attention_bias is None, "attention_bias", "is not supported")
         self._require(
             attn_mask_type in (None, AttnMaskType.causal),
@@ -125,8 +130,25 @@ class _CausalCoreAttention(MegatronModule):
             f"{query.shape[0]} queries against {key.shape[0]} keys",
             "inference with a KV cache is not supported yet",
         )
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params).flatten(1)
         out = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
         return out.transpose(0, 1).flatten(2)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[t, h, d] and [t, g, d] -> [t, h, d]: attention within each document."""
+        self._require(packed.qkv_format == "thd", f"qkv_format={packed.qkv_format!r}", "'thd' only")
+        return s2_attention_varlen(
+            q,
+            k,
+            v,
+            self._packed_pattern(q, k),
+            cu_seqlens_q=packed.cu_seqlens_q,
+            cu_seqlens_k=packed.cu_seqlens_kv,
+            max_seqlen_q=packed.max_seqlen_q,
+            max_seqlen_k=packed.max_seqlen_kv,
+            softmax_scale=self.softmax_scale,
+        )
 
 
 class S2CoreAttention(_CausalCoreAttention):
@@ -141,7 +163,7 @@ class S2CoreAttention(_CausalCoreAttention):
 
     Raises:
         ValueError: heads do not divide over the ranks, or the layer asks for what S2 attention
-            does not do (dropout, masks, context parallelism, packed sequences, a KV cache).
+            does not do (dropout, masks, context parallelism, a KV cache).
     """
 
     def __init__(self, *args, pattern: LayerPattern, keep_output: bool = False, **contract):
@@ -155,11 +177,15 @@ class S2CoreAttention(_CausalCoreAttention):
             return self.keeper.attend(q, k, v)
         return s2_attention(q, k, v, self.pattern, softmax_scale=self.softmax_scale)
 
+    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
+        return self.pattern
+
 
 class TorchDenseAttention(_CausalCoreAttention):
     """Dense causal attention by torch SDPA, for layers that the configuration calls dense.
 
-    Megatron's own local attention holds all s x s scores; this one does not.
+    Megatron's own local attention holds all s x s scores; this one does not. Packed documents go
+    to the S2 kernels, with a pattern that keeps everything: SDPA knows no documents.
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,3 +196,6 @@ class TorchDenseAttention(_CausalCoreAttention):
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
+
+    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
+        return dense_pattern(heads=q.shape[1], kv_heads=k.shape[1])

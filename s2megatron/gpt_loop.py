@@ -3,7 +3,9 @@
 megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py, whose part this is.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
@@ -13,30 +15,43 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from s2megatron.packing import document_ends, flatten_samples, packed_seq_params
 from s2megatron.throughput import ThroughputMeter
+
+SPIKE = 10.0
+"""A loss this many times the largest one seen is spiky (--check-for-spiky-loss; Megatron's own)."""
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
 def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """One micro-batch, each [b, s]; read by tensor-parallel rank 0 and broadcast to the others."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
+    """One micro-batch, each [b, s]; read by tensor-parallel rank 0 and broadcast to the others.
+
+    With inter-document masking each is [1, b * s], and "documents" holds int32 [documents + 1] on
+    the host: where each document starts and the last one ends. Every pipeline stage needs them.
+    """
     args = get_args()
-    batch = {}
+    packed = args.dataloader_inter_document_masking
+    outer = is_first_or_last_pipeline_stage(vp_stage)
+    if not outer and not packed:
+        return dict.fromkeys((*BATCH_KEYS, "documents"))
+    batch, cu_seqlens = {}, None
+    keys = (*BATCH_KEYS, "cu_seqlens", "max_seqlen") if packed else BATCH_KEYS
     if mpu.get_tensor_model_parallel_rank() == 0:
         data = next(data_iterator)
+        cu_seqlens = data.get("cu_seqlens")
         batch = {
             key: data[key].cuda(non_blocking=True) if data.get(key) is not None else None
-            for key in BATCH_KEYS
+            for key in keys
         }
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
@@ -48,7 +63,12 @@ def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | N
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return {key: batch.get(key) for key in BATCH_KEYS}
+    samples = {key: batch.get(key) if outer else None for key in BATCH_KEYS}
+    if not packed:
+        return samples | {"documents": None}
+    if cu_seqlens is None:  # the one wait for the GPU in a micro-batch
+        cu_seqlens = batch["cu_seqlens"].cpu()
+    return flatten_samples(samples) | {"documents": document_ends(cu_seqlens, args.seq_length)}
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
@@ -56,15 +76,18 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
     losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
     loss = (losses * mask).sum()
     num_tokens = mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    args, machine = get_args(), get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [(torch.isnan, "found NaN in local forward loss calculation", True)]
+        checks += [(torch.isinf, "found Inf in local forward loss calculation", True)]
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        checks += [(spiky, "Spiky loss", False)]
+    for rejected, message, fatal in checks:
+        machine.validate_result(
+            result=loss, rejection_func=rejected, message=message, tolerance=0.0, fatal=fatal
+        )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 
@@ -79,7 +102,19 @@ def make_forward_step(meter: ThroughputMeter):
         else:
             meter.evaluating()
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, vp_stage)
+        packing = None
+        if batch["documents"] is not None:
+            packing = packed_seq_params(
+                batch["documents"],
+                tokens_per_sample=args.seq_length,
+                host_rope=args.transformer_impl == "local" and not args.apply_rope_fusion,
+            )
+            if not vp_stage:  # the other virtual stages see the same documents again
+                update_seqlen_stats_from_cu_seqlens(packing.cu_seqlens_q)
+                if model.training:
+                    meter.documents(batch["documents"].diff())
         timers("batch-generator").stop()
         output = model(
             batch["tokens"],
@@ -87,6 +122,7 @@ def make_forward_step(meter: ThroughputMeter):
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            packed_seq_params=packing,
         )
         return output, partial(loss_func, batch["loss_mask"])
 
@@ -96,6 +132,7 @@ def make_forward_step(meter: ThroughputMeter):
 def dataset_config(args) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences = args.per_dataset_sequences_path
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -115,12 +152,17 @@ def dataset_config(args) -> GPTDatasetConfig:
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        sequences_per_dataset=sequences and json.loads(Path(sequences).read_text()),
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
 
 def _is_built_here(vp_stage: int | None = None) -> bool:
-    first_or_last = is_first_or_last_pipeline_stage(vp_stage)
-    return mpu.get_tensor_model_parallel_rank() == 0 and first_or_last
+    packed = get_args().dataloader_inter_document_masking  # every stage asks where documents end
+    needed = packed or is_first_or_last_pipeline_stage(vp_stage)
+    return mpu.get_tensor_model_parallel_rank() == 0 and needed
 
 
 def datasets_provider(num_samples, vp_stage: int | None = None):

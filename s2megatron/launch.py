@@ -121,18 +121,23 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
     sparse = shape.flops_per_sequence(ready.patterns) * args.global_batch_size
     attention = shape.attention_flops(ready.patterns) * args.global_batch_size
     dense = shape.dense_attention_flops() * args.global_batch_size
+    stages = args.virtual_pipeline_model_parallel_size
+    experts = args.expert_model_parallel_size
     layout = (
         f"TP {args.tensor_model_parallel_size}"
-        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}, "
-        f"DP {args.data_parallel_size}"
+        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}"
+        f"{f' x {stages} virtual stages' if stages else ''}, DP {args.data_parallel_size}"
+        f"{f', EP {experts}' if experts > 1 else ''}"
     )
+    packed = args.dataloader_inter_document_masking
+    assumed = "; if every sequence were one document: the log counts documents" if packed else ""
     return [
-        *ready.backends.lines(args.transformer_impl),
+        *ready.backends.lines(args),
         f"{'layout':<16} {layout}: {args.world_size} rank(s)",
         f"{'parameters':<16} {shape.parameters():,}",
         f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
         f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
-        f"attention; with dense attention {sparse - attention + dense:.4e}",
+        f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
         *lines,
     ]
 
@@ -145,7 +150,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from s2megatron.gpt_loop import datasets_provider, make_forward_step
-    from s2megatron.throughput import ThroughputMeter
+    from s2megatron.throughput import ThroughputMeter, peak_tflops
 
     args = ready.args
     if args.rank == 0:
@@ -158,14 +163,20 @@ def train(config: str, overrides: Sequence[str]) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, iteration)
 
+    peak = None
+    if ready.backends.cuda:
+        torch.cuda.set_device(args.local_rank)  # or the question would wake GPU 0
+        peak = peak_tflops(torch.cuda.get_device_name())
     meter = ThroughputMeter(
         ready.shape,
         ready.patterns,
         sequences=args.global_batch_size,
         gpus=args.world_size,
         log_interval=args.log_interval,
+        peak=peak,
         save_interval=args.save_interval if args.save else None,
         report=report,
+        all_data=_over_data_parallel_ranks,
     )
     try:
         pretrain(
@@ -177,3 +188,12 @@ def train(config: str, overrides: Sequence[str]) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _over_data_parallel_ranks(number: float) -> float:
+    """Its sum over the data-parallel ranks, which call this at the same point of a step."""
+    from megatron.core import mpu
+
+    total = torch.tensor(number, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    return total.item()

@@ -1,7 +1,8 @@
 """Nothing runs dense in silence: options are checked before the model is built, layers after.
 
 Ways a Megatron 0.19 run turns dense without a word, and what happens to each here:
-an import that fails under --spec (layer_spec.py raises RuntimeError), MTP layers, which ignore the
+an import that fails under --spec (layer_spec.py raises RuntimeError, and so does this package for
+a module that it does not have; docs/install.md on a misspelt package), MTP layers, which ignore the
 spec (refused), attention_backend=local, which overwrites the core attention (refused, and found
 again after the build), flash_decode and dynamic-batching inference, which never call the core
 attention (refused, and stopped at the first call). Whatever else might put another attention in
@@ -11,7 +12,7 @@ place is found by looking at every layer of the built model.
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2_kernels import LayerPattern
@@ -22,6 +23,12 @@ from s2megatron.layer_table import layer_table
 
 NO_CONTEXT_PARALLELISM = "not supported yet; use tensor or pipeline parallelism"
 NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
+GRAPHS = (
+    ", which is not supported; choose cuda_graph_impl 'transformer_engine' and cuda_graph_modules "
+    "without 'attn', as [mlp] (docs/configuration.md)"
+)
+NO_LOGITS = "needs the attention logits, which S2 attention never holds; leave it out"
+NO_LATENT = "S2 attention has no latent form; leave it out"
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
 
 
@@ -47,7 +54,7 @@ def check_model_options(
         ("mtp_num_layers", config.mtp_num_layers is not None,
          NO_MTP),
         ("multi_latent_attention", config.multi_latent_attention,
-         "S2 attention has no latent form; leave it out"),
+         NO_LATENT),
         ("attention_backend", config.attention_backend == AttnBackend.local,
          NO_LOCAL_BACKEND),
         ("flash_decode", config.flash_decode,
@@ -59,17 +66,24 @@ def check_model_options(
         ("window_size", config.window_size is not None,
          "give the window in the run file (kind: sliding_window, local_blocks)"),
         ("qk_clip", getattr(config, "qk_clip", False),
-         "needs the attention logits, which S2 attention never holds; leave it out"),
+         NO_LOGITS),
         ("log_max_attention_logit", getattr(config, "log_max_attention_logit", False),
-         "needs the attention logits, which S2 attention never holds; leave it out"),
+         NO_LOGITS),
         ("apply_query_key_layer_scaling", config.apply_query_key_layer_scaling,
          "not supported; leave it out"),
         ("experimental_attention_variant", config.experimental_attention_variant is not None,
          "is another attention; leave it out"),
+        ("use_kitchen_attention", config.use_kitchen_attention,
+         "is another attention; leave it out"),
+        ("heterogeneous_block_specs", config.heterogeneous_block_specs,
+         "the layers must be alike but for their attention; leave it out"),
         ("transformer_impl", config.transformer_impl == "inference_optimized",
          "'inference_optimized' is not supported; use 'transformer_engine' or 'local'"),
-        ("cuda_graph_impl", config.cuda_graph_impl != "none",
-         "CUDA graphs are not supported yet; leave it out"),
+        ("cuda_graph_impl", config.cuda_graph_impl in ("local", "full_iteration"),
+         f"captures attention{GRAPHS}"),
+        ("cuda_graph_modules", config.cuda_graph_impl == "transformer_engine"
+         and (not config.cuda_graph_modules or CudaGraphModule.attn in config.cuda_graph_modules),
+         f"captures attention (an empty list: whole layers){GRAPHS}"),
     ]  # fmt: skip
     for name, asked_for, way_out in refused:
         if asked_for:
@@ -93,23 +107,43 @@ def check_run_options(args) -> None:
             f"megatron.tensor_model_parallel_size={tp}: num_attention_heads={heads} must be a "
             f"multiple of it, and num_query_groups={groups} a multiple or a divisor"
         )
+    packed = args.dataloader_inter_document_masking
     refused = [
+        ("dataloader_inter_document_masking", packed and args.context_parallel_size > 1,
+         f"does not go with context_parallel_size={args.context_parallel_size}: documents and "
+         "context-parallel chunks do not fit together in Megatron 0.19; leave one of them out"),
+        ("dataloader_inter_document_masking",
+         packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
+         "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
+         "micro_batch_size to 1"),
         ("context_parallel_size", args.context_parallel_size > 1,
          NO_CONTEXT_PARALLELISM),
         ("mtp_num_layers", args.mtp_num_layers is not None,
          NO_MTP),
+        ("multi_latent_attention", args.multi_latent_attention, NO_LATENT),
+        ("qk_clip", args.qk_clip, NO_LOGITS),
+        ("log_max_attention_logit", args.log_max_attention_logit, NO_LOGITS),
         ("attention_backend", args.attention_backend == AttnBackend.local,
          NO_LOCAL_BACKEND),
-        ("sft", args.sft, "packed sequences are not supported yet"),
-        ("dataloader_inter_document_masking", args.dataloader_inter_document_masking,
-         "packed sequences are not supported yet"),
+        ("sft", args.sft,
+         "this launcher has no SFT dataset; for documents packed in pretraining set "
+         "dataloader_inter_document_masking"),
         ("reset_attention_mask", args.reset_attention_mask,
-         "no mask but the causal one is applied; leave it out"),
+         "no mask but the causal one is applied; dataloader_inter_document_masking keeps documents "
+         "apart"),
         ("create_attention_mask_in_dataloader", args.create_attention_mask_in_dataloader,
          "the causal mask is built in; set it to false"),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),
         ("perform_rl_step", args.perform_rl_step, "only pretraining is supported"),
         ("fim_data", args.fim_data, "not supported by this launcher"),
+        ("logits_load_dir", args.logits_load_dir is not None,
+         "distillation is not supported by this launcher"),
+        ("hybrid_layer_pattern", args.hybrid_layer_pattern is not None,
+         "this launcher builds GPTs and no Mamba layers; leave it out"),
+        ("heterogeneous_layers_config_path", args.heterogeneous_layers_config_path is not None,
+         "the layers must be alike but for their attention; leave it out"),
+        ("overlap_moe_expert_parallel_comm", args.overlap_moe_expert_parallel_comm,
+         "needs a schedule plan, which this launcher's forward step does not make; leave it out"),
         ("seq_length", args.sequence_parallel and args.seq_length % tp != 0,
          f"not divisible by tensor_model_parallel_size={tp}, which sequence_parallel needs"),
     ]  # fmt: skip

@@ -5,7 +5,11 @@ that the patterns keep, and nothing that is recomputed: 4 FLOPs per pair and hea
 8 backward; 6 per weight and token for the matrix products.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from s2_kernels import LayerPattern
 
@@ -129,3 +133,62 @@ class ModelShape:
     def flops_per_sequence(self, patterns: tuple[LayerPattern, ...]) -> int:
         """True model FLOPs of one training sequence, forward and backward."""
         return self.matmul_flops_per_token() * self.seq_len + self.attention_flops(patterns)
+
+
+class KeptPairs:
+    """Pairs that a model's layers keep of sequences of any lengths, counted from tables.
+
+    `LayerPattern.kept_pairs` takes a pass over the blocks for every length; packed documents have
+    new lengths in every batch. Here a table per pattern grows to the longest sequence seen.
+
+    Args:
+        patterns: one per layer.
+    """
+
+    def __init__(self, patterns: Sequence[LayerPattern]):
+        self.layers = Counter(patterns)
+        self.heads = sum(pattern.heads for pattern in patterns)
+        self._tables: dict[LayerPattern, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def count(self, lengths: torch.Tensor) -> tuple[int, int]:
+        """(pairs kept, pairs of dense causal attention), of all layers and query heads.
+
+        Args:
+            lengths: tokens of each sequence, on the host.
+        """
+        lengths = lengths.long()
+        dense = int((lengths * (lengths + 1) // 2).sum())
+        kept = sum(
+            layers * self._count_pattern(pattern, lengths)
+            for pattern, layers in self.layers.items()
+        )
+        return kept, dense * self.heads
+
+    def _count_pattern(self, pattern: LayerPattern, lengths: torch.Tensor) -> int:
+        size = pattern.block_size
+        blocks, rest = lengths // size, lengths % size
+        past, before = self._table(pattern, int(blocks.max()) + 1)
+        # Whole blocks, then the rows of the cut one: the kept past of each, and their triangle.
+        pairs = before[blocks] + rest * past[blocks] * size
+        return int((pairs + pattern.heads * (rest * (rest + 1) // 2)).sum())
+
+    def _table(self, pattern: LayerPattern, n_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per query block: the past blocks its heads keep, and all pairs of the blocks before it.
+
+        Sums over query heads.
+        """
+        if pattern in self._tables and len(self._tables[pattern][0]) >= n_blocks:
+            return self._tables[pattern]
+        changes = torch.zeros(n_blocks + 1, dtype=torch.int64)
+        first = torch.arange(n_blocks)
+        group = pattern.heads // pattern.kv_heads
+        for rule, heads in Counter(pattern.rules).items():
+            # Block k is past from k + 1 on, and dropped at k + lifetime.
+            dropped = (first + rule.lifetimes(n_blocks)).clamp(max=n_blocks)
+            changes[1:] += heads * group
+            changes.index_add_(0, dropped, torch.full_like(dropped, -heads * group))
+        past = changes.cumsum(0)[:n_blocks]
+        size = pattern.block_size
+        pairs = past * size * size + pattern.heads * (size * (size + 1) // 2)
+        self._tables[pattern] = past, pairs.cumsum(0) - pairs
+        return self._tables[pattern]

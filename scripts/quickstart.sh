@@ -44,7 +44,7 @@ train() {
         megatron.save="$run/checkpoints" megatron.load="$run/checkpoints" \
         megatron.tensorboard_dir="$run/tensorboard" "$@" 2>&1 | tee -a "$run/train.log" |
         grep --line-buffered -E \
-            '^(device|layers|S2 attention|dense attention|optimizer|gradient fusion|layout|parameters|FLOPs per step|[0-9]+(-[0-9]+)? +(dense|local|ranges|sliding)|note:)|iteration +[0-9]+/|s2megatron|validation loss at|saved checkpoint|loaded checkpoint|Error|error:'
+            '^(device|linear layers|norms|rotary|S2 attention|dense attention|optimizer|gradient fusion|layout|parameters|FLOPs per step|[0-9]+(-[0-9]+)? +(dense|local|ranges|sliding)|note:)|iteration +[0-9]+/|s2megatron|validation loss at|saved checkpoint|loaded checkpoint|Error|error:'
 }
 
 start=$SECONDS

@@ -32,6 +32,22 @@ def call(module: str, function: str, *arguments: str, env: dict | None = None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> list:
+    """The JSON results of a function that torchrun runs on ranks of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+         str(HERE / "in_process.py"), module, function, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=HERE.parent,
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2500:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def run_command_line(main, argv: list[str]) -> tuple[int, str, str]:
     """(status, stdout, stderr) of a `main(argv)`."""
     out, err = io.StringIO(), io.StringIO()

@@ -1,6 +1,7 @@
 """Cases that need Megatron's CPU runtime; each function runs in an interpreter of its own."""
 
 import copy
+import os
 import tempfile
 from pathlib import Path
 
@@ -42,9 +43,10 @@ def options_refused() -> dict:
     """Options set on Megatron's model configuration itself, as the stock route could."""
     import dataclasses
 
-    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
 
     from s2megatron.launch import prepare
+    from s2megatron.layer_spec import s2_layer_spec
     from s2megatron.model_checks import check_model_options
 
     ready = prepare(_run_file(MOCK), [], writers=False)
@@ -66,6 +68,10 @@ def options_refused() -> dict:
         "softmax_type": "learnable",
         "window_size": (8, 0),
         "qk_clip": True,
+        "log_max_attention_logit": True,
+        "apply_query_key_layer_scaling": True,
+        "use_kitchen_attention": True,
+        "heterogeneous_block_specs": True,
         "context_parallel_size": 2,
         "attention_dropout": 0.1,
         "experimental_attention_variant": "dsa",
@@ -76,12 +82,22 @@ def options_refused() -> dict:
         config = copy.copy(sound)
         setattr(config, name, value)
         results[name] = check(config)
+    graphs = copy.copy(sound)
+    graphs.cuda_graph_impl = "transformer_engine"
+    for name, modules in (("attn", ["attn", "mlp"]), ("layers", []), ("mlp", ["mlp"])):
+        graphs.cuda_graph_modules = [CudaGraphModule[module] for module in modules]
+        results[f"graphs_of_{name}"] = check(graphs)
+    broken = Path(tempfile.mkdtemp()) / "run.yaml"
+    broken.write_text("sparsity: {default: [")
+    os.environ["S2MEGATRON_CONFIG"] = str(broken)
+    results["broken_run_file"] = _said(s2_layer_spec, ready.model_config)
     return results
 
 
 def built_model() -> dict:
     """What the check says of a built model, sound and tampered with."""
     import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -108,7 +124,8 @@ def built_model() -> dict:
     q, k = torch.randn(128, 1, 4, 16), torch.randn(128, 1, 2, 16)
     results["shape"] = list(core(q, k, k, None).shape)
     results["mask"] = _said(core, q, k, k, torch.ones(1, 1, 128, 128, dtype=torch.bool))
-    results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=object()))
+    other_layout = PackedSeqParams(qkv_format="sbhd")
+    results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=other_layout))
     results["cache"] = _said(core, q[-1:], k, k, None)
     results["state"] = sorted(core.state_dict())
 
@@ -176,8 +193,6 @@ def model_sizes(name: str) -> dict:
 
 def dry_run_configs() -> dict:
     """Every shipped run file's dry run: [status, stdout, stderr]."""
-    import os
-
     from launches import ROOT
 
     from s2megatron import pretrain

@@ -1,13 +1,14 @@
 """Figures that users read: tokens/s, true FLOPs, the layer table, the recorded sparsity."""
 
 import pytest
+import torch
 
 from s2_kernels import dense, local_stride, ranges
 from s2megatron.checkpoint.record import describe_difference, read_record, record
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.planning import ModelShape
-from s2megatron.throughput import ThroughputMeter
+from s2megatron.throughput import ThroughputMeter, peak_tflops
 
 HEADS = {"heads": 4, "kv_heads": 2, "block_size": 16}
 SPARSE = local_stride(**HEADS, local_blocks=2, stride=2)
@@ -54,6 +55,7 @@ def test_meter_times_training_alone():
         PATTERNS,
         sequences=8,
         gpus=2,
+        peak=989,
         log_interval=4,
         save_interval=6,
         report=lambda *report: reports.append(report),
@@ -74,7 +76,53 @@ def test_meter_times_training_alone():
         assert scalars["s2/tokens-per-second"] == 8 * 100 / 2.0
         true = 8 * SHAPE.flops_per_sequence(PATTERNS) / 2.0 / 2 / 1e12
         assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true)
-        assert "400 tokens/s" in text
+        assert scalars["s2/MFU"] == pytest.approx(true / 989)
+        assert "400 tokens/s" in text and f"MFU {true / 989:.1%} of 989, bf16" in text
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_mfu_is_of_the_device_at_hand(name, peak):
+    assert peak_tflops(name) == peak
+
+
+def test_meter_counts_the_pairs_of_packed_documents():
+    """Two steps of two micro-batches on one of two data-parallel ranks that see the same."""
+    now, reports, lengths = [0.0], [], [60, 30, 10]
+    meter = ThroughputMeter(
+        SHAPE,
+        PATTERNS,
+        sequences=4,
+        gpus=2,
+        log_interval=2,
+        save_interval=None,
+        report=lambda *report: reports.append(report),
+        all_data=lambda number: 2 * number,
+        clock=lambda: now[0],
+    )
+    for iteration in range(5):
+        for _ in range(2):
+            meter.training(iteration)
+            meter.documents(torch.tensor(lengths))
+        now[0] += 1.0
+    pairs = 4 * sum(p.kept_pairs(n) for p in PATTERNS for n in lengths)  # 2 micro-batches, 2 ranks
+    every = 4 * 4 * 3 * sum(n * (n + 1) // 2 for n in lengths)  # 4 heads, 3 layers
+    matmuls = 4 * 100 * SHAPE.matmul_flops_per_token()
+    true = matmuls + 12 * 16 * pairs
+    assert [iteration for iteration, _, _ in reports] == [2, 4]
+    for _, text, scalars in reports:
+        assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true / 2 / 1e12)
+        assert "MFU" not in text and "s2/MFU" not in scalars
+        assert f"need {(matmuls + 12 * 16 * every) / true:.2f}x" in text
 
 
 def test_table_groups_layers_and_names_what_is_uncovered():

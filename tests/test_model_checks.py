@@ -1,5 +1,6 @@
 """Nothing runs dense in silence: each way that Megatron has ends in an error."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 from in_process import call
-from launches import ROOT, TINY, start, write_run_file
+from launches import ON_CPU, ROOT, TINY, start, write_run_file
+
+from s2megatron import stock
 
 CASES = {
     "unknown_option": (
@@ -31,7 +34,19 @@ CASES = {
         ["megatron.seq_length=127", "tensor_model_parallel_size=2"],
     ),
     "context_parallel": (["megatron.context_parallel_size=2"], ["context_parallel_size=2"]),
-    "packed": (["megatron.dataloader_inter_document_masking=true"], ["packed sequences"]),
+    "packed_context_parallel": (
+        ["megatron.dataloader_inter_document_masking=true", "megatron.context_parallel_size=2"],
+        ["dataloader_inter_document_masking", "context_parallel_size=2"],
+    ),
+    "packed_pipeline": (
+        [
+            "megatron.dataloader_inter_document_masking=true",
+            "megatron.pipeline_model_parallel_size=2",
+            "megatron.micro_batch_size=2",
+        ],
+        ["dataloader_inter_document_masking", "micro_batch_size to 1"],
+    ),
+    "sft": (["megatron.sft=true"], ["megatron.sft=True", "dataloader_inter_document_masking"]),
     "reset_mask": (["megatron.reset_attention_mask=true"], ["reset_attention_mask"]),
     "mask": (
         ["megatron.create_attention_mask_in_dataloader=true"],
@@ -45,6 +60,34 @@ CASES = {
         ["transformer_engine", "is not installed"],
     ),
     "spec": (["megatron.spec=[a,b]"], ["megatron.spec"]),
+    "rl": (["megatron.perform_rl_step=true"], ["perform_rl_step"]),
+    "fim": (["megatron.fim_data=true"], ["megatron.fim_data=True"]),
+    "distillation": (["megatron.logits_load_dir=x"], ["megatron.logits_load_dir=x"]),
+    "mamba": (["megatron.hybrid_layer_pattern=M*M*"], ["hybrid_layer_pattern", "GPTs"]),
+    "heterogeneous": (
+        ["megatron.heterogeneous_layers_config_path=x.json"],
+        ["heterogeneous_layers_config_path"],
+    ),
+    "moe_overlap": (
+        ["megatron.overlap_moe_expert_parallel_comm=true"],
+        ["overlap_moe_expert_parallel_comm"],
+    ),
+    # Through the launcher too, before a process group starts; each is refused by its own words.
+    "latent_attention": (["megatron.multi_latent_attention=true"], ["multi_latent_attention"]),
+    "qk_clip": (["megatron.qk_clip=true"], ["qk_clip"]),
+    "max_logit": (["megatron.log_max_attention_logit=true"], ["log_max_attention_logit"]),
+    "flash_decode": (["megatron.flash_decode=true"], ["flash_decode"]),
+    "softmax": (["megatron.softmax_type=learnable"], ["softmax_type"]),
+    "window": (["megatron.window_size=(8,0)"], ["window_size"]),
+    "layer_scaling": (
+        ["megatron.apply_query_key_layer_scaling=true", "megatron.fp16=true"],
+        ["apply_query_key_layer_scaling"],
+    ),
+    "cuda_graphs": (["megatron.cuda_graph_impl=local"], ["cuda_graph_impl"]),
+    "other_attention": (
+        ["megatron.experimental_attention_variant=dsa"],
+        ["experimental_attention_variant"],
+    ),
 }
 
 
@@ -79,6 +122,17 @@ def test_sound_options_pass(options):
     assert options["sound"] == options["sound_on_cpu"] == ""
 
 
+def test_cuda_graphs_may_leave_attention_out(options):
+    assert options["graphs_of_mlp"] == ""
+    assert options["graphs_of_attn"].startswith("ConfigError: megatron.cuda_graph_modules=")
+    assert "whole layers" in options["graphs_of_layers"]
+
+
+def test_broken_run_file_stops_the_stock_route(options):
+    assert options["broken_run_file"].startswith("ConfigError: --config")
+    assert "cannot be read as YAML" in options["broken_run_file"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -90,6 +144,10 @@ def test_sound_options_pass(options):
         "softmax_type",
         "window_size",
         "qk_clip",
+        "log_max_attention_logit",
+        "apply_query_key_layer_scaling",
+        "use_kitchen_attention",
+        "heterogeneous_block_specs",
         "context_parallel_size",
         "attention_dropout",
         "experimental_attention_variant",
@@ -122,7 +180,7 @@ def test_every_layer_holds_what_was_configured(built):
         ("too_many", "some layers do not hold"),
         ("inference", "RuntimeError: layer 2: Megatron's inference contexts do not run S2"),
         ("mask", "ValueError: S2CoreAttention, layer 2: attention_mask"),
-        ("packed", "ValueError: S2CoreAttention, layer 2: packed_seq_params"),
+        ("packed", "ValueError: S2CoreAttention, layer 2: qkv_format='sbhd'"),
         ("cache", "ValueError: S2CoreAttention, layer 2: 1 queries against 128 keys"),
     ],
 )
@@ -131,24 +189,85 @@ def test_what_would_run_dense_stops(built, name, words):
 
 
 IMPORT_PROBE = """
+import sys
 from megatron.core.transformer.spec_utils import import_module
-print("spec:", import_module(("s2megatron.layer_spec", "s2_layer_spec")))
+print("spec:", import_module(tuple(sys.argv[2:])))
 """
 
 
-def test_failing_import_under_spec_stops_the_run(tmp_path):
-    """Megatron's import_module turns an ImportError into None, and then trains dense."""
-    (tmp_path / "s2_kernels").mkdir()
-    (tmp_path / "s2_kernels" / "__init__.py").write_text("raise ImportError('no Triton here')")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_PROBE],
+def import_spec(folder, module="layer_spec"):
+    """What Megatron does with --spec, with `folder` before all else on the path."""
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-c", IMPORT_PROBE, "--spec", f"s2megatron.{module}", "s2_layer_spec"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **ON_CPU, "PYTHONPATH": path},
     )
+
+
+@pytest.mark.parametrize(
+    "package, words",
+    [
+        ("s2_kernels", "RuntimeError: s2megatron.layer_spec cannot be imported (no such thing"),
+        ("triton", "ImportError: no such thing here"),  # Megatron Core itself cannot do without
+    ],
+    ids=["s2_kernels", "triton"],
+)
+def test_failing_import_under_spec_stops_the_run(tmp_path, package, words):
+    """Megatron's import_module turns an ImportError into None, and then trains dense."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('no such thing here')")
+    done = import_spec(tmp_path)
     assert done.returncode != 0 and "spec:" not in done.stdout
-    assert "RuntimeError: s2megatron.layer_spec cannot be imported (no Triton here)" in done.stderr
+    assert words in done.stderr
+
+
+def test_misspelt_module_under_spec_stops_the_run(tmp_path):
+    done = import_spec(tmp_path, "layer_specs")
+    assert done.returncode != 0 and "spec:" not in done.stdout
+    assert "RuntimeError: --spec: there is no module s2megatron.layer_specs" in done.stderr
+    assert "s2megatron.layer_spec s2_layer_spec" in done.stderr
+
+
+def test_missing_module_is_an_import_error_elsewhere():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("s2megatron.layer_specs")
+
+
+def test_stock_launcher_runs_a_script_with_the_spec(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "pretrain_gpt.py"
+    script.write_text("import sys, beside_it\nprint(__name__, *sys.argv[1:])")
+    (tmp_path / "beside_it.py").write_text("")
+    monkeypatch.setenv("S2MEGATRON_CONFIG", str(write_run_file(tmp_path / "run.yaml", TINY)))
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert stock.main([str(script), "--num-layers", "2"]) == 0
+    words = "__main__ --num-layers 2 --spec s2megatron.layer_spec s2_layer_spec\n"
+    assert capsys.readouterr().out == words
+
+
+@pytest.mark.parametrize(
+    "argv, config, words",
+    [
+        (["script.py"], None, "S2MEGATRON_CONFIG is not set"),
+        (["script.py"], "broken.yaml", "stried"),
+        (["none.py"], "sound.yaml", "pretrain_gpt.py"),
+        (["script.py", "--spec", "a", "b"], "sound.yaml", "--spec"),
+    ],
+    ids=["no_run_file", "broken_run_file", "no_script", "second_spec"],
+)
+def test_stock_launcher_stops_before_the_script(tmp_path, monkeypatch, capsys, argv, config, words):
+    monkeypatch.chdir(tmp_path)
+    write_run_file(tmp_path / "sound.yaml", TINY)
+    (tmp_path / "broken.yaml").write_text("sparsity: {default: {stried: 4}}")
+    (tmp_path / "script.py").write_text("print('ran')")
+    monkeypatch.delenv("S2MEGATRON_CONFIG", raising=False)
+    if config:
+        monkeypatch.setenv("S2MEGATRON_CONFIG", config)
+    assert stock.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and words in said.err
 
 
 def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
@@ -159,37 +278,9 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
     short = ["megatron.train_iters=2", "megatron.lr_decay_iters=20"]
     done = start(config, *short, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "torch AdamW" in done.stdout and "off (NVIDIA Apex not found)" in done.stdout
+    for words in ("torch AdamW", "off (NVIDIA Apex not found)", "(Transformer Engine: not found)"):
+        assert words in done.stdout
     assert "iteration        2/" in done.stdout
-
-
-def test_broken_transformer_engine_is_said(tmp_path):
-    """Installed, and failing at import: the run goes on with local modules and says why."""
-    package = tmp_path / "transformer_engine"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('libtransformer_engine.so')")
-    code = (
-        "from s2megatron.backends import find_backends\n"
-        "print(*find_backends().lines('local'), sep='\\n')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
-    assert "Transformer Engine is installed but does not import" in done.stdout, done.stderr
-
-
-def test_half_removed_transformer_engine_is_named(tmp_path):
-    (tmp_path / "transformer_engine").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", "from s2megatron.backends import find_backends; find_backends()"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
-    assert "half-removed" in done.stderr and str(tmp_path) in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ PARAMETERS = {
     "llama_1.3b_128k.yaml": 1_345_423_360,
     "llama_7b_32k.yaml": 6_738_415_616,  # Llama 2 7B
     "llama_7b_128k.yaml": 6_738_415_616,
+    "llama_1.3b_1m.yaml": 1_345_423_360,
+    "llama_7b_1m.yaml": 6_738_415_616,
     "llama_70b_32k.yaml": 70_553_706_496,  # Llama 3 70B
     "llama_70b_128k.yaml": 70_553_706_496,
 }

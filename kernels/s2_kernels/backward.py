@@ -164,6 +164,7 @@ def launch_backward(
             slots=slots,
         )
         head_major(dq)[:, heads.start : heads.stop].copy_(dq_sum)
+        del dq_sum  # before the next chunk's
     return dq, dk, dv
 
 

@@ -1,0 +1,42 @@
+"""Runs a Megatron-LM script with S2 attention, with no name left to misspell.
+
+    S2MEGATRON_CONFIG=run.yaml torchrun ... -m s2megatron.stock pretrain_gpt.py ...
+
+is `torchrun ... pretrain_gpt.py ... --spec s2megatron.layer_spec s2_layer_spec`, but it reads the
+run file before anything starts, and a package that cannot be imported stops it: under a misspelt
+--spec Megatron loads nothing of this package and trains dense.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from s2megatron.config import load_config
+from s2megatron.errors import ConfigError
+
+SPEC = ("s2megatron.layer_spec", "s2_layer_spec")
+
+
+def main(argv: list[str]) -> int:
+    """Runs argv[0] with the other arguments; 2 for what cannot start."""
+    try:
+        if not argv or not Path(argv[0]).is_file():
+            raise ConfigError(
+                f"{argv[0] if argv else 'no script'}: name Megatron-LM's pretrain_gpt.py, and its "
+                "options after it"
+            )
+        if "--spec" in argv:
+            raise ConfigError("--spec: is given by s2megatron.stock; leave it out")
+        load_config(os.environ.get("S2MEGATRON_CONFIG") or "(S2MEGATRON_CONFIG is not set)")
+    except ConfigError as error:
+        print(f"s2megatron: this run cannot start:\n{error}", file=sys.stderr, flush=True)
+        return 2
+    sys.argv = [*argv, "--spec", *SPEC]
+    sys.path[0] = str(Path(argv[0]).resolve().parent)  # as if Python had been given the script
+    runpy.run_path(argv[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""Ranks that have imported Megatron before there is work for them.
+
+A rank of `torchrun -m s2megatron.pretrain` imports for 10 to 20 s before it touches its GPU. Here a
+pool of processes imports ahead, on the host's cores, while GPUs are busy with other runs. Each
+process then becomes one rank of one run (the environment that torchrun would set, then the
+launcher's own `main`) and ends with it: nothing of one run is left for the next.
+
+    python warm_ranks.py     (a rank: reads one line of JSON from stdin; started by `Pool`)
+"""
+
+import importlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = ("s2megatron.layer_spec", "s2megatron.gpt_loop", "s2megatron.launch",
+           "torch.utils.tensorboard")  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A launch under way."""
+
+    ranks: list[subprocess.Popen]
+    logs: list[Path]
+    deadline: float
+    began: float = field(default_factory=time.monotonic)
+    failed: int | None = None
+    """The first rank that ended with an error."""
+
+    def poll(self) -> str | None:
+        """None while it runs, then '' or what went wrong. Ends ranks that wait for a dead one."""
+        states = [rank.poll() for rank in self.ranks]
+        if self.failed is None:
+            self.failed = next((i for i, state in enumerate(states) if state), None)
+            if self.failed is not None:  # the others may be about to say why, too
+                self.deadline = min(self.deadline, time.monotonic() + 10)
+        if None in states:
+            if time.monotonic() < self.deadline:
+                return None
+            self.end()
+        if self.failed is not None:
+            return what_went_wrong(self.logs[self.failed], states[self.failed])
+        if None in states:
+            limit = self.deadline - self.began
+            return f"not done after {limit:.0f} s (--timeout); " + _last_line(self.logs[0])
+        return ""
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
+
+
+class Pool:
+    """Processes that import ahead.
+
+    Args:
+        total: ranks that will be asked for in all; no more are started.
+        ahead: processes to hold ready.
+        log: where their stderr goes until they have a run.
+    """
+
+    def __init__(self, *, total: int, ahead: int, log: Path):
+        self.left, self.ahead, self.log = total, ahead, log
+        self.idle: list[subprocess.Popen] = []
+        self.refill()
+
+    def refill(self) -> None:
+        """Starts what is missing. A process that died while importing is replaced, not hidden."""
+        for process in [p for p in self.idle if p.poll() is not None]:
+            raise RuntimeError(f"a rank cannot import (status {process.returncode}): {self.log}")
+        while self.left > 0 and len(self.idle) < self.ahead:
+            self._start()
+
+    def _start(self) -> None:
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # before anything starts CUDA
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        with self.log.open("a") as log:
+            self.idle.append(
+                subprocess.Popen(
+                    [sys.executable, __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    text=True,
+                    cwd=ROOT,
+                    env=os.environ | environment,
+                )
+            )
+        self.left -= 1
+
+    def launch(self, argv: list[str], gpus: list[int], folder: Path, timeout: float) -> Run:
+        """One run of the launcher.
+
+        Args:
+            argv: what follows `torchrun -m s2megatron.pretrain`.
+            gpus: a rank on each of these.
+            folder: gets rank0.log, rank1.log, ...
+            timeout: seconds.
+        """
+        while len(self.idle) < len(gpus):
+            self._start()
+        port = _free_port()
+        run = Run([], [], time.monotonic() + timeout)
+        for rank, gpu in enumerate(gpus):
+            log = folder / f"rank{rank}.log"
+            log.unlink(missing_ok=True)
+            environment = {
+                "RANK": rank,
+                "WORLD_SIZE": len(gpus),
+                "LOCAL_RANK": gpu,
+                "LOCAL_WORLD_SIZE": len(gpus),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            process = self.idle.pop(0)
+            job = {"argv": argv, "log": str(log), "environment": environment}
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.close()
+            run.ranks.append(process)
+            run.logs.append(log)
+        return run
+
+    def close(self) -> None:
+        """Idle processes end at the end of their input."""
+        for process in self.idle:
+            process.stdin.close()
+        for process in self.idle:
+            process.wait()
+        self.idle = []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def what_went_wrong(log: Path, status: int | None) -> str:
+    """The error of a rank's log in one line."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = re.sub(r"^\[rank\d+\]: ?", "", text, flags=re.MULTILINE).splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("s2megatron: this run cannot start:"):
+            return " ".join(lines[i + 1 : i + 4])
+    for i in range(len(lines) - 1, -1, -1):
+        name = lines[i].split(":")[0]
+        if name.isascii() and name.endswith(("Error", "Exception")) and " " not in name:
+            return " ".join(lines[i : i + 3])[:500]
+    return f"status {status}; " + _last_line(log)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return "its log ends: " + next((line for line in reversed(lines) if line.strip()), "(empty)")
+
+
+def main() -> int:
+    """One rank: imports, waits for its run, becomes it."""
+    import torch
+
+    from s2megatron.errors import hide_import_warnings
+
+    hide_import_warnings()
+    if not torch.cuda.is_available():
+        from s2megatron import cpu_runtime
+
+        cpu_runtime.prepare_environment()
+        cpu_runtime.install()  # before our modules, as the launcher does
+    for name in IMPORTS:
+        importlib.import_module(name)
+    from s2megatron import pretrain
+
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    job = json.loads(line)
+    with open(job["log"], "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {name: str(value) for name, value in job["environment"].items()}
+    return pretrain.main(job["argv"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
