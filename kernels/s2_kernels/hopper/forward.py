@@ -12,6 +12,7 @@ next item's list while the others are busy. Barriers come in pairs, ready (loade
 Shapes as in s2_kernels/forward.py.
 """
 
+import functools
 import math
 
 import torch
@@ -375,9 +376,14 @@ def s2_hopper_forward_kernel(
 def descriptor(x: torch.Tensor) -> TensorDescriptor:
     """A TMA descriptor over [batch, head, row, d] that moves [1, 1, 64, padded d]."""
     box = [1, 1, ROWS, pad(x.shape[-1])]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(x, list(x.shape), tma_strides(x), box, layout)
+    return TensorDescriptor(x, list(x.shape), tma_strides(x), box, box_layout(box[-1], x.dtype))
+
+
+@functools.cache
+def box_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a box of 64 rows lies in shared memory: swizzled, as the tensor cores read it."""
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, columns], dtype)
 
 
 def launch_hopper_forward(
