@@ -119,18 +119,20 @@ def error_in(text: str) -> str:
 
 def read_log(text: str, warmup: int, last: int) -> dict:
     """ms of the counted steps, of the first, tokens/s, and the most memory of rank 0."""
-    own = re.findall(r"s2megatron iteration +(\d+) \| ([\d.]+) ms", text)
-    counted = [float(ms) for i, ms in own if warmup < int(i) <= last]
+    line = r"s2megatron iteration +(\d+) \| ([\d.]+) ms.*?true model TFLOP/s/rank: ([\d.e+]+)"
+    own = [
+        (float(ms), float(tf)) for i, ms, tf in re.findall(line, text) if warmup < int(i) <= last
+    ]
+    counted = [ms for ms, _ in own]
     theirs = re.findall(r" iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+)", text)
     memory = re.findall(r"max allocated: ([\d.]+)", text)
     losses = re.findall(r"lm loss: ([\d.E+-]+)", text)
-    flops = re.findall(r"true model TFLOP/s/rank: ([\d.]+)", text)
     return dict(
         ms=statistics.median(counted),
         spread_ms=max(counted) - min(counted),
         first_ms=float(theirs[0][1]) if theirs else None,
         memory_GB=max(map(float, memory)) / 1e3 if memory else None,
-        true_TFLOPs=float(flops[-1]) if flops else None,
+        true_TFLOPs=statistics.median(tf for _, tf in own),
         loss=float(losses[-1]) if losses else None,
     )
 
