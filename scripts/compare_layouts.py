@@ -19,6 +19,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -70,6 +71,7 @@ class Case:
 
 def main() -> int:
     hide_import_warnings()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit: end the ranks, too
     options = parse()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

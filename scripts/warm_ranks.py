@@ -9,8 +9,10 @@ launcher's own `main`) and ends with it: nothing of one run is left for the next
 """
 
 import importlib
+import itertools
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -71,6 +73,7 @@ class Pool:
 
     def __init__(self, *, total: int, ahead: int, log: Path):
         self.left, self.ahead, self.log = total, ahead, log
+        self.ports = _free_ports()
         self.idle: list[subprocess.Popen] = []
         self.refill()
 
@@ -113,7 +116,7 @@ class Pool:
         """
         while len(self.idle) < len(gpus):
             self._start()
-        port = _free_port()
+        port = next(self.ports)
         run = Run([], [], time.monotonic() + timeout)
         for rank, gpu in enumerate(gpus):
             log = folder / f"rank{rank}.log"
@@ -143,10 +146,15 @@ class Pool:
         self.idle = []
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports():
+    """Ports below those that the system gives to connections: a run binds its own seconds later."""
+    for port in itertools.cycle(random.sample(range(20000, 30000), 10000)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
 
 
 def what_went_wrong(log: Path, status: int | None) -> str:

@@ -15,6 +15,7 @@ from layouts import LAYOUTS, ONE_GPU, VARIANTS, Layout, base_run_file, layouts, 
 from warm_ranks import what_went_wrong
 
 from s2megatron.backends import Backends
+from s2megatron.megatron_options import to_argv
 
 
 def test_packed_documents_over_two_ranks_have_the_losses_of_one(tmp_path):
@@ -48,6 +49,17 @@ def test_layouts_fit_the_gpus_and_each_has_its_own_single_gpu_run():
         singles = [layout.variant for layout in layouts(gpus) if layout.name == ONE_GPU]
         assert sorted(singles) == sorted({layout.variant for layout in layouts(gpus)})
     assert {layout.variant for layout in layouts(4)} == set(VARIANTS)
+
+
+def test_every_layout_is_made_of_megatrons_options():
+    for small in (False, True):
+        base = base_run_file(small=small, corpus="corpus", steps=24)
+        for layout in layouts(4):
+            tree = run_file(base, layout, modules="transformer_engine", dense=False)
+            _, parsed = to_argv(tree["megatron"])
+            assert parsed.micro_batch_size == 1 and parsed.train_iters == 24
+            if layout.variant == "FP8 linears":
+                assert parsed.fp8 == "hybrid"
 
 
 def test_dense_runs_differ_in_the_sparsity_alone():

@@ -9,6 +9,7 @@ from attention_cases import Case, _ls, assert_as_good_as_eager, run_with_grads
 
 from s2_kernels import ranges, s2_attention_varlen
 from s2_kernels.reference import masked_attention, token_mask
+from s2_kernels.schedule import column_work, round_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [37, 1, 0, 50]
@@ -82,3 +83,16 @@ def test_packed_float16():
 
 def test_packed_adding_up_dq():
     check(GQA, LENGTHS, LENGTHS, backend="triton", deterministic=False)
+
+
+def test_new_lengths_reuse_the_work_list():
+    """A new work list is copied to the device, and the copy waits: not in every batch."""
+    assert [round_up(n) for n in (1, 15, 16, 17, 31, 33, 1000)] == [1, 15, 16, 18, 32, 36, 1024]
+    assert all(n <= round_up(n) <= n * 9 / 8 for n in range(1, 5000))
+    for lengths in ([100, 28], [97, 31], [20, 104, 4]):
+        check(GQA, lengths, lengths, backend="triton")
+        if lengths == [100, 28]:
+            before = column_work.cache_info().misses
+    assert (
+        column_work.cache_info().misses == before + 1
+    )  # for three documents; 97 and 104 are 100's

@@ -37,7 +37,7 @@ from s2_kernels.primitives import (
     sequence,
     store_rows,
 )
-from s2_kernels.schedule import column_work
+from s2_kernels.schedule import column_work, round_up
 
 
 @triton.jit(
@@ -266,16 +266,17 @@ def launch_dkdv(
     g, t = k_heads.shape[1:3]
     d_v = v.shape[-1]
     kv_heads = kv_heads or range(g)
-    n_seqs, max_q, max_k = (packing.n_seqs, packing.max_q, packing.max_k) if packing else (b, s, t)
+    n_seqs, longest = b, (s, t)
+    if packing:
+        n_seqs, longest = packing.n_seqs, (round_up(packing.max_q), round_up(packing.max_k))
     work = column_work(
         pattern,
         kv_heads,
-        max_q,
-        max_k,
+        *longest,
         q_offset,
         config.block_m,
         config.block_n,
-        n_seqs,
+        round_up(n_seqs) if packing else n_seqs,
         slots or concurrent_programs(q.device, config.num_warps),
         q.device,
     )

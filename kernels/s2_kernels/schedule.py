@@ -18,6 +18,16 @@ SHORTEST_PIECE = 32
 """Tiles below which a column is not cut: adding up its pieces would cost more than it saves."""
 
 
+def round_up(n: int) -> int:
+    """The next of eight sizes per power of two.
+
+    Packed batches have other lengths every time. Rounded, a few work lists serve them all: a new
+    one is copied to the device, which waits for it.
+    """
+    step = 1 << max(0, n.bit_length() - 4)
+    return -(-n // step) * step
+
+
 class ColumnWork(NamedTuple):
     """The work of one launch.
 
