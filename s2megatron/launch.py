@@ -95,13 +95,18 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     return Prepared(run, backends, args, model_config, patterns, shape)
 
 
-def dry_run(config: str, overrides: Sequence[str]) -> str:
-    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
+def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
+    """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs."""
     ranks = _ranks_named_by(load_config(config, overrides))
     os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
+    return prepare(config, overrides, writers=False)
+
+
+def dry_run(config: str, overrides: Sequence[str]) -> str:
+    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare(config, overrides, writers=False)
+        ready = prepare_without_launch(config, overrides)
     return "\n".join(_summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 
