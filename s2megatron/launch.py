@@ -54,7 +54,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
     from s2megatron.checkpoint.record import check_resume, record
     from s2megatron.layer_spec import build_layer_spec
-    from s2megatron.megatron_fixes import skip_missing_makefile
+    from s2megatron.megatron_fixes import keep_rope_scaling_factor, skip_missing_makefile
     from s2megatron.megatron_options import to_argv
     from s2megatron.model_checks import add_model_check, check_model_options, check_run_options
 
@@ -90,6 +90,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
         return build_layer_spec(config, patterns, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec
+    keep_rope_scaling_factor(model_config, args)
     add_model_check(model_config, patterns, seq_len=args.seq_length)
     shape = ModelShape.from_megatron(transformer, args)
     return Prepared(run, backends, args, model_config, patterns, shape)

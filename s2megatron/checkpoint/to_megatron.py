@@ -95,8 +95,6 @@ def read_run(config: str, overrides: tuple[str, ...]):
 
     Its datasets and checkpoints are not looked at: they may be on another machine.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
     from s2megatron.launch import prepare_without_launch
 
     unused = (
@@ -112,8 +110,6 @@ def read_run(config: str, overrides: tuple[str, ...]):
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
             ready = prepare_without_launch(config, (*overrides, *unused))
-            if ready.args.padded_vocab_size is None:
-                build_tokenizer(ready.args)  # sets it, as training will
     finally:
         logging.disable(logging.NOTSET)
     return ready.args, ready.patterns, ready.run.sparsity.on_resume
