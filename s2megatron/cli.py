@@ -32,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
 
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    # argparse takes key.path=value only beside the other positional arguments; let it stand last.
+    if rest and hasattr(options, "overrides") and not any(part.startswith("-") for part in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     hide_import_warnings()
     try:
         options.run(options)

@@ -159,13 +159,13 @@ def s2_mask(
     real = attention_mask[:, :kv_length].bool()
     if real.all():
         return None
-    first = real.int().argmax(dim=1)
-    last = kv_length - 1 - real.flip(1).int().argmax(dim=1)
     count = real.sum(dim=1)
-    if ((last - first + 1 != count) | (count == 0)).any():
+    first = torch.where(count > 0, real.int().argmax(dim=1), kv_length)
+    last = kv_length - 1 - real.flip(1).int().argmax(dim=1)
+    if ((last - first + 1 != count) & (count > 0)).any():
         raise ValueError(
-            "attention 's2': attention_mask has zeros between ones, or no ones at all; only "
-            "padding before a sequence, or after it, is supported"
+            "attention 's2': attention_mask has zeros between ones; only padding before a "
+            "sequence, or after it, is supported"
         )
     return first if first.any() else None
 

@@ -96,7 +96,8 @@ class HuggingFaceFolder:
     def _open(self, name: str):
         if name not in self._files:
             try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
+                # pread, because every page of a mapped file that was ever read counts as memory
+                self._files[name] = safe_open(self.folder / name, framework="pt", backend="pread")
             except FileNotFoundError:
                 raise ConfigError(
                     f"{self.folder / name}: is missing, which {INDEX} names"

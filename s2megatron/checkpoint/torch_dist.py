@@ -136,7 +136,7 @@ class _StreamWriter(FileSystemWriter):
                 data = planner.resolve_data(item)
                 start = stream.tell()
                 if isinstance(data, Tensor):
-                    torch.save(data.contiguous().clone() if _is_view(data) else data, stream)
+                    _save(data, stream)
                     self.done(data.numel() * data.element_size())
                 else:
                     stream.write(data.getbuffer())
@@ -148,6 +148,14 @@ class _StreamWriter(FileSystemWriter):
         return future
 
 
-def _is_view(tensor: Tensor) -> bool:
-    """torch.save writes the whole storage that a tensor looks into."""
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+def _save(tensor: Tensor, stream) -> None:
+    """torch.save of the tensor alone, not of all the storage that it may look into."""
+    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        tensor = tensor.clone()
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # The zip writer stumbles over a write that failed, and hides what the disk said.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
