@@ -68,9 +68,15 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def wrong_run_files() -> dict:
-    """A run file that describes another model, one field at a time."""
+def bad_input() -> dict:
+    """All cases that need no disk or process of their own."""
     bench = Bench()
+    kinds = (wrong_run_files, bad_sources, bad_checkpoints)
+    return {kind.__name__: kind(bench) for kind in kinds}
+
+
+def wrong_run_files(bench: Bench) -> dict:
+    """A run file that describes another model, one field at a time."""
     fields = {
         "layers": ["megatron.num_layers=5", "sparsity.layers=[]"],
         "hidden": ["megatron.hidden_size=128"],
@@ -90,9 +96,9 @@ def wrong_run_files() -> dict:
     return {name: bench.to_megatron(None, *overrides) for name, overrides in fields.items()}
 
 
-def bad_sources() -> dict:
+def bad_sources(bench: Bench) -> dict:
     """Hugging Face folders that are damaged, or of a model that Megatron here cannot hold."""
-    bench, results = Bench(), {}
+    results = {}
     configs = {
         "architecture": {"model_type": "gpt_neox"},
         "no_such_type": {"model_type": "nothing_known"},
@@ -153,9 +159,9 @@ def _with_extra_tensor(bench: Bench) -> Path:
     return folder
 
 
-def bad_checkpoints() -> dict:
+def bad_checkpoints(bench: Bench) -> dict:
     """Megatron checkpoints that are damaged, or of a model that Hugging Face's cannot hold."""
-    bench, results = Bench(), {}
+    results = {}
     folder = bench.copy("megatron")
     cut(folder / "release" / "__0_0.distcp")
     results["truncated"] = bench.to_hf(folder)

@@ -10,6 +10,8 @@ import pytest
 from in_process import call
 from launches import ON_CPU, ROOT
 
+from s2megatron import cli
+
 # what the message must hold
 RUN_FILES = {
     "layers": ["megatron.num_layers: 5", "num_hidden_layers is 4"],
@@ -76,38 +78,28 @@ def check(result: list, parts: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def wrong_run_files():
-    return call("convert_errors", "wrong_run_files")
+def bad_input():
+    return call("convert_errors", "bad_input")
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_run_file_of_another_model(wrong_run_files, name):
-    check(wrong_run_files[name], RUN_FILES[name])
-
-
-@pytest.fixture(scope="module")
-def bad_sources():
-    return call("convert_errors", "bad_sources")
+def test_run_file_of_another_model(bad_input, name):
+    check(bad_input["wrong_run_files"][name], RUN_FILES[name])
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_bad_hugging_face_folder(bad_sources, name):
-    check(bad_sources[name], SOURCES[name])
-
-
-@pytest.fixture(scope="module")
-def bad_checkpoints():
-    return call("convert_errors", "bad_checkpoints")
+def test_bad_hugging_face_folder(bad_input, name):
+    check(bad_input["bad_sources"][name], SOURCES[name])
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_bad_checkpoint(bad_checkpoints, name):
-    check(bad_checkpoints[name], CHECKPOINTS[name])
+def test_bad_checkpoint(bad_input, name):
+    check(bad_input["bad_checkpoints"][name], CHECKPOINTS[name])
 
 
 @pytest.mark.parametrize("name", ["not_empty", "not_empty_back"])
-def test_output_folder_with_something_in_it(bad_checkpoints, name):
-    status, err, _, changed = bad_checkpoints[name]
+def test_output_folder_with_something_in_it(bad_input, name):
+    status, err, _, changed = bad_input["bad_checkpoints"][name]
     assert status == 2 and "the folder is not empty" in err and not changed
 
 
@@ -147,9 +139,5 @@ def test_killed_half_way(tmp_path):
         assert not out.exists() and convert_errors.digest(Path(path)) == before
         parts = list(tmp_path.glob(f".{way}.part-*"))
         assert len(parts) == 1 and any(parts[0].rglob("*"))  # half of it, under its own name
-        extra = [] if way == "to-hf" else ["--config", config]
-        again = [sys.executable, "-m", "s2megatron.cli", "convert", way, path, "--out", str(out)]
-        assert (
-            subprocess.run([*again, *extra], cwd=ROOT, env={**os.environ, **ON_CPU}).returncode == 0
-        )
-        assert out.exists()
+    again = ["convert", "to-hf", checkpoint, "--out", str(tmp_path / "to-hf")]
+    assert cli.main(again) == 0 and (tmp_path / "to-hf" / "config.json").exists()
