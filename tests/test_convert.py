@@ -7,6 +7,8 @@ very bits that went in.
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from convert_models import DENSE, LLAMA3, MODELS, S2, make_model, run_tree, tokens
+from convert_models import DENSE, LLAMA3, MODELS, S2, SMALL, make_model, run_tree, tokens
 from launches import ON_CPU, ROOT, write_run_file
 from safetensors.torch import load_file
 
 from s2megatron import hf
 from s2megatron.checkpoint.inspect import inspect
 from s2megatron.checkpoint.reader import CheckpointReader
+from s2megatron.checkpoint.record import check_resume
 from s2megatron.checkpoint.to_hf import to_hugging_face
+from s2megatron.config import parse_config
+from s2megatron.errors import ConfigError
 
 # On one rank the dense model is stock Megatron's ("stock"), elsewhere the run file's.
 CASES = {"s2-tp1": "tp1", "s2-tp2": "tp2", "s2-pp2": "pp2", "dense-tp2": "tp2", "dense-pp2": "pp2"}
@@ -163,6 +168,77 @@ def test_stock_megatron_saves_the_same_keys(home):
         k: v.size for k, v in stock.tensors.items()
     }
     assert hasattr(ours.args, "s2_sparsity") and not hasattr(stock.args, "s2_sparsity")
+
+
+def test_stock_checkpoint_is_told_apart(home):
+    """What stock Megatron saved records no sparsity: resuming it with S2 asks."""
+    from argparse import Namespace
+
+    patterns = parse_config(run_tree("llama", S2)).sparsity.resolve(
+        num_layers=4, heads=4, kv_heads=2
+    )
+    args = {"ckpt_step": None, "pretrained_checkpoint": None, "rank": 0}
+    check_resume(Namespace(load=home / "llama" / "s2-tp1", **args), patterns, "error")
+    with pytest.raises(ConfigError, match="it records no sparsity: a dense checkpoint"):
+        check_resume(Namespace(load=home / "llama" / "stock", **args), patterns, "error")
+
+
+def test_other_spellings_of_a_checkpoint(home, tmp_path):
+    """Transformer Engine's name of the norm before experts; common.pt, as before Megatron 0.19."""
+    folder = shutil.copytree(home / "mixtral" / "megatron", tmp_path / "checkpoint")
+    common = CheckpointReader(folder).common | {"iteration": 12}
+    torch.save(common, folder / "release" / "common.pt")
+    file = folder / "release" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    for name in ("decoder.layers.mlp.linear_fc1.layer_norm_weight", "common_state/shard_0_1"):
+        metadata.state_dict_metadata.pop(name)
+    file.write_bytes(pickle.dumps(metadata))
+    report = to_hugging_face(folder, tmp_path / "hf")
+    assert report.iteration == 12 and report.architecture == "mixtral"
+    expected, got = all_tensors(home / "mixtral" / "hf"), all_tensors(tmp_path / "hf")
+    assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+
+
+def test_tokenizer_and_config_of_a_run_from_scratch(home, tmp_path, monkeypatch):
+    """No source folder is known: all there is to know comes from the run's own tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 101)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words)), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    args = CheckpointReader(home / "llama" / "s2-tp1").args
+    args.vocab_size, args.tokenizer_type = None, "HuggingFaceTokenizer"
+    args.tokenizer_model = str(tmp_path / "tokenizer")
+    monkeypatch.setattr(CheckpointReader, "args", args)
+    to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "hf", dtype="bf16")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (101, 0, 1)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")) == 101
+    model = hf.load(tmp_path / "hf")
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 1
+
+    args.tokenizer_model = "somewhere/else"
+    report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "padded")
+    assert any("nothing says how many of the 128 embedding rows" in note for note in report.notes)
+    report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "asked", vocab_size=99)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "asked").vocab_size == 99
+
+
+def test_what_differs_from_the_source_is_told(home, converted, tmp_path):
+    """A source whose config says something else: the checkpoint's word is written."""
+    other = shutil.copytree(home / "llama" / "hf", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    rope = config["rope_parameters"] | {"factor": 8.0}
+    changed = config | {"rope_parameters": rope, "max_position_embeddings": 99, "mine": [1]}
+    (other / "config.json").write_text(json.dumps(changed))
+    report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "hf", like=other)
+    told = "\n".join(report.notes)
+    assert "rope_scaling.factor is 32.0" in told and "max_position_embeddings is 16384" in told
+    got = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert got.rope_parameters["factor"] == 32.0 and got.max_position_embeddings == 16384
+    assert got.mine == [1] and got.eos_token_id == SMALL["eos_token_id"]
 
 
 def test_inspect(home):

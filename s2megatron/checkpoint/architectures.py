@@ -138,14 +138,20 @@ def from_megatron(args, where: str, *, vocab: int) -> CheckpointModel:
         qk_norm=bool(getattr(args, "qk_layernorm", False)),
         norm_eps=args.layernorm_epsilon,
         rope_theta=float(args.rotary_base),
-        llama3_factor=float(args.rope_scaling_factor) if args.use_rope_scaling else None,
+        llama3_factor=_llama3_factor(args),
         max_positions=args.max_position_embeddings,
         experts=experts,
         experts_per_token=args.moe_router_topk if experts else 0,
         expert_ffn=expert_ffn,
-        renormalized_router=not (experts and args.moe_router_pre_softmax),
+        renormalized_router=not (experts and getattr(args, "moe_router_pre_softmax", False)),
         moe_layers=moe_layers,
     )
+
+
+def _llama3_factor(args) -> float | None:
+    if not getattr(args, "use_rope_scaling", False):
+        return None
+    return float(getattr(args, "rope_scaling_factor", 8.0))
 
 
 def _dense_ffn(ffn: int, expert_ffn: int, moe_layers: tuple[bool, ...]) -> int:

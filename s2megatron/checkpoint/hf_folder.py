@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from s2megatron.errors import ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Copied as they are, in either direction.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -199,14 +193,6 @@ def _default_mode() -> int:
 
 def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
-    """Copies the files that are there; returns their names."""
-    found = [name for name in names if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Megatron torch_dist checkpoint -> Hugging Face folder, one shard in memory at a time."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from s2megatron.checkpoint.model import FIELD_NAMES, CheckpointModel, difference
 from s2megatron.checkpoint.reader import CheckpointReader, Place
 from s2megatron.checkpoint.record import read_record
 from s2megatron.checkpoint.tensors import TensorRule, tensor_rules
+from s2megatron.checkpoint.tokenizer import (
+    RunTokenizer,
+    copy_files,
+    find_files,
+    run_tokenizer,
+)
 from s2megatron.checkpoint.writing import check_output, check_space, whole_folder
 from s2megatron.errors import ConfigError
 
@@ -65,15 +72,20 @@ def to_hugging_face(
     where = f"checkpoint {reader.folder}"
     source = _source_folder(reader, like)
     source_config = hf_folder.read_config(source) if source else None
-    notes: list[str] = []
-    vocab = _true_vocab(reader, source_config, vocab_size, notes)
+    notes = _rope_note(reader.args)
+    tokenizer = run_tokenizer(reader.args)
+    vocab = _true_vocab(reader, tokenizer, source_config, vocab_size, notes)
     model = architectures.from_megatron(reader.args, where, vocab=vocab)
     if architecture is None and source_config is not None:
         architecture = source_config.model_type
     name = architectures.choose_architecture(model, architecture, where)
     rules = list(tensor_rules(model, mixtral_names=name == "mixtral"))
     places = check_tensors(reader, rules, model)
-    config = _config(model, name, source, source_config, reader, notes)
+    config = architectures.to_config(model, name) | tokenizer.token_ids
+    if source_config is not None and source_config.model_type == name:
+        config = _merged(source, source_config, config, model, notes)
+    config.pop("s2", None)
+    config |= _sparsity(reader, model, notes)
     sizes = _sizes(rules, places, model, cast)
     check_space(out, sum(size for _, size in sizes))
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5's, and 4's
@@ -86,7 +98,7 @@ def to_hugging_face(
             tensors = _tensors(reader, rules, places, model, cast)
             hf_folder.write_shards(part, shards, tensors, bar.update)
         hf_folder.write_json(part / "config.json", config)
-        _write_companions(reader, source, part, notes)
+        _write_companions(reader, tokenizer, source, part, notes)
     parameters = sum(torch.Size(s).numel() for r in rules for s in r.part_shapes(model))
     iteration = reader.common.get("iteration", 0)
     return HuggingFaceReport(out, name, iteration, parameters, len(shards), notes)
@@ -103,9 +115,7 @@ def check_tensors(
     places = [reader.place(rule) for rule in rules]
     for rule, place in zip(rules, places, strict=True):
         counts = (model.layers, model.experts) if rule.expert is not None else (model.layers,)
-        wanted = (
-            (*counts[len(counts) - len(place.index) :], *rule.shape) if place.index else rule.shape
-        )
+        wanted = (*counts[len(counts) - len(place.index) :], *rule.shape)
         fits = place.stored_shape == wanted
         if rule.kind == "vocab":
             fits = place.shape[0] >= model.vocab and place.shape[1:] == rule.shape[1:]
@@ -130,6 +140,18 @@ def check_tensors(
     return places
 
 
+def _rope_note(args) -> list[str]:
+    """Megatron 0.19 builds its models with factor 8, unless s2megatron set it right."""
+    factor = getattr(args, "rope_scaling_factor", 8.0)
+    scaled = getattr(args, "use_rope_scaling", False) and factor != 8.0
+    if not scaled or hasattr(args, "s2_sparsity"):
+        return []
+    return [
+        f"rope: rope_scaling_factor={factor} is written, as in the args; Megatron 0.19 itself "
+        "trains with 8.0 whatever the option says: put 8.0 into config.json if this one did"
+    ]
+
+
 def _source_folder(reader: CheckpointReader, like: str | Path | None) -> Path | None:
     if like is not None:
         if not (Path(like) / "config.json").is_file():
@@ -139,13 +161,17 @@ def _source_folder(reader: CheckpointReader, like: str | Path | None) -> Path | 
     return kept if (kept / "config.json").is_file() else None
 
 
-def _true_vocab(reader, source_config, asked_for: int | None, notes: list[str]) -> int:
-    """Tokens without padding, from the first that knows: --vocab-size, args, `like`, nobody."""
+def _true_vocab(reader, tokenizer, source_config, asked_for, notes: list[str]) -> int:
+    """Tokens without padding, from the first that knows.
+
+    A model's own vocab_size goes before the tokenizer's, which may have fewer tokens.
+    """
     padded = reader.tensors["embedding.word_embeddings.weight"].size[0]
     known = [
         ("--vocab-size", asked_for),
         ("vocab_size in its args", getattr(reader.args, "vocab_size", None)),
         ("vocab_size in config.json", getattr(source_config, "vocab_size", None)),
+        ("its tokenizer's size", tokenizer.size),
     ]
     for origin, size in known:
         if size is not None:
@@ -184,25 +210,17 @@ def _tensors(reader, rules, places, model, cast) -> Iterator[tuple[str, Tensor]]
             yield name, part.to(cast or part.dtype, copy=len(parts) > 1)
 
 
-def _config(model, name, source, source_config, reader, notes: list[str]) -> dict:
-    """config.json: `source`'s where it describes this model, with what differs replaced."""
-    config = architectures.to_config(model, name)
-    if source_config is not None and source_config.model_type == name:
-        described = architectures.from_hugging_face(source_config, str(source / "config.json"))
-        config = _merged(source, config, model, described, notes)
-    else:
-        config |= _token_ids(reader)
+def _sparsity(reader: CheckpointReader, model: CheckpointModel, notes: list[str]) -> dict:
+    """The `s2` key of config.json, if any layer is sparse."""
     patterns = recorded_patterns(reader, model)
-    config.pop("s2", None)
     if patterns is None or all(pattern.is_dense for pattern in patterns):
         notes.append("attention: dense in every layer, so config.json has no s2 key")
-    else:
-        config["s2"] = reader.args.s2_sparsity
-        notes.append(
-            "attention: trained with S2; a plain from_pretrained computes dense attention, "
-            "s2megatron.hf.load what was trained"
-        )
-    return config
+        return {}
+    notes.append(
+        "attention: trained with S2; a plain from_pretrained computes dense attention, "
+        "s2megatron.hf.load what was trained"
+    )
+    return {"s2": reader.args.s2_sparsity}
 
 
 def recorded_patterns(reader: CheckpointReader, model: CheckpointModel):
@@ -221,9 +239,10 @@ def recorded_patterns(reader: CheckpointReader, model: CheckpointModel):
     return patterns
 
 
-def _merged(source: Path, config: dict, model, described, notes: list[str]) -> dict:
+def _merged(source: Path, source_config, config: dict, model, notes: list[str]) -> dict:
     """The raw config of `source`, so that all its other fields survive."""
     raw = hf_folder.read_json(source / "config.json")
+    described = architectures.from_hugging_face(source_config, str(source / "config.json"))
     changed = differences(model, described)
     for field in changed:
         notes.append(
@@ -234,37 +253,27 @@ def _merged(source: Path, config: dict, model, described, notes: list[str]) -> d
         return raw
     for key in _OTHER_SPELLINGS:
         raw.pop(key, None)
-    return raw | config
+    token_ids = {key: raw[key] for key in raw if key.endswith("_token_id")}
+    return raw | config | token_ids
 
 
 # What transformers versions also call fields that `to_config` writes.
 _OTHER_SPELLINGS = ("rope_parameters", "num_local_experts", "layer_types")
 
 
-def _write_companions(reader, source: Path | None, part: Path, notes: list[str]) -> None:
-    """Generation config and tokenizer, from `source` or the folder the run's tokenizer is in."""
+def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes) -> None:
+    """Tokenizer and generation config: `source`'s, or the run's own."""
     from transformers import GenerationConfig
 
-    copied = []
-    tokenizer = getattr(reader.args, "tokenizer_model", None)
-    for folder in (source, Path(tokenizer) if tokenizer else None):
-        if folder is not None and folder.is_dir() and not copied:
-            copied = hf_folder.copy_files(folder, part, hf_folder.TOKENIZER_FILES)
-    if not copied:
-        kind = getattr(reader.args, "tokenizer_type", None)
+    files = (find_files(source) if source else {}) or tokenizer.files
+    copy_files(files, part)
+    if not files:
+        kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
         notes.append(
-            f"tokenizer: none copied (the run used {kind}{f' {tokenizer}' if tokenizer else ''}); "
-            "--like DIR takes a Hugging Face folder's"
+            f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}); --like "
+            "DIR takes a Hugging Face folder's"
         )
-    if source is None or not hf_folder.copy_files(source, part, [hf_folder.GENERATION_CONFIG]):
+    if source and (source / hf_folder.GENERATION_CONFIG).is_file():
+        shutil.copyfile(source / hf_folder.GENERATION_CONFIG, part / hf_folder.GENERATION_CONFIG)
+    else:
         GenerationConfig.from_model_config(hf_folder.read_config(part)).save_pretrained(part)
-
-
-def _token_ids(reader: CheckpointReader) -> dict:
-    """End of text where the run's tokenizer is just numbers; Llama's defaults would be wrong."""
-    args = reader.args
-    end = None
-    if getattr(args, "tokenizer_type", None) == "NullTokenizer" and args.vocab_size:
-        end = getattr(args, "null_tokenizer_eod_id", None)
-        end = args.vocab_size - 1 if end is None else end
-    return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}

@@ -17,6 +17,7 @@ from s2megatron.checkpoint.model import FIELD_NAMES, CheckpointModel, difference
 from s2megatron.checkpoint.record import describe_difference, read_record, record
 from s2megatron.checkpoint.tensors import LAYERS, MLP_NORM, TensorRule, tensor_rules
 from s2megatron.checkpoint.to_hf import SOURCE_FOLDER
+from s2megatron.checkpoint.tokenizer import copy_files, find_files
 from s2megatron.checkpoint.torch_dist import Chunk, write_release
 from s2megatron.checkpoint.writing import check_output, check_space, whole_folder
 from s2megatron.errors import ConfigError
@@ -84,8 +85,11 @@ def to_megatron(
             write_release(part, chunks, objects, bar.update)
         kept = part / SOURCE_FOLDER
         kept.mkdir()
-        names = ("config.json", hf_folder.GENERATION_CONFIG, *hf_folder.TOKENIZER_FILES)
-        hf_folder.copy_files(folder.folder, kept, names)
+        files = find_files(folder.folder)
+        for name in ("config.json", hf_folder.GENERATION_CONFIG):
+            if (folder.folder / name).is_file():
+                files[name] = folder.folder / name
+        copy_files(files, kept)
     parameters = sum(torch.Size(folder.shapes[n]).numel() for r in rules for n in r.hugging_face)
     return MegatronReport(out, hf_config.model_type, parameters, notes)
 
