@@ -118,7 +118,17 @@ def _refuse(module, dropout: float, options: dict) -> None:
         "output_attentions": options.get("output_attentions"),
         **{
             name: options.get(name) is not None
-            for name in ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+            for name in (  # the last four: packed sequences and paged caches
+                "sliding_window",
+                "softcap",
+                "s_aux",
+                "head_mask",
+                "position_bias",
+                "cu_seq_lens_q",
+                "cu_seq_lens_k",
+                "block_table",
+                "cache",
+            )  # fmt: skip
         },
     }
     for name, asked_for in refused.items():

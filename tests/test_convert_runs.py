@@ -88,7 +88,7 @@ def run(home):
             process = start(
                 folder / "run.yaml",
                 f"megatron.load={folder / 'start'}",
-                f"megatron.save={folder / 'trained'}",
+                f"megatron.save={folder / 'start'}",
                 f"megatron.save_interval={STEPS}",
                 f"megatron.train_iters={STEPS}",
                 f"megatron.eval_interval={STEPS}",
@@ -99,7 +99,7 @@ def run(home):
                 ranks=2,
             )
             assert process.returncode == 0, process.stderr[-5000:]
-            to_hugging_face(folder / "trained", folder / "back", like=folder / "hf")
+            to_hugging_face(folder / "start", folder / "back")
             done[name] = read_scalars(folder / "events"), folder / "back"
         return done[name]
 
@@ -113,7 +113,7 @@ def started(home):
     def convert(name: str):
         folder = home / name
         if not (folder / "started").exists():
-            to_hugging_face(folder / "start", folder / "started")
+            to_hugging_face(folder / "start" / "release", folder / "started")
         return folder / "started"
 
     return convert

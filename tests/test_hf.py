@@ -14,7 +14,7 @@ from s2megatron.checkpoint.record import record
 from s2megatron.config import parse_config
 from s2megatron.errors import ConfigError
 
-GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def masked(module, query, key, value, attention_mask, scaling, **_):
@@ -77,7 +77,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def generated(model, prompt):
-    """[2, 94]: greedy, with a KV cache."""
+    """[2, 82]: greedy, with a KV cache."""
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
 
 
@@ -162,7 +162,13 @@ def test_masks_that_are_not_computed_are_refused(model, prompt):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("sliding_window", 8), ("softcap", 30.0), ("is_causal", False), ("s_aux", torch.ones(4))],
+    [
+        ("sliding_window", 8),
+        ("softcap", 30.0),
+        ("is_causal", False),
+        ("s_aux", torch.ones(4)),
+        ("cu_seq_lens_q", torch.tensor([0, 32])),
+    ],
 )
 def test_options_of_other_models_are_refused(model, name, value):
     layer = model.model.layers[1].self_attn
