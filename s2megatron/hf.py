@@ -110,29 +110,22 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
     return pattern
 
 
+# Options of transformers' attention functions that S2 attention has no place for.
+_NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")
+
+
 def _refuse(module, dropout: float, options: dict) -> None:
-    refused = {
+    asked_for = {
         "attention_dropout": dropout,
         "is_causal=False": not getattr(module, "is_causal", True)
         or options.get("is_causal") is False,
         "output_attentions": options.get("output_attentions"),
-        **{
-            name: options.get(name) is not None
-            for name in (  # the last four: packed sequences and paged caches
-                "sliding_window",
-                "softcap",
-                "s_aux",
-                "head_mask",
-                "position_bias",
-                "cu_seq_lens_q",
-                "cu_seq_lens_k",
-                "block_table",
-                "cache",
-            )  # fmt: skip
-        },
     }
-    for name, asked_for in refused.items():
-        if asked_for:
+    for name in _NOT_COMPUTED + _PACKED_OR_PAGED:
+        asked_for[name] = options.get(name) is not None
+    for name, asked in asked_for.items():
+        if asked:
             raise ValueError(f"attention 's2' does not compute {name}: leave it out")
 
 

@@ -36,6 +36,15 @@ AttentionInterface.register("s2_masked", masked)
 AttentionMaskInterface.register("s2_masked", lambda **_: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are so small that threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Models with an s2 key, as to-hf writes it."""
