@@ -179,6 +179,10 @@ def bad_checkpoints(bench: Bench) -> dict:
     results["tensor"] = bench.to_hf(folder)
 
     folder = bench.copy("megatron")
+    _edit_metadata(folder, lambda m: m.state_dict_metadata.pop("embedding.word_embeddings.weight"))
+    results["embedding"] = bench.to_hf(folder)
+
+    folder = bench.copy("megatron")
     (folder / "release" / ".metadata").write_bytes(b"nothing")
     results["metadata"] = bench.to_hf(folder)
 

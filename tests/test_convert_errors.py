@@ -49,6 +49,7 @@ CHECKPOINTS = {
     "file_missing": ["__0_0.distcp is missing"],
     "piece": ["3 of the 4 pieces of decoder.layers.mlp.linear_fc2.weight"],
     "tensor": ["decoder.final_layernorm.weight is missing"],
+    "embedding": ["embedding.word_embeddings.weight is missing"],
     "metadata": [".metadata cannot be read"],
     "format": ["no .metadata file", "torch_dist"],
     "left_over": ["decoder.layers.mlp.gate.bias has no place"],

@@ -166,7 +166,8 @@ def _true_vocab(reader, tokenizer, source_config, asked_for, notes: list[str]) -
 
     A model's own vocab_size goes before the tokenizer's, which may have fewer tokens.
     """
-    padded = reader.tensors["embedding.word_embeddings.weight"].size[0]
+    embedding = TensorRule(("embedding.word_embeddings.weight",), (), ())
+    padded = reader.place(embedding).shape[0]
     known = [
         ("--vocab-size", asked_for),
         ("vocab_size in its args", getattr(reader.args, "vocab_size", None)),
