@@ -31,6 +31,7 @@ setup(
         "tqdm",
         "tensorboard",
         "transformers>=4.50",
+        "safetensors>=0.8",  # 0.8 reads tensors without mapping the file into memory
         "sentencepiece",
         "matplotlib>=3.8",
     ],

@@ -1,4 +1,4 @@
-"""`s2megatron`: look at a run file, make a dataset."""
+"""`s2megatron`: look at a run file, make a dataset, convert checkpoints."""
 
 import argparse
 import os
@@ -30,16 +30,103 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--field", default="text", help="the text field of JSONL lines")
     data.set_defaults(run=_data)
 
-    options = parser.parse_args(argv)
+    _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
+
+    options, rest = parser.parse_known_args(argv)
+    # argparse takes key.path=value only beside the other positional arguments; let it stand last.
+    if rest and hasattr(options, "overrides") and not any(part.startswith("-") for part in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     hide_import_warnings()
     try:
         options.run(options)
     except ConfigError as error:
         print(f"s2megatron {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"s2megatron {options.command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `s2megatron show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    ways = parser.add_subparsers(dest="way", required=True)
+
+    to_hf = ways.add_parser("to-hf", help="Megatron torch_dist checkpoint -> Hugging Face folder")
+    to_hf.add_argument("checkpoint", metavar="CKPT_DIR")
+    to_hf.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    to_hf.add_argument("--dtype", help="bf16, fp16 or fp32 (default: as stored)")
+    to_hf.add_argument("--max-shard-size", default="5GB")
+    to_hf.add_argument("--step", type=int, help="iteration (default: the latest)")
+    to_hf.add_argument("--architecture", metavar="NAME",
+                       help="llama, mistral, qwen2, qwen3, mixtral or qwen3_moe")  # fmt: skip
+    to_hf.add_argument("--like", metavar="HF_DIR",
+                       help="take the tokenizer and other config fields from here")  # fmt: skip
+    to_hf.add_argument("--vocab-size", type=int, help="tokens without padding")
+    to_hf.set_defaults(run=_to_hf)
+
+    back = ways.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint")
+    back.add_argument("source", metavar="HF_DIR")
+    back.add_argument("--out", required=True, metavar="CKPT_DIR", help="a new folder")
+    back.add_argument("--config", required=True, help="run file that will train it")
+    back.add_argument("overrides", nargs="*", metavar="key.path=value")
+    back.set_defaults(run=_to_megatron)
+
+    look = ways.add_parser("inspect", help="what a Megatron checkpoint holds")
+    look.add_argument("checkpoint", metavar="CKPT_DIR")
+    look.add_argument("--step", type=int, help="iteration (default: the latest)")
+    look.set_defaults(run=_inspect)
+
+
+def _to_hf(options) -> None:
+    from s2megatron.checkpoint.to_hf import to_hugging_face
+
+    report = to_hugging_face(
+        options.checkpoint,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        step=options.step,
+        architecture=options.architecture,
+        like=options.like,
+        vocab_size=options.vocab_size,
+    )
+    print("\n".join(report.notes))
+    print(
+        f"{report.folder}: {report.architecture}, {report.parameters:,} parameters of iteration "
+        f"{report.iteration} in {report.shards} safetensors file(s)"
+    )
+
+
+def _to_megatron(options) -> None:
+    if not _has_cuda():
+        from s2megatron import cpu_runtime
+
+        cpu_runtime.prepare_environment()
+    from s2megatron.checkpoint.to_megatron import to_megatron
+
+    report = to_megatron(options.source, options.out, options.config, tuple(options.overrides))
+    print("\n".join(report.notes))
+    print(
+        f"{report.folder}: {report.architecture}, {report.parameters:,} parameters; train it with\n"
+        f"  torchrun ... -m s2megatron.pretrain --config {options.config} "
+        f"{' '.join([*options.overrides, f'megatron.load={report.folder}'])}"
+    )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _inspect(options) -> None:
+    from s2megatron.checkpoint.inspect import inspect
+
+    print(inspect(options.checkpoint, options.step))
 
 
 def _show(options) -> None:

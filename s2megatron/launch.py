@@ -54,7 +54,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
     from s2megatron.checkpoint.record import check_resume, record
     from s2megatron.layer_spec import build_layer_spec
-    from s2megatron.megatron_fixes import skip_missing_makefile
+    from s2megatron.megatron_fixes import keep_rope_scaling_factor, skip_missing_makefile
     from s2megatron.megatron_options import to_argv
     from s2megatron.model_checks import add_model_check, check_model_options, check_run_options
 
@@ -91,18 +91,24 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
         return build_layer_spec(config, patterns, vp_stage, keep_attention_output=keep)
 
     model_config.transformer_layer_spec = layer_spec
+    keep_rope_scaling_factor(model_config, args)
     add_model_check(model_config, patterns, seq_len=args.seq_length)
     shape = ModelShape.from_megatron(transformer, args)
     return Prepared(run, backends, args, model_config, patterns, shape)
 
 
-def dry_run(config: str, overrides: Sequence[str]) -> str:
-    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
+def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
+    """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs."""
     ranks = _ranks_named_by(load_config(config, overrides))
     os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
+    return prepare(config, overrides, writers=False)
+
+
+def dry_run(config: str, overrides: Sequence[str]) -> str:
+    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare(config, overrides, writers=False)
+        ready = prepare_without_launch(config, overrides)
     return "\n".join(_summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 

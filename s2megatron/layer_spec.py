@@ -25,6 +25,7 @@ try:
     from s2megatron.config import load_config
     from s2megatron.core_attention import TorchDenseAttention, build_core_attention
     from s2megatron.errors import ConfigError
+    from s2megatron.megatron_fixes import keep_rope_scaling_factor
     from s2megatron.model_checks import add_model_check, check_model_options
     from s2megatron.norms import TorchNorm
 except ImportError as error:
@@ -118,6 +119,7 @@ def s2_layer_spec(config, vp_stage: int | None = None):
     )
     keep = run.sparsity.keep_attention_output
     spec = build_layer_spec(config, patterns, vp_stage, keep_attention_output=keep)
+    keep_rope_scaling_factor(config, args)
     if not vp_stage:
         print_rank_0(
             f"s2megatron: sparsity from {path}; its megatron: and data: sections are not used "

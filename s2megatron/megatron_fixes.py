@@ -1,4 +1,4 @@
-"""The patch of Megatron that every machine needs, with its reason."""
+"""What every machine needs put right in Megatron, each with its reason."""
 
 import importlib
 
@@ -16,3 +16,13 @@ def skip_missing_makefile() -> None:
     except ImportError:
         return  # a source checkout: Megatron's own make has work to do
     utils.compile_helpers = lambda: None
+
+
+def keep_rope_scaling_factor(model_config, args) -> None:
+    """Megatron's model gets the run's `rope_scaling_factor`; Megatron itself drops it.
+
+    With megatron-core 0.19.2 `gpt_config_from_args` (megatron/training/argument_utils.py) copies
+    `use_rope_scaling` and not the factor, so every model is built with 8.0, Llama 3.1's, and a
+    Llama 3.2 (32.0) is silently another model.
+    """
+    model_config.rope_scaling_factor = args.rope_scaling_factor

@@ -1,0 +1,177 @@
+"""Exact S2 attention in transformers: attention `"s2"`, registered by importing this module.
+
+    import s2megatron.hf
+    model = s2megatron.hf.load("runs/my-model-hf")              # what was trained
+    model = AutoModelForCausalLM.from_pretrained("runs/my-model-hf", attn_implementation="s2")
+
+`s2megatron convert to-hf` writes the sparsity of every layer under the `s2` key of config.json.
+transformers never saves which attention a model was loaded with: a plain `from_pretrained` computes
+*dense* attention over weights that were trained sparse, without a word. `load` reads the key.
+
+The block grid starts at the first token of each sequence, as in training. Left-padded batches are
+computed one sequence at a time from its first real token; whatever else a mask can say (sliding
+windows, packed sequences, 4-D masks, holes, static caches) is refused by name.
+"""
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import AttentionInterface
+
+from s2_kernels import LayerPattern, s2_attention
+from s2megatron.checkpoint.record import read_record
+from s2megatron.errors import ConfigError
+
+NAME = "s2"
+
+
+def load(folder, **from_pretrained):
+    """The model of a converted checkpoint with the attention it was trained with.
+
+    Args:
+        folder: made by `s2megatron convert to-hf`. Without an `s2` key the model was trained dense
+            and is loaded as transformers would.
+        from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
+    """
+    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(folder)
+    if getattr(config, NAME, None) is not None:
+        from_pretrained.setdefault("attn_implementation", NAME)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)
+
+
+def s2_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options,
+) -> tuple[Tensor, None]:
+    """transformers' attention function.
+
+    Args:
+        module: a layer's attention, with `layer_idx` and `config.s2`.
+        query: [b, h, s, d], the last s of t positions.
+        key, value: [b, g, t, d], not repeated, the cache included.
+        attention_mask: what `s2_mask` made: None, or int64 [b], the first real token.
+
+    Returns:
+        [b, s, h, d] and no weights; zeros at padding.
+
+    Raises:
+        ValueError: what S2 attention does not compute, by name.
+    """
+    _refuse(module, dropout, options)
+    pattern = layer_pattern(module)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    offset = k.shape[1] - q.shape[1]
+    if attention_mask is None:
+        return s2_attention(q, k, v, pattern, softmax_scale=scaling, q_offset=offset), None
+    if attention_mask.dim() != 1:
+        raise ValueError(
+            f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
+            "causal mask is built in; give a 2-D one of zeros (left padding) and ones"
+        )
+    rows = [
+        _one_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], pattern, scaling, first)
+        for i, first in enumerate(attention_mask.tolist())
+    ]
+    return torch.cat(rows), None
+
+
+def _one_sequence(q, k, v, pattern: LayerPattern, scaling, first: int) -> Tensor:
+    """[1, s, h, d] of a sequence whose first real token is at position `first` of t."""
+    offset = k.shape[1] - q.shape[1] - first
+    padding = min(max(-offset, 0), q.shape[1])
+    out = q.new_zeros(1, padding, q.shape[2], v.shape[3])
+    if padding == q.shape[1]:
+        return out
+    real = s2_attention(
+        q[:, padding:], k[:, first:], v[:, first:], pattern,
+        softmax_scale=scaling, q_offset=max(offset, 0),
+    )  # fmt: skip
+    return torch.cat([out, real], dim=1) if padding else real
+
+
+def layer_pattern(module: torch.nn.Module) -> LayerPattern:
+    """The pattern of a layer, read from config.json's `s2` once and kept on the module."""
+    pattern = module.__dict__.get("_s2_pattern")
+    if pattern is None:
+        record = getattr(module.config, NAME, None)
+        if record is None:
+            raise ConfigError(
+                "attention 's2': config.json has no 's2' key, so the sparsity is not known; "
+                "convert the checkpoint with `s2megatron convert to-hf`, or load it dense"
+            )
+        pattern = module.__dict__["_s2_pattern"] = read_record(record)[module.layer_idx]
+    return pattern
+
+
+# Options of transformers' attention functions that S2 attention has no place for.
+_NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")
+
+
+def _refuse(module, dropout: float, options: dict) -> None:
+    asked_for = {
+        "attention_dropout": dropout,
+        "is_causal=False": not getattr(module, "is_causal", True)
+        or options.get("is_causal") is False,
+        "output_attentions": options.get("output_attentions"),
+    }
+    for name in _NOT_COMPUTED + _PACKED_OR_PAGED:
+        asked_for[name] = options.get(name) is not None
+    for name, asked in asked_for.items():
+        if asked:
+            raise ValueError(f"attention 's2' does not compute {name}: leave it out")
+
+
+def s2_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_,
+) -> Tensor | None:
+    """transformers' mask function: where each sequence starts, int64 [b], or None where all at 0.
+
+    Zeros after the last one (right padding) need no mask: no real token sees them.
+
+    Raises:
+        ValueError: a mask that is not causal with padding in front, or a static cache.
+    """
+    if mask_function is not causal_mask_function:
+        raise ValueError(
+            "attention 's2': only the plain causal mask is supported; sliding or chunked windows "
+            "and packed sequences (position_ids that start anew) are not"
+        )
+    if not isinstance(q_offset, int) or kv_offset != 0 or kv_length != q_offset + q_length:
+        raise ValueError(
+            f"attention 's2': {kv_length} keys for queries from {q_offset} to "
+            f"{q_offset}+{q_length}: static and sliding caches are not supported; use the default "
+            "DynamicCache (no cache_implementation)"
+        )
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, :kv_length].bool()
+    if real.all():
+        return None
+    count = real.sum(dim=1)
+    first = torch.where(count > 0, real.int().argmax(dim=1), kv_length)
+    last = kv_length - 1 - real.flip(1).int().argmax(dim=1)
+    if ((last - first + 1 != count) & (count > 0)).any():
+        raise ValueError(
+            "attention 's2': attention_mask has zeros between ones; only padding before a "
+            "sequence, or after it, is supported"
+        )
+    return first if first.any() else None
+
+
+AttentionInterface.register(NAME, s2_attention_forward)
+AttentionMaskInterface.register(NAME, s2_mask)
