@@ -9,6 +9,8 @@ attention (refused, and stopped at the first call). Whatever else might put anot
 place is found by looking at every layer of the built model.
 """
 
+import os
+
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -22,6 +24,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 
 NO_CONTEXT_PARALLELISM = "not supported yet; use tensor or pipeline parallelism"
+LOADS_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
 GRAPHS = (
     ", which is not supported; choose cuda_graph_impl 'transformer_engine' and cuda_graph_modules "
@@ -133,6 +136,10 @@ def check_run_options(args) -> None:
          "apart"),
         ("create_attention_mask_in_dataloader", args.create_attention_mask_in_dataloader,
          "the causal mask is built in; set it to false"),
+        ("fp8_recipe", args.fp8 and args.fp8_recipe == "delayed" and args.save
+         and os.environ.get(LOADS_PICKLES) != "1",
+         "Transformer Engine saves its scaling state as pickles and refuses to load them, so the "
+         f"run's checkpoints could not be resumed; choose 'tensorwise', or set {LOADS_PICKLES}=1"),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),
         ("perform_rl_step", args.perform_rl_step, "only pretraining is supported"),
         ("fim_data", args.fim_data, "not supported by this launcher"),

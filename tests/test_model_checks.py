@@ -59,6 +59,10 @@ CASES = {
         ["megatron.transformer_impl=transformer_engine"],
         ["transformer_engine", "is not installed"],
     ),
+    "fp8_delayed": (
+        ["megatron.fp8_format=hybrid", "megatron.save=x"],
+        ["megatron.fp8_recipe=delayed", "tensorwise", "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"],
+    ),
     "spec": (["megatron.spec=[a,b]"], ["megatron.spec"]),
     "rl": (["megatron.perform_rl_step=true"], ["perform_rl_step"]),
     "fim": (["megatron.fim_data=true"], ["megatron.fim_data=True"]),
