@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from s2_kernels import LayerPattern
-from s2megatron import data_options
+from s2megatron import data_options, output
 from s2megatron.backends import Backends, default_options, find_backends
+from s2megatron.checkpoint.folder import Keeper
 from s2megatron.config import RunConfig, load_config
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.planning import ModelShape
+from s2megatron.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Prepared:
     """Megatron's GPTModelConfig, with our layer spec and model check."""
     patterns: tuple[LayerPattern, ...]
     shape: ModelShape
+    output: output.Output | None
+    """Its folder, where the run file names one."""
 
 
 def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
@@ -61,6 +65,8 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     skip_missing_makefile()
     options = default_options(backends, run.megatron)
     options = data_options.resolve(run.data, options)
+    place = output.resolve(run.output, options)
+    options = place.options if place else options
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
     # Megatron's parser reads the command line: from here on it is the run file's.
@@ -92,7 +98,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     model_config.transformer_layer_spec = layer_spec
     add_model_check(model_config, patterns, seq_len=args.seq_length)
     shape = ModelShape.from_megatron(transformer, args)
-    return Prepared(run, backends, args, model_config, patterns, shape)
+    return Prepared(run, backends, args, model_config, patterns, shape, place)
 
 
 def dry_run(config: str, overrides: Sequence[str]) -> str:
@@ -136,6 +142,19 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
     ]
 
 
+def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
+    """Locks the output folder and checks what is in it; for one rank. Raises ConfigError."""
+    place = ready.output
+    lock = RunLock(place.folder)
+    place.checkpoints.mkdir(exist_ok=True)
+    output.check_undamaged(place)
+    for note in [lock.note, *place.notes]:
+        if note:
+            print(f"s2megatron: {note}", flush=True)
+    keeper = Keeper(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
+    return lock, keeper
+
+
 def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ready = prepare(config, overrides)
@@ -147,8 +166,11 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from s2megatron.throughput import ThroughputMeter
 
     args = ready.args
+    lock, keeper = None, None
     if args.rank == 0:
         print("\n".join(_summary(ready, [])), flush=True)
+        if ready.output:
+            lock, keeper = _take_output(ready)
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
         if is_last_rank():
@@ -171,8 +193,16 @@ def train(config: str, overrides: Sequence[str]) -> None:
             pretrain_cfg_container_from_args(args, ready.model_config),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            make_forward_step(meter),
+            make_forward_step(meter, keeper.after if keeper else None),
         )
+    except SystemExit as stop:  # Megatron's way out after a signal, a duration, exit_interval
+        if stop.code:
+            raise
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if lock:
+            lock.release()
+    # Only after success: with a peer gone this can wait for ever.
+    if keeper:
+        keeper.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
