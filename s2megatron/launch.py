@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from s2_kernels import LayerPattern
 from s2megatron import data_options, output
@@ -198,6 +199,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
     except SystemExit as stop:  # Megatron's way out after a signal, a duration, exit_interval
         if stop.code:
             raise
+    except CheckpointException as error:  # a BaseException, which error reports pass over
+        raise RuntimeError(output.save_failed(args.save, error)) from error
     finally:
         if lock:
             lock.release()

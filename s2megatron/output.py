@@ -6,6 +6,7 @@ FOLDER/run.lock       who is writing here (run_lock.py)
 """
 
 import importlib.util
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,4 +120,19 @@ def check_undamaged(output: Output) -> None:
     raise ConfigError(
         f"output.folder: {iteration_dir(output.checkpoints, iteration)} is damaged: {found}; "
         f"{way_out}"
+    )
+
+
+def save_failed(folder: str, error: BaseException) -> str:
+    """What to tell a user whose checkpoint could not be written.
+
+    Megatron's background writer passes on an error's type and not its text: the free space tells a
+    full disk from other troubles.
+    """
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    free = shutil.disk_usage(folder).free
+    full = "the disk is full" if free < 2**20 else f"{free / 2**30:.1f} GiB are free there"
+    return (
+        f"a checkpoint could not be written to {folder} ({full}): {last}. The last complete one "
+        "stays as it is; make room (output.keep says how many are kept) and start again"
     )

@@ -62,7 +62,7 @@ def run_as_rank() -> int:
     """
     try:
         return record(main)()
-    except Exception:  # whatever ended training; the agent reports it
+    except Exception:  # whatever ended training: the agent reports it
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
