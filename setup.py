@@ -15,6 +15,7 @@ setup(
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
     packages=["s2_kernels", *find_packages(include=["s2megatron", "s2megatron.*"])],
     package_dir={"s2_kernels": "kernels/s2_kernels"},
+    package_data={"s2megatron.planner": ["gpus/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

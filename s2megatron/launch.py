@@ -104,7 +104,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
 def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
-    ranks = _ranks_named_by(load_config(config, overrides))
+    ranks = ranks_named_by(load_config(config, overrides))
     os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
@@ -112,7 +112,7 @@ def dry_run(config: str, overrides: Sequence[str]) -> str:
     return "\n".join(_summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 
-def _ranks_named_by(run: RunConfig) -> int:
+def ranks_named_by(run: RunConfig) -> int:
     """The fewest ranks that the run file's layout needs."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     ranks = 1

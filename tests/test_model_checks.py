@@ -200,4 +200,6 @@ def test_half_removed_transformer_engine_is_named(tmp_path):
 def test_planned_sizes_are_those_of_the_built_model(name):
     sizes = call("model_cases", "model_sizes", name)
     assert sizes["planned"] == sizes["built"]
+    assert sizes["planned_layers"] == sizes["built_layers"]
+    assert sizes["planned_rank"] == sizes["built"]
     assert sizes["planned_flops"] == sizes["built_flops"]
