@@ -262,9 +262,9 @@ def test_layouts_that_do_not_fit_are_refused_with_the_reason():
         (Layout(gpus=5, pp=5, global_batch=5), "PP 5 x VPP 1 does not divide 24 layers"),
         (
             Layout(gpus=4, global_batch=6),
-            "global batch 6 is not a multiple of micro-batch 1 x DP 4",
+            "global batch 6 is not a multiple",
         ),
         (Layout(gpus=2, ep=2, global_batch=2), "EP 2 does not divide 0 experts"),
     ):
-        with pytest.raises(ConfigError, match=f"--gpus {layout.gpus}: {said}; change the layout"):
+        with pytest.raises(ConfigError, match=f"--gpus {layout.gpus}: {said}.*; change the layout"):
             check_fits_gpus(layout, model)
