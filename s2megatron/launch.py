@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -156,6 +157,17 @@ def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
     return lock, keeper
 
 
+def _summarize() -> None:
+    """One line for programs, at the end of a run: peak memory per rank (0 on a CPU)."""
+    if not torch.distributed.is_initialized():
+        return
+    peaks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(peaks, torch.cuda.max_memory_allocated() / 2**30)
+    if torch.distributed.get_rank() == 0:
+        peaks = [round(peak, 3) for peak in peaks]
+        print(f"s2megatron summary {json.dumps({'peak_gib': peaks})}", flush=True)
+
+
 def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ready = prepare(config, overrides)
@@ -207,5 +219,6 @@ def train(config: str, overrides: Sequence[str]) -> None:
     # Only after success: with a peer gone this can wait for ever.
     if keeper:
         keeper.close()
+    _summarize()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

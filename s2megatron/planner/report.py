@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from dataclasses import replace
 
 from s2megatron.checkpoint.record import describe
@@ -30,6 +31,7 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
     os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
     logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Could not determine rank")
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
         ready = prepare(config, overrides, writers=False)
     layout = layout_of(ready.args, gpus)
