@@ -199,7 +199,7 @@ def test_search_lists_what_divides_and_fits_best_first():
         layout = result.layout
         assert layout.misfit(model.shape) == "" and layout.tp * layout.pp * layout.dp == 64
         assert result.memory.total < 79 * 2**30
-    layouts = candidates(base, model.shape, per_node=8)
+    layouts = candidates(base, model.shape, most_tp=8)
     assert len(layouts) > len(plans) > 10
     with pytest.raises(ConfigError, match=r"nothing fits in 79 GiB: .* comes nearest"):
         search(machine, make_model(seq_len=2**22), Layout(gpus=2, global_batch=1))

@@ -116,13 +116,13 @@ def layout_of(args, gpus: int) -> Layout:
     )
 
 
-def candidates(base: Layout, shape: ModelShape, *, per_node: int) -> list[Layout]:
+def candidates(base: Layout, shape: ModelShape, *, most_tp: int) -> list[Layout]:
     """Every layout of `base.gpus` GPUs that the model and the global batch divide over.
 
-    TP stays within a node; micro-batches are of one sequence (long sequences fill a GPU).
+    Micro-batches are of one sequence (long sequences fill a GPU).
     """
     found = []
-    for tp in _divisors(min(per_node, base.gpus)):
+    for tp in _divisors(min(most_tp, base.gpus)):
         for pp in _divisors(base.gpus // tp) if base.gpus % tp == 0 else []:
             chunks = shape.layers // pp if shape.layers % pp == 0 else 1
             for vpp in _divisors(chunks) if pp > 1 else [1]:

@@ -34,7 +34,12 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
     warnings.filterwarnings("ignore", message="Could not determine rank")
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
         ready = prepare(config, overrides, writers=False)
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import unset_global_variables
+
     layout = layout_of(ready.args, gpus)
+    unset_global_variables()  # Megatron's: another run file may be read after this one
+    unset_num_microbatches_calculator()
     return Model(ready.shape, ready.patterns), replace(layout, fused=not local)
 
 
