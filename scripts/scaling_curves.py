@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         f"# Planned, not measured: {machine.gpu}",
         "",
         f"Made by `{command}`. Nothing here was run: these are `s2megatron plan --search`'s best "
-        f"layouts with the constants of {options.gpu}.yaml. A step has {TOKENS / 2**20:.0f}M tokens, "
-        f"and in a second row, where that is more, {WEAK} sequences per 8 GPUs. Without context "
-        "parallelism a sequence stays within one TP group; TP leaves the node only where nothing "
-        "else fits.",
+        f"layouts with the constants of {options.gpu}.yaml. A step has {TOKENS / 2**20:.0f}M "
+        f"tokens, and in a second row, where that is more, {WEAK} sequences per 8 GPUs. Without "
+        "context parallelism a sequence stays within one TP group; TP leaves the node only where "
+        "nothing else fits.",
         "",
         f"Constants: {' '.join(machine.source.split())}",
     ]
