@@ -19,6 +19,7 @@ setup(
         *find_packages(include=["s2megatron*"]),
     ],
     package_dir={"s2_kernels": "kernels/s2_kernels"},
+    package_data={"s2megatron.planner": ["gpus/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

@@ -1,4 +1,4 @@
-"""`s2megatron`: look at a run file, make a dataset, convert checkpoints."""
+"""`s2megatron`: look at a run file, make a dataset, plan a run, convert checkpoints."""
 
 import argparse
 import os
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--field", default="text", help="the text field of JSONL lines")
     data.set_defaults(run=_data)
 
+    _add_planner(commands)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
 
     options, rest = parser.parse_known_args(argv)
@@ -175,6 +176,49 @@ def _numbers(option: str, text: str | None, allowed: range) -> list[int] | None:
         if number not in allowed:
             raise ConfigError(f"{option}: {number} is not in {allowed.start}..{allowed.stop - 1}")
     return numbers
+
+
+def _add_planner(commands) -> None:
+    plan = commands.add_parser("plan", help="memory, bytes and step time on N GPUs")
+    plan.add_argument("config", help="run file (YAML)")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value")
+    plan.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    plan.add_argument("--gpu", default="h200", metavar="h100|h200|b200|FILE.yaml",
+                      help="the machine's constants (default: h200)")  # fmt: skip
+    plan.add_argument("--tokens", type=float, default=1e12, help="budget that days are counted for")
+    plan.add_argument("--search", nargs="?", type=int, const=10, metavar="BEST",
+                      help="list the best layouts that fit (10)")  # fmt: skip
+    plan.add_argument("--local", action="store_true",
+                      help="Megatron's local modules, not Transformer Engine's")  # fmt: skip
+    plan.set_defaults(run=_plan)
+
+    calibrate = commands.add_parser("calibrate", help="measure the constants of `plan` here")
+    calibrate.add_argument("--out", required=True, metavar="FILE.yaml")
+    calibrate.add_argument("--base", default="h200", metavar="h100|h200|b200|FILE.yaml",
+                           help="where what is not measured comes from")  # fmt: skip
+    calibrate.add_argument("--small", action="store_true", help="tiny sizes, to try it out")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _plan(options) -> None:
+    from s2megatron.planner.report import plan_run
+
+    text = plan_run(
+        options.config,
+        options.overrides,
+        gpus=options.gpus,
+        gpu=options.gpu,
+        tokens=options.tokens,
+        local=options.local,
+        best=options.search,
+    )
+    print(text)
+
+
+def _calibrate(options) -> None:
+    from s2megatron.planner.calibrate import calibrate
+
+    calibrate(options.out, base=options.base, small=options.small)
 
 
 def _data(options) -> None:

@@ -8,6 +8,7 @@
         - {layers: "13-24", stride: [8, 8, 16, 16]}
     megatron: {...}           # Megatron's own options, by their own names (megatron_options.py)
     data: {...}               # datasets and tokenizer
+    output: {...}             # checkpoints and logs: one folder, resumed from when it is there
 
 Everything that comes from outside is checked here: an error names the field, the value and the way
 out, and an unknown key is an error that suggests the nearest known one.
@@ -233,12 +234,22 @@ class DataConfig(_Checked):
         return [value] if isinstance(value, str) else value
 
 
+class OutputConfig(_Checked):
+    """Where a run leaves its checkpoints and logs, and resumes from (output.py)."""
+
+    folder: str | None = None
+    """Gets checkpoints/, tensorboard/ and a lock; left out: `megatron.save` and the like decide."""
+    keep: int = Field(default=3, ge=1)
+    """So many of the newest complete checkpoints stay; older ones are deleted."""
+
+
 class RunConfig(_Checked):
     """One run file."""
 
     sparsity: SparsityConfig
     megatron: dict[str, Any] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
+    output: OutputConfig = OutputConfig()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -306,6 +317,7 @@ _MODELS = {
     ("sparsity", "default"): LayerConfig,
     ("sparsity", "layers"): LayerEntry,
     ("data",): DataConfig,
+    ("output",): OutputConfig,
 }
 
 

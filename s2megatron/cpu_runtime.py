@@ -15,7 +15,9 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
+from s2megatron.environment import cores
 from s2megatron.errors import ConfigError
+from s2megatron.orphans import die_with_parent
 
 CPU = torch.device("cpu")
 
@@ -99,7 +101,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # The default OpenMP pool of every rank takes all cores.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(max(1, cores() // ranks))
 
 
 def install() -> None:
@@ -116,14 +118,21 @@ def install() -> None:
         )
     # torch.compile's tables list torch.cuda's functions by identity: make them before any change.
     importlib.import_module("torch._dynamo")
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.training import training
+    from megatron.training import initialize, training
 
     _answer_for_the_device()
     # initialize_megatron asserts a GPU unless told otherwise, and pretrain() does not pass it on.
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
+    # The background writer of checkpoints: a fresh process would ask for a GPU, a fork knows this
+    # module's answers.
+    start_writer = initialize.init_persistent_async_worker
+    initialize.init_persistent_async_worker = lambda rank, _: start_writer(rank, "fork")
+    os.register_at_fork(after_in_child=die_with_parent)
+    FileSystemWriterAsync.preload_tensors = staticmethod(_preload_copies)
     # Its warm-up of fused kernels only compiles them.
     training.set_jit_fusion_options = nothing
     # These read and write the CUDA generator through torch._C.
@@ -134,6 +143,17 @@ def install() -> None:
         torch.set_rng_state(state)
     )
     _CudaMeansCpu().__enter__()
+
+
+def _preload_copies(write_buckets, non_blocking=True):
+    """What the background writer saves, copied: a CPU tensor is shared with the training process.
+
+    A GPU's tensors are copied to the host anyway before training goes on.
+    """
+    return [
+        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for name, key, (data, tensors) in write_buckets
+    ]
 
 
 def nothing(*args, **kwargs) -> None:

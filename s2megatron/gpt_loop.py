@@ -4,6 +4,7 @@ megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py, whose part th
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -92,13 +93,19 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
     return loss, num_tokens, report
 
 
-def make_forward_step(meter: ThroughputMeter):
-    """The forward step of Megatron's schedules; it tells the meter when it is called."""
+def make_forward_step(meter: ThroughputMeter, each_iteration: Callable[[int], None] | None = None):
+    """The forward step of Megatron's schedules; it tells the meter when it is called.
+
+    Args:
+        each_iteration: called with the number of finished iterations before each micro-batch.
+    """
 
     def forward_step(data_iterator, model):
         args, timers = get_args(), get_timers()
         if model.training:
             meter.training(args.curr_iteration)
+            if each_iteration:
+                each_iteration(args.curr_iteration)
         else:
             meter.evaluating()
         timers("batch-generator", log_level=2).start()

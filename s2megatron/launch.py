@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -10,14 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from s2_kernels import LayerPattern
-from s2megatron import data_options
+from s2megatron import data_options, output
 from s2megatron.backends import Backends, default_options, find_backends
+from s2megatron.checkpoint.folder import Keeper
 from s2megatron.config import RunConfig, load_config
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.planning import ModelShape
+from s2megatron.run_lock import RunLock
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Prepared:
     """Megatron's GPTModelConfig, with our layer spec and model check."""
     patterns: tuple[LayerPattern, ...]
     shape: ModelShape
+    output: output.Output | None
+    """Its folder, where the run file names one."""
 
 
 def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
@@ -61,6 +67,8 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     skip_missing_makefile()
     options = default_options(backends, run.megatron)
     options = data_options.resolve(run.data, options)
+    place = output.resolve(run.output, options)
+    options = place.options if place else options
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
     # Megatron's parser reads the command line: from here on it is the run file's.
@@ -94,12 +102,12 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     keep_rope_scaling_factor(model_config, args)
     add_model_check(model_config, patterns, seq_len=args.seq_length)
     shape = ModelShape.from_megatron(transformer, args)
-    return Prepared(run, backends, args, model_config, patterns, shape)
+    return Prepared(run, backends, args, model_config, patterns, shape, place)
 
 
 def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
     """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs."""
-    ranks = _ranks_named_by(load_config(config, overrides))
+    ranks = ranks_named_by(load_config(config, overrides))
     os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
     return prepare(config, overrides, writers=False)
 
@@ -112,7 +120,7 @@ def dry_run(config: str, overrides: Sequence[str]) -> str:
     return "\n".join(_summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 
-def _ranks_named_by(run: RunConfig) -> int:
+def ranks_named_by(run: RunConfig) -> int:
     """The fewest ranks that the run file's layout needs."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     ranks = 1
@@ -148,6 +156,30 @@ def _summary(ready: Prepared, lines: list[str]) -> list[str]:
     ]
 
 
+def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
+    """Locks the output folder and checks what is in it; for one rank. Raises ConfigError."""
+    place = ready.output
+    lock = RunLock(place.folder)
+    place.checkpoints.mkdir(exist_ok=True)
+    output.check_undamaged(place)
+    for note in [lock.note, *place.notes]:
+        if note:
+            print(f"s2megatron: {note}", flush=True)
+    keeper = Keeper(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
+    return lock, keeper
+
+
+def _summarize() -> None:
+    """One line for programs, at the end of a run: peak memory per rank (0 on a CPU)."""
+    if not torch.distributed.is_initialized():
+        return
+    peaks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(peaks, torch.cuda.max_memory_allocated() / 2**30)
+    if torch.distributed.get_rank() == 0:
+        peaks = [round(peak, 3) for peak in peaks]
+        print(f"s2megatron summary {json.dumps({'peak_gib': peaks})}", flush=True)
+
+
 def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ready = prepare(config, overrides)
@@ -159,8 +191,11 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from s2megatron.throughput import ThroughputMeter, peak_tflops
 
     args = ready.args
+    lock, keeper = None, None
     if args.rank == 0:
         print("\n".join(_summary(ready, [])), flush=True)
+        if ready.output:
+            lock, keeper = _take_output(ready)
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
         if is_last_rank():
@@ -189,11 +224,22 @@ def train(config: str, overrides: Sequence[str]) -> None:
             pretrain_cfg_container_from_args(args, ready.model_config),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            make_forward_step(meter),
+            make_forward_step(meter, keeper.after if keeper else None),
         )
+    except SystemExit as stop:  # Megatron's way out after a signal, a duration, exit_interval
+        if stop.code:
+            raise
+    except CheckpointException as error:  # a BaseException, which error reports pass over
+        raise RuntimeError(output.save_failed(args.save, error)) from error
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if lock:
+            lock.release()
+    # Only after success: with a peer gone this can wait for ever.
+    if keeper:
+        keeper.close()
+    _summarize()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _over_data_parallel_ranks(number: float) -> float:

@@ -94,18 +94,29 @@ class ModelShape:
 
     def parameters(self) -> int:
         """All parameters of the model, the padded vocabulary included."""
-        norm = self.hidden * (2 if self.norm_bias else 1)
-        qk_norm = 2 * self.head_dim * (2 if self.norm_bias else 1) if self.qk_norm else 0
-        total = norm + self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        total = self._norm + self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
         total += self.position_embeddings * self.hidden
-        for layer in range(self.layers):
-            total += self.attention_weights + self.mlp_weights(layer, per_token=False)
-            total += 2 * norm + qk_norm
-            if self.qkv_bias:
-                total += self.head_dim * (self.heads + 2 * self.kv_heads)
-            if self.bias:
-                total += self.hidden + self._mlp_biases(layer)
+        return total + sum(self.layer_parameters(layer) for layer in range(self.layers))
+
+    def layer_parameters(self, layer: int) -> int:
+        """All parameters of layer `layer` (0-based)."""
+        total = self.attention_weights + self.mlp_weights(layer, per_token=False) + 2 * self._norm
+        if self.qk_norm:
+            total += 2 * self.head_dim * (2 if self.norm_bias else 1)
+        if self.qkv_bias:
+            total += self.head_dim * (self.heads + 2 * self.kv_heads)
+        if self.bias:
+            total += self.hidden + self._mlp_biases(layer)
         return total
+
+    @property
+    def _norm(self) -> int:
+        return self.hidden * (2 if self.norm_bias else 1)
+
+    @property
+    def expert_mlp_weights(self) -> int:
+        """Matrix weights of one routed expert."""
+        return self._mlp_weights(self.expert_ffn)
 
     def _mlp_biases(self, layer: int) -> int:
         up = 2 if self.gated else 1
@@ -120,6 +131,15 @@ class ModelShape:
         for layer in range(self.layers):
             weights += self.attention_weights + self.mlp_weights(layer, per_token=True)
         return 6 * weights
+
+    def layer_flops(self, layer: int, pattern: LayerPattern) -> int:
+        """Forward and backward of layer `layer` (0-based) for one sequence."""
+        weights = self.attention_weights + self.mlp_weights(layer, per_token=True)
+        return 6 * weights * self.seq_len + 12 * self.head_dim * pattern.kept_pairs(self.seq_len)
+
+    def output_flops(self) -> int:
+        """Forward and backward of the logits' matrix product for one sequence."""
+        return 6 * self.vocab * self.hidden * self.seq_len
 
     def attention_flops(self, patterns: tuple[LayerPattern, ...]) -> int:
         """Forward and backward of all layers' attention for one sequence: kept pairs only."""

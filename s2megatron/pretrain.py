@@ -11,10 +11,14 @@ CPU over gloo.
 import argparse
 import os
 import sys
+import traceback
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from s2megatron import environment
 from s2megatron.errors import ConfigError, hide_import_warnings
+from s2megatron.orphans import die_with_parent, end_children
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_args(argv)
     hide_import_warnings()
-    # One hardware queue: on GPUs before Blackwell, TP and SP overlap needs kernels in launch order.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "LOCAL_RANK" in os.environ:  # started by an agent
+        die_with_parent()
+    environment.apply()
     if not torch.cuda.is_available():
         from s2megatron import cpu_runtime
 
@@ -43,11 +48,27 @@ def main(argv: list[str] | None = None) -> int:
 
             train(options.config, options.overrides)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: it may be this node's files
             print(f"s2megatron: this run cannot start:\n{error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
+def run_as_rank() -> int:
+    """`main`, for a process of its own: what ends it reaches its agent, and it does end.
+
+    After a failure nothing is waited for: with a peer gone, NCCL's destructors and the join of the
+    checkpoint writer can block for ever, and the job with them.
+    """
+    try:
+        return record(main)()
+    except Exception:  # whatever ended training: the agent reports it
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_children()
+        os._exit(1)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_rank())

@@ -40,3 +40,18 @@ make_venv() {
         echo "$want" >"$stamp"
     fi
 }
+
+# Sets `python`: $PYTHON where given (an environment of your own, a container), else .venv's. With
+# another folder than the repository's as the current one, relative paths stay the caller's.
+find_training_python() {
+    local root=$1
+    python=${PYTHON:-$root/.venv/bin/python}
+    if ! "$python" -c 'import s2megatron, s2_kernels' 2>/dev/null; then
+        if ! PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" \
+            "$python" -c 'import s2megatron, s2_kernels, megatron.core' 2>/dev/null; then
+            echo "$python cannot import s2megatron and Megatron: install them (docs/install.md), or name an interpreter that can: PYTHON=/path/to/python $0" >&2
+            return 1
+        fi
+        export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+}

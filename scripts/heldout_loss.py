@@ -57,10 +57,8 @@ def main():
     print(f"{len(sequences)} sequences of {tokens} tokens from {a.data}")
     for model in models:
         losses = loss_by_position(model, sequences)
-        name = model.config._attn_implementation
-        print(
-            f"{name:<6} {losses.mean():.4f} nats/token, second half {losses[tokens // 2 :].mean():.4f}"
-        )
+        name, half = model.config._attn_implementation, losses[tokens // 2 :].mean()
+        print(f"{name:<6} {losses.mean():.4f} nats/token, second half {half:.4f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from pathlib import Path
 from in_process import build_model, forget_megatron, run_command_line
 from launches import TINY, write_run_file
 
+from s2megatron.planner.layout import Layout
+from s2megatron.planner.memory import stage_parameters
+
 MOCK = TINY | {"data": {"mock": True}}
 
 
@@ -183,7 +186,16 @@ def model_sizes(name: str) -> dict:
         if p.dim() == 2 and (tied or not any(part in n for part in inputs)):
             routed = ".experts." in n and "shared_experts" not in n
             matrices += p.numel() * (share["experts."] if routed else 1)
+    layers = {}
+    for n, p in parameters.items():
+        if ".layers." in n:
+            number = int(n.split(".layers.")[1].split(".")[0])
+            layers[number] = layers.get(number, 0) + p.numel()
+    numbers = range(ready.shape.layers)
     return {
+        "built_layers": [layers[n] for n in numbers],
+        "planned_layers": [ready.shape.layer_parameters(n) for n in numbers],
+        "planned_rank": stage_parameters(ready.shape, Layout(gpus=1), 0),
         "built": sum(p.numel() for p in parameters.values()),
         "planned": ready.shape.parameters(),
         "built_flops": 6 * matrices,

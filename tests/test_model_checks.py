@@ -295,4 +295,6 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
 def test_planned_sizes_are_those_of_the_built_model(name):
     sizes = call("model_cases", "model_sizes", name)
     assert sizes["planned"] == sizes["built"]
+    assert sizes["planned_layers"] == sizes["built_layers"]
+    assert sizes["planned_rank"] == sizes["built"]
     assert sizes["planned_flops"] == sizes["built_flops"]

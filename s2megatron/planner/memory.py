@@ -1,0 +1,124 @@
+"""Peak memory of a rank, in bytes, as torch.cuda.max_memory_allocated counts it.
+
+What autograd keeps per layer was read off Megatron's and this plugin's modules: tensors in bf16
+that a matrix product, a norm, RoPE or SwiGLU saves for its backward.
+"""
+
+from dataclasses import dataclass
+
+from s2megatron.planner.costs import BF16, FP32, Model, layer_rank_parameters
+from s2megatron.planner.layout import Layout
+from s2megatron.planning import ModelShape
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> float:
+    """Parameters that one rank of a pipeline stage holds."""
+    total = sum(
+        layer_rank_parameters(shape, layout, layer) for layer in layout.stages(shape.layers)[stage]
+    )
+    embedding = shape.vocab * shape.hidden / layout.tp
+    first, last = stage == 0, stage == layout.pp - 1
+    if first:
+        total += embedding + shape.position_embeddings * shape.hidden
+    if last:
+        total += shape.hidden * (2 if shape.norm_bias else 1)
+        if not (shape.tied_embeddings and first):
+            total += embedding
+    return total
+
+
+def stage_expert_parameters(shape: ModelShape, layout: Layout, stage: int) -> float:
+    """The part of them in routed experts, which EP splits."""
+    layers = layout.stages(shape.layers)[stage]
+    routed = sum(shape.moe_layers[layer] for layer in layers) * shape.experts
+    return routed * shape.expert_mlp_weights / (layout.ep * layout.tp)
+
+
+def saved_per_layer(shape: ModelShape, layout: Layout, layer: int) -> float:
+    """Bytes that a layer's forward keeps for its backward, for one micro-batch."""
+    tokens, t = layout.micro_batch * shape.seq_len, layout.tp
+    outer = tokens / t if layout.sequence_parallel else tokens
+    width = BF16 if layout.bf16 else FP32
+    # Inputs and outputs of both norms (the outputs are the matrix products' inputs).
+    between = 4 * outer * shape.hidden
+    kv = max(shape.kv_heads / t, 1)
+    heads = shape.head_dim * (shape.heads / t + 2 * kv) + shape.head_dim * shape.heads / t
+    ffn = shape.ffn
+    if shape.moe_layers[layer]:
+        ffn = shape.expert_ffn * shape.experts_per_token + shape.shared_expert_ffn
+        between += 2 * outer * shape.hidden * shape.experts_per_token
+    act = ffn / t * (3 if shape.gated else 2)  # both halves, and their product
+    sums = FP32 * tokens * shape.heads / t  # attention's row sums
+    return width * (between + tokens * (heads + act)) + sums
+
+
+def peak(model: Model, layout: Layout) -> Memory:
+    """The stage with the most."""
+    return max((_stage(model, layout, s) for s in range(layout.pp)), key=lambda m: m.total)
+
+
+def _stage(model: Model, layout: Layout, stage: int) -> Memory:
+    shape = model.shape
+    parameters = stage_parameters(shape, layout, stage)
+    width = BF16 if layout.bf16 else FP32
+    sharded = layout.dp if layout.distributed_optimizer else 1
+    # Adam's two moments, and beside bf16 weights a float32 copy.
+    moments = (3 if layout.bf16 else 2) * FP32
+    experts = stage_expert_parameters(shape, layout, stage)  # their DP group is DP / EP ranks
+    states = moments * (parameters - experts + experts * layout.ep) / sharded
+    layers = layout.stages(shape.layers)[stage]
+    saved = [saved_per_layer(shape, layout, layer) for layer in layers]
+    tokens = layout.micro_batch * shape.seq_len
+    outer = tokens / layout.tp if layout.sequence_parallel else tokens
+    kept, working = sum(saved), _working(shape, layout)
+    if layout.recompute == "full":
+        kept = len(layers) * outer * shape.hidden * width
+        working += max(saved)
+    last = stage == layout.pp - 1
+    logits = 0.0
+    if last:
+        # bf16 and float32 side by side going forward; float32 and the bf16 gradient coming back.
+        logits = tokens * shape.vocab / layout.tp * (BF16 + FP32)
+        if layout.recompute != "full":
+            working = 0.0  # the logits are gone before the first layer's backward begins
+    return Memory(
+        weights=width * parameters,
+        gradients=FP32 * parameters,
+        optimizer=states,
+        activations=kept * in_flight(layout, stage) + working,
+        logits=logits,
+    )
+
+
+def in_flight(layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in the 1F1B schedules."""
+    if layout.pp == 1:
+        return 1.0
+    plain = min(layout.micro_batches, layout.pp - stage)
+    if layout.vpp == 1:
+        return plain
+    chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks, layout.micro_batches * layout.vpp) / layout.vpp
+
+
+def _working(shape: ModelShape, layout: Layout) -> float:
+    """Temporary tensors of one layer's backward: the MLP's gradients and gathered tokens."""
+    tokens = layout.micro_batch * shape.seq_len
+    width = BF16 if layout.bf16 else FP32
+    act = shape.ffn / layout.tp * (3 if shape.gated else 2)
+    return width * tokens * (act + 2 * shape.hidden)

@@ -1,0 +1,38 @@
+"""Which layouts fit on so many GPUs, best first."""
+
+from s2megatron.errors import ConfigError
+from s2megatron.planner.constants import Machine
+from s2megatron.planner.costs import Model
+from s2megatron.planner.layout import Layout, candidates
+from s2megatron.planner.step import Plan, plan
+
+
+def search(machine: Machine, model: Model, base: Layout, best: int | None = None) -> list[Plan]:
+    """Plans that fit, fastest first. TP leaves the node only where nothing else fits.
+
+    Args:
+        base: GPUs, batch and what is not searched (optimizer, overlap, modules).
+
+    Raises:
+        ConfigError: no layout divides, or none fits; says how far the nearest is off.
+    """
+    found, fitting, most_tp = [], [], machine.gpus_per_node
+    while not fitting and most_tp <= max(machine.gpus_per_node, model.shape.heads):
+        layouts = candidates(base, model.shape, most_tp=most_tp)
+        found = [plan(machine, model, layout) for layout in layouts]
+        fitting = sorted((p for p in found if p.fits), key=lambda p: p.seconds)
+        most_tp *= 2
+    if not found:
+        raise ConfigError(
+            f"--gpus {base.gpus}: no TP x PP x DP divides {model.shape.heads} heads, "
+            f"{model.shape.layers} layers and a global batch of {base.global_batch}; change "
+            "megatron.global_batch_size or the number of GPUs"
+        )
+    if not fitting:
+        least = min(found, key=lambda p: p.memory.total)
+        raise ConfigError(
+            f"--gpus {base.gpus}: nothing fits in {machine.memory_gib:.0f} GiB: {least.layout} "
+            f"comes nearest with {least.memory.total / 2**30:.1f} GiB; take more GPUs or a "
+            "shorter sequence (context parallelism is not there yet)"
+        )
+    return fitting[:best]
