@@ -131,7 +131,7 @@ def read_log(text: str, warmup: int, last: int) -> dict:
         ms=statistics.median(counted),
         spread_ms=max(counted) - min(counted),
         first_ms=float(theirs[0][1]) if theirs else None,
-        memory_GB=max(map(float, memory)) / 1e3 if memory else None,
+        memory_gib=max(map(float, memory)) / 1024 if memory else None,
         true_TFLOPs=statistics.median(tf for _, tf in own),
         loss=float(losses[-1]) if losses else None,
     )
@@ -168,7 +168,7 @@ def report(a, rows) -> str:
             lines.append(f"{head} failed: {r['error']} | | | | | | |")
             continue
         ratio = f"{dense[r['tokens']] / r['ms']:.2f}x" if r["tokens"] in dense else ""
-        memory = f"{r['memory_GB']:.1f} GB" if r["memory_GB"] else ""
+        memory = f"{r['memory_gib']:.1f} GiB" if r["memory_gib"] else ""
         first = f"{r['first_ms'] / 1e3:.1f} s" if r["first_ms"] else ""
         lines.append(
             f"{head} {r['ms']:,.0f} | {r['spread_ms']:.0f} | {first} | "

@@ -167,7 +167,8 @@ def layer_seconds(
     elif layout.recompute == "full":
         passes_forward = 2
         backward.matmul += forward.matmul
-        backward.attention += forward.attention
+        if model.patterns[layer].is_dense or not layout.keep_attention_output:
+            backward.attention += forward.attention
         backward.memory += forward.memory
         backward.exposed += forward.exposed
     floor = machine.host_layer_us * 1e-6

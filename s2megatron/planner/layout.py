@@ -29,6 +29,8 @@ class Layout:
     fused_accumulation: bool = False
     """Weight gradients are added within the matrix product (Apex)."""
     bf16: bool = True
+    keep_attention_output: bool = True
+    """Of sparse layers, under full recompute."""
 
     @property
     def dp(self) -> int:

@@ -88,14 +88,15 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
     kept, working = sum(saved), _working(shape, layout)
     if layout.recompute == "full":
         kept = len(layers) * outer * shape.hidden * width
+        kept += sum(kept_attention_output(model, layout, layer) for layer in layers)
         working += max(saved)
     last = stage == layout.pp - 1
     logits = 0.0
     if last:
         # bf16 and float32 side by side going forward; float32 and the bf16 gradient coming back.
         logits = tokens * shape.vocab / layout.tp * (BF16 + FP32)
-        if layout.recompute != "full":
-            working = 0.0  # the logits are gone before the first layer's backward begins
+        # They are gone before the first layer's backward begins: the larger of the two counts.
+        working = max(0.0, working - logits)
     return Memory(
         weights=width * parameters,
         gradients=FP32 * parameters,
@@ -103,6 +104,15 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
         activations=kept * in_flight(layout, stage) + working,
         logits=logits,
     )
+
+
+def kept_attention_output(model: Model, layout: Layout, layer: int) -> float:
+    """Bytes of out and lse that a recomputed sparse layer keeps (s2megatron/recompute.py)."""
+    if not layout.keep_attention_output or model.patterns[layer].is_dense:
+        return 0.0
+    heads = model.shape.heads / layout.tp
+    width = BF16 if layout.bf16 else FP32
+    return layout.micro_batch * model.shape.seq_len * heads * (width * model.shape.head_dim + FP32)
 
 
 def in_flight(layout: Layout, stage: int) -> float:

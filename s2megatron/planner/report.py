@@ -40,7 +40,9 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
     layout = layout_of(ready.args, gpus)
     unset_global_variables()  # Megatron's: another run file may be read after this one
     unset_num_microbatches_calculator()
-    return Model(ready.shape, ready.patterns), replace(layout, fused=not local)
+    keep = ready.run.sparsity.keep_attention_output
+    layout = replace(layout, fused=not local, keep_attention_output=keep)
+    return Model(ready.shape, ready.patterns), layout
 
 
 def check_fits_gpus(layout: Layout, model: Model) -> None:
