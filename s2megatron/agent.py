@@ -212,7 +212,7 @@ class Agent:
             failure += "; a rank on another node went away first: look at that node's log"
         print(
             f"s2megatron: the job failed on node {self.nodes.rank} ({socket.gethostname()}): "
-            f"{failure}\ns2megatron: {self._resume(folder)}",
+            f"{failure}" + ("" if status == REFUSED else f"\ns2megatron: {self._resume(folder)}"),
             file=sys.stderr,
             flush=True,
         )

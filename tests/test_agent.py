@@ -27,12 +27,13 @@ def free_port() -> int:
 
 def report(count: int, ranks: list[int], same: list[dict], wait: float = 10.0) -> list[str]:
     """'' or the error of each of the nodes that come."""
-    port = free_port()
+    port, stores = free_port(), []  # kept to the end, as an agent keeps its own
 
     def node(place: int) -> str:
         nodes = Nodes(count=count, rank=ranks[place], addr="127.0.0.1", port=port)
         try:
             store = open_store(nodes, wait)
+            stores.append(store)
             call_roll(store, nodes, wait, same=same[place], say=print)
         except ConfigError as error:
             return str(error)

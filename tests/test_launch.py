@@ -10,6 +10,8 @@ import pytest
 from agents import Job, losses, make_corpus, train, train_multinode, two_nodes
 from launches import ROOT, TINY, write_run_file
 
+from s2megatron.run_lock import RunLock
+
 STEPS = 20
 TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"]
 PP2 = ["megatron.pipeline_model_parallel_size=2"]
@@ -158,6 +160,18 @@ def test_slurm_signal_saves_requeues_and_goes_on(home, one_agent):
     assert min(after) == max(before) + 1  # nothing lost, nothing done twice
     assert_equal(before | after, one_agent["tp2"])
     assert (stand_in / "requeued").read_text() == "4711\n"
+
+
+def test_second_run_in_the_same_folder_is_refused(home, tmp_path):
+    held = RunLock(tmp_path / "run")
+    try:
+        job = train(home / "run.yaml", f"output.folder={tmp_path / 'run'}", log=tmp_path / "log",
+                    ranks=1)  # fmt: skip
+        assert job.end() == 2, job.text[-3000:]
+        assert "is in use by another run" in job.text and f"process {os.getpid()} on" in job.text
+        assert "cannot start as configured" in job.text[-800:]
+    finally:
+        held.release()
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(home, tmp_path):
