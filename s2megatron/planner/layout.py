@@ -79,7 +79,10 @@ class Layout:
         parts.append(f"DP {self.dp}")
         if self.ep > 1:
             parts.append(f"EP {self.ep}")
-        return f"{', '.join(parts)}, recompute {self.recompute}"
+        attention = self.recompute == "full" and not self.keep_attention_output
+        return (
+            f"{', '.join(parts)}, recompute {self.recompute}{' + attention' if attention else ''}"
+        )
 
 
 def layout_of(args, gpus: int) -> Layout:
@@ -118,6 +121,10 @@ def layout_of(args, gpus: int) -> Layout:
     )
 
 
+RECOMPUTE = (("none", True), ("core_attn", True), ("full", True), ("full", False))
+"""What a search tries: recompute, and whether sparse layers keep attention's output under it."""
+
+
 def candidates(base: Layout, shape: ModelShape, *, most_tp: int) -> list[Layout]:
     """Every layout of `base.gpus` GPUs that the model and the global batch divide over.
 
@@ -129,10 +136,10 @@ def candidates(base: Layout, shape: ModelShape, *, most_tp: int) -> list[Layout]
             chunks = shape.layers // pp if shape.layers % pp == 0 else 1
             for vpp in _divisors(chunks) if pp > 1 else [1]:
                 for ep in _divisors(shape.experts) if shape.experts else [1]:
-                    for recompute in ("none", "core_attn", "full"):
+                    for recompute, keep in RECOMPUTE:
                         layout = replace(
                             base, tp=tp, pp=pp, vpp=vpp, ep=ep, sequence_parallel=tp > 1,
-                            micro_batch=1, recompute=recompute,
+                            micro_batch=1, recompute=recompute, keep_attention_output=keep,
                         )  # fmt: skip
                         if not layout.misfit(shape):
                             found.append(layout)
