@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 make_venv "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# Two files at a time: many tests wait for processes of their own.
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
