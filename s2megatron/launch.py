@@ -1,6 +1,7 @@
 """From a run file to Megatron's `pretrain()`: parse, check, build, hand over."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -230,6 +231,10 @@ def train(config: str, overrides: Sequence[str]) -> None:
         if stop.code:
             raise
     except CheckpointException as error:  # a BaseException, which error reports pass over
+        raise RuntimeError(output.save_failed(args.save, error)) from error
+    except OSError as error:  # a full disk may meet TensorBoard's writer first
+        if error.errno != errno.ENOSPC or not args.save:
+            raise
         raise RuntimeError(output.save_failed(args.save, error)) from error
     finally:
         if lock:

@@ -133,6 +133,6 @@ def save_failed(folder: str, error: BaseException) -> str:
     free = shutil.disk_usage(folder).free
     full = "the disk is full" if free < 2**20 else f"{free / 2**30:.1f} GiB are free there"
     return (
-        f"a checkpoint could not be written to {folder} ({full}): {last}. The last complete one "
-        "stays as it is; make room (output.keep says how many are kept) and start again"
+        f"a checkpoint or log could not be written to {folder} ({full}): {last}. The last complete "
+        "checkpoint stays as it is; make room (output.keep says how many are kept) and start again"
     )
