@@ -76,7 +76,7 @@ class HuggingFaceFolder:
             )
         for file in sorted(set(index.values())):
             stored = self._open(file)
-            for name in stored.keys():  # noqa: SIM118  a safetensors file is no dict
+            for name in stored.keys():  # noqa: SIM118 - safe_open is no dict
                 if index.get(name) != file:
                     raise ConfigError(
                         f"{self.folder / INDEX}: has no entry for {name}, which {file} holds"

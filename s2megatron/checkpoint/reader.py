@@ -193,6 +193,7 @@ class _IntoOneTensor(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """`resolve_tensor` gave a view: nothing is left to do."""
 
+    # The interface wants these; only a distributed load calls them, and this reader makes none.
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
         raise NotImplementedError("reads single tensors; plans are made by CheckpointReader")
 
