@@ -20,7 +20,10 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from profile_kinds import add_up, table
+
+from s2megatron.planner.measured import read_trace
 
 OPTIONS = dict(
     global_batch_size=1,
@@ -47,7 +50,10 @@ def parse(argv=None):
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", default="runs/bench_training", help="OUT.json, OUT.md, OUT/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if options.profile and not torch.cuda.is_available():
+        parser.error("--profile: adds up GPU kernels, and there is no GPU here")
+    return options
 
 
 def runs_of(a) -> list[tuple[str, str, int]]:
@@ -103,7 +109,7 @@ def run(a, attention, recompute, tokens) -> dict:
         row |= read_log((folder / "log.txt").read_text(), a.warmup, a.steps - 1)
         traces = sorted(folder.rglob("*.pt.trace.json*"))
         if traces:
-            row["profile"] = add_up(traces[0])
+            row["profile"] = add_up(read_trace(traces[0]))
     else:
         row["error"] = error_in((folder / "log.txt").read_text())
     return row
@@ -138,8 +144,6 @@ def read_log(text: str, warmup: int, last: int) -> dict:
 
 
 def versions() -> dict:
-    import torch
-
     found = dict(torch=torch.__version__)
     for name in ("triton", "megatron-core", "transformer-engine"):
         try:

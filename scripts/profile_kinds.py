@@ -3,12 +3,12 @@
 python3 scripts/profile_kinds.py TRACE.pt.trace.json
 """
 
-import gzip
-import json
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+from s2megatron.planner.measured import exposed_share, read_trace, union
 
 KINDS = (  # the first that matches a kernel's name
     ("S2 attention, forward", r"^s2_(hopper_)?(sparse_)?forward"),
@@ -25,50 +25,33 @@ KINDS = (  # the first that matches a kernel's name
 )
 
 
-def open_trace(path: Path) -> dict:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        return json.load(file)
-
-
-def add_up(path: Path) -> dict:
+def add_up(events: list[dict]) -> dict:
     """ms by kind, the most expensive kernels, and the step's length and idle time.
 
-    Kernels of different streams overlap, so kinds may add up to more than the step;
-    `exposed` is communication during which no other kernel ran.
+    Kernels of different streams overlap, so kinds may add up to more than the step.
+
+    Args:
+        events: `traceEvents` of a torch.profiler trace.
     """
-    events = [
-        e
-        for e in open_trace(Path(path))["traceEvents"]
-        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-    kinds, kernels, spans = defaultdict(float), defaultdict(float), {True: [], False: []}
-    for event in events:
-        name = event["name"]
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not on_gpu:
+        raise ValueError("no GPU kernels in this trace: it was made without a GPU")
+    kinds, kernels, spans = defaultdict(float), defaultdict(float), []
+    for event in on_gpu:
+        name, ms = event["name"], event["dur"] / 1e3
         kind = next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
-        kinds[kind] += event["dur"] / 1e3
-        kernels[name[:90]] += event["dur"] / 1e3
-        spans["nccl" in name.lower()].append((event["ts"], event["ts"] + event["dur"]))
-    both, compute = (covered(x) / 1e3 for x in (spans[True] + spans[False], spans[False]))
-    begin = min(e["ts"] for e in events)
-    length = (max(e["ts"] + e["dur"] for e in events) - begin) / 1e3
-    heaviest = sorted(kernels.items(), key=lambda item: -item[1])[:12]
+        kinds[kind] += ms
+        kernels[name[:90]] += ms
+        spans.append((event["ts"] / 1e3, event["ts"] / 1e3 + ms))
+    busy = union(spans)
+    step = busy[-1][1] - busy[0][0]
     return dict(
-        step=length,
-        idle=length - both,
-        exposed=both - compute,
+        step=step,
+        idle=step - sum(end - start for start, end in busy),
+        exposed=exposed_share(events) * step,
         kinds=dict(kinds),
-        heaviest=heaviest,
+        heaviest=sorted(kernels.items(), key=lambda item: -item[1])[:12],
     )
-
-
-def covered(spans) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
 
 
 def table(found: dict) -> list[str]:
@@ -90,4 +73,4 @@ def table(found: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(table(add_up(Path(sys.argv[1])))))
+    print("\n".join(table(add_up(read_trace(Path(sys.argv[1]))))))

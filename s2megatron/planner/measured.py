@@ -94,14 +94,15 @@ def exposed_share(events: Sequence[dict]) -> float | None:
     if not kernels:
         return None
     spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in kernels]
-    network = _union([(a, b) for a, b, is_network in spans if is_network])
-    compute = _union([(a, b) for a, b, is_network in spans if not is_network])
+    network = union([(a, b) for a, b, is_network in spans if is_network])
+    compute = union([(a, b) for a, b, is_network in spans if not is_network])
     whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
     hidden = sum(max(0.0, min(b, d) - max(a, c)) for a, b in network for c, d in compute)
     return (sum(b - a for a, b in network) - hidden) / whole
 
 
-def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The intervals that (start, end) spans cover together, in order."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -112,7 +113,8 @@ def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def read_trace(path: Path) -> list[dict]:
-    with gzip.open(path, "rt") as stream:
+    """`traceEvents` of a torch.profiler trace, compressed or not."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as stream:
         return json.load(stream)["traceEvents"]
 
 
