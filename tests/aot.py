@@ -6,6 +6,7 @@ be unset when the kernels are imported.
 """
 
 import contextlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,44 @@ class _NoGPU(DriverBase):
         return 0
 
 
-def usage(kernel) -> Usage:
-    """Resources of a compiled kernel, read from its binary. Spills show as stack."""
+def _read_binary(kernel, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [TOOLS / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main_loops(kernel) -> list[dict]:
+    """The innermost loops with tensor-core products and exponentials, the two shortest.
+
+    Of each, how often it loads from and stores to the stack, and its `ops` in order: HGMMA (a
+    product is issued), EX2, WAIT n (until at most n products are in flight), runs as one entry.
+    """
+    lines = _read_binary(kernel, "nvdisasm", "-c").splitlines()
+    labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if line.strip().endswith(":")}
+    loops = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L\w+)\)", line)
+        if target and labels[target[1]] < end:
+            body = "\n".join(lines[labels[target[1]] : end])
+            if "HGMMA" in body and "EX2" in body:
+                loops.append(body)
+    names = r"HGMMA|EX2|LDL|STL|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d"
+    found = []
+    for body in sorted(loops, key=len)[:2]:
+        ops = re.findall(names, body)
+        ops = [op.replace("WARPGROUP.DEPBAR.LE gsb0, 0x", "WAIT ") for op in ops]
+        order = itertools.groupby(op for op in ops if op not in ("LDL", "STL"))
+        found.append(
+            dict(loads=ops.count("LDL"), stores=ops.count("STL"), ops=[op for op, _ in order])
+        )
+    return found
+
+
+def usage(kernel) -> Usage:
+    """Resources of a compiled kernel, read from its binary. Spills show as stack."""
+    text = _read_binary(kernel, "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     meta = kernel.metadata
     return Usage(meta.name, int(found[1]), int(found[2]), meta.shared, meta.num_warps)

@@ -42,7 +42,7 @@ def test_operators_pass_opcheck(packed):
     for dlse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
             ops.attention_backward,
-            (*inputs, out, lse, torch.randn_like(out), dlse, *rest[:-1]),
+            (*inputs, out, lse, torch.randn_like(out), dlse, *rest),
             test_utils=("test_schema", "test_faketensor"),
         )
 

@@ -47,6 +47,7 @@ REAL = [
     Case("sliding_window", sliding_window(heads=4, block_size=64, local_blocks=5), 2000, d=128),
     Case("dense", dense(heads=4, kv_heads=2), 1999, d=128),
     Case("q_offset", _ls(4, 2, 64, 4, 4), 777, t=2500, d=128, q_offset=1723),
+    Case("q_offset_aligned", _ls(4, 2, 64, 4, 4), 777, t=2500, d=128, q_offset=1728),
     Case("one_query", _ls(4, 2, 64, 4, 4), 1, t=2500, d=128, q_offset=2499),
     Case("q_longer_than_k", _ls(4, 4, 64, 4, 8), 2000, t=700, d=128),
     *(Case(f"block{n}", _ls(4, 4, n, 4, 4), 2051, d=128) for n in (16, 32, 128, 256)),
@@ -78,19 +79,31 @@ def test_real_shapes(case, dtype):
     check(case, dtype, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", REAL, ids=str)
-def test_hopper_forward(case, dtype):
-    """The Hopper kernel where it takes the case, as good as eager; else it says what it lacks."""
+def needs_hopper():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_hopper(case, dtype):
+    """The Hopper kernels where they take the case, as good as eager; else they say why not."""
+    needs_hopper()
     q, k, v, *_ = make_inputs(case, dtype, "cuda")
-    if hopper.why_not(q, k, v, case.pattern, None):
-        assert case.pattern.block_size < 64 or case.d not in range(48, 129)
+    if hopper.why_not(q, k, v, case.pattern, None, case.q_offset):
+        assert case.pattern.block_size < 64 or case.d not in range(48, 129) or case.q_offset
         with pytest.raises(ValueError, match="backend='hopper' does not take"):
             s2_attention(q, k, v, case.pattern, q_offset=case.q_offset, backend="hopper")
         return
     check(case, dtype, backend="hopper")
+
+
+@pytest.mark.parametrize("kv_heads, d, block", [(16, 128, 64), (4, 128, 64), (16, 64, 128)])
+def test_hopper_with_many_items(kv_heads, d, block):
+    """Programs that work on dozens of items, short lists among them; sampled rows and columns."""
+    needs_hopper()
+    pattern = _ls(16, kv_heads, block, 4, 16, head_step=16 // kv_heads)
+    check_sampled(pattern, 16_000, d, torch.bfloat16, "cuda", backend="hopper")
 
 
 @pytest.mark.parametrize("case", REAL[::4], ids=str)
@@ -101,7 +114,7 @@ def test_float32(case):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", [*REAL[:3], *REAL[-7:]], ids=str)
 def test_adding_up_dq(case, dtype):
-    check(case, dtype, deterministic=False)
+    check(case, dtype, backend="triton", deterministic=False)
 
 
 def shipped():
@@ -195,7 +208,7 @@ def stacked(results):
     return {name: torch.stack([r[name] for r in results]) for name in results[0]}
 
 
-def check_sampled(pattern, n, d, dtype, device):
+def check_sampled(pattern, n, d, dtype, device, backend):
     """One forward and backward pass; sampled rows and columns against float64."""
     generator = torch.Generator(device).manual_seed(0)
     heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads, pattern.heads)
@@ -203,7 +216,7 @@ def check_sampled(pattern, n, d, dtype, device):
         torch.randn(1, n, h, d, device=device, dtype=dtype, generator=generator) for h in heads
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = s2_attention(*leaves, pattern, return_lse=True, backend="triton")
+    out, lse = s2_attention(*leaves, pattern, return_lse=True, backend=backend)
     dq, dk, dv = torch.autograd.grad(out, leaves, dout)
     q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
 
@@ -234,10 +247,11 @@ def check_sampled(pattern, n, d, dtype, device):
     assert_as_good_as_eager(stacked(got), truth, eager, case)
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("kv_heads", [8, 2], ids=["mha", "gqa"])
-def test_a_million_tokens(kv_heads):
+def test_a_million_tokens(kv_heads, backend):
     torch.cuda.empty_cache()
-    check_sampled(_ls(8, kv_heads, 64, 16, 8), 2**20, 128, torch.bfloat16, "cuda")
+    check_sampled(_ls(8, kv_heads, 64, 16, 8), 2**20, 128, torch.bfloat16, "cuda", backend)
 
 
 def tensors(n, heads=8, d=128, dtype=torch.bfloat16):
@@ -261,28 +275,35 @@ def test_torch_compile():
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-def test_the_same_bits_every_time():
-    pattern = _ls(8, 8, 64, 4, 8)
+@pytest.mark.parametrize("kv_heads", [8, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_the_same_bits_every_time(backend, kv_heads):
+    pattern = _ls(8, kv_heads, 64, 4, 8)
     leaves, dout = tensors(20_000)
+    leaves[1:] = [x[:, :, :kv_heads].detach().contiguous().requires_grad_() for x in leaves[1:]]
 
     def run():
-        out, lse = s2_attention(*leaves, pattern, return_lse=True)
+        out, lse = s2_attention(*leaves, pattern, return_lse=True, backend=backend)
         return out, lse, *torch.autograd.grad(out, leaves, dout)
 
     first = run()
-    for _ in range(3):
+    for _ in range(100):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@pytest.mark.parametrize("deterministic", [True, False], ids=["separate", "fused"])
-def test_peak_memory(deterministic):
+@pytest.mark.parametrize(
+    "backend, deterministic", [("auto", True), ("triton", True), ("triton", False)]
+)
+def test_peak_memory(backend, deterministic):
     """Inputs, outputs, gradients, lse and delta, plus 5%."""
     pattern = _ls(32, 32, 64, 16, 32)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     leaves, dout = tensors(32_768, heads=32)
     torch.cuda.reset_peak_memory_stats()
-    out, lse = s2_attention(*leaves, pattern, return_lse=True, deterministic=deterministic)
+    out, lse = s2_attention(
+        *leaves, pattern, return_lse=True, backend=backend, deterministic=deterministic
+    )
     grads = torch.autograd.grad(out, leaves, dout)
     peak = torch.cuda.max_memory_allocated() - before
     kept = (*leaves, dout, out, lse, *grads, lse)

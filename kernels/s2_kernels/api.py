@@ -44,15 +44,14 @@ def s2_attention(
         q_offset: position of the first query token in the KV sequence (tokens).
         return_lse: also return lse [b, h, s]: the natural log of the softmax denominator,
             float32 (float64 for float64 inputs), differentiable.
-        backend: "auto" takes "blocked" for tensors that are not on a GPU; else "hopper" for the
-            forward pass where it can, saying once where it cannot, and "triton". "triton": head
-            sizes 32 to 256 in multiples of 16, bfloat16, float16 and float32, a contiguous last
-            dimension, compute capability 8.0. "hopper": the forward kernel for compute capability
-            9.0 (head sizes 48 to 128, blocks from 64 on, 16-bit types, not packed) with the
-            backward pass of "triton". "blocked": PyTorch, any device. "reference": dense mask, for
-            tests.
+        backend: "auto" takes "blocked" for tensors that are not on a GPU; else "hopper" where it
+            can, saying once where it cannot, and "triton". "triton": head sizes 32 to 256 in
+            multiples of 16, bfloat16, float16 and float32, a contiguous last dimension, compute
+            capability 8.0. "hopper": the kernels for compute capability 9.0 (head sizes 48 to 128,
+            blocks from 64 on, 16-bit types, q_offset 0, not packed).
+            "blocked": PyTorch, any device. "reference": dense mask, for tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
-            in an order that varies. The other backends do not read it.
+            in an order that varies. The other backends, which always do, do not read it.
 
     Returns:
         out [b, s, h, dv] in q's dtype, or (out, lse); Triton lays out in memory like q. A query
@@ -116,7 +115,7 @@ def s2_attention_backward(
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    numbers = (0, 0, pattern.key, scale, q_offset, deterministic)
+    numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
     return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *numbers)
 
 

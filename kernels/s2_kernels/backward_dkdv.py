@@ -37,7 +37,7 @@ from s2_kernels.primitives import (
     sequence,
     store_rows,
 )
-from s2_kernels.schedule import column_work, round_up
+from s2_kernels.schedule import ColumnWork, column_work, round_up
 
 
 @triton.jit(
@@ -332,18 +332,39 @@ def launch_dkdv(
         PRECISION=precision,
         **config.options(),
     )
-    if work.n_slots:
-        s2_add_pieces_kernel[(len(work.cut) * n_seqs,)](
-            partial,
-            dk,
-            dv,
-            work.cut,
-            packing.cu_k if packing else None,
-            rows_and_heads(dk_heads),
-            rows_and_heads(dv_heads),
-            t,
-            n_seqs,
-            **sizes,
-            PACKED=packing is not None,
-            num_warps=config.num_warps,
-        )
+    add_pieces(partial, dk, dv, work, config.block_n, packing)
+
+
+def add_pieces(
+    partial: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    work: ColumnWork,
+    tile: int,
+    packing: Packing | None = None,
+) -> None:
+    """Adds up what the pieces of cut columns left in `partial`, [slots * sequences, tile, dk + dv].
+
+    Writes the rows of dk and dv that belong to cut columns of `tile` tokens.
+    """
+    if not work.n_slots:
+        return
+    dk_heads, dv_heads = head_major(dk), head_major(dv)
+    n_seqs = packing.n_seqs if packing else dk_heads.shape[0]
+    s2_add_pieces_kernel[(len(work.cut) * n_seqs,)](
+        partial,
+        dk,
+        dv,
+        work.cut,
+        packing.cu_k if packing else None,
+        rows_and_heads(dk_heads),
+        rows_and_heads(dv_heads),
+        dk_heads.shape[2],
+        n_seqs,
+        D=dk.shape[-1],
+        DV=dv.shape[-1],
+        BLOCK_D=pad(dk.shape[-1]),
+        BLOCK_DV=pad(dv.shape[-1]),
+        N=tile,
+        PACKED=packing is not None,
+    )

@@ -41,20 +41,15 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], or None for dense batches, for which the
             longest sequences max_seqlen_q and max_seqlen_k are not read.
         pattern: `LayerPattern.key`. A string costs the dispatcher nothing; 160 numbers 0.2 ms.
-        deterministic: of the backward pass.
-        backend: of the forward pass: "triton", "hopper", or "auto": the second where it can.
+        deterministic: of the backward pass of "triton".
+        backend: "triton", "hopper", or "auto": the second where it can, each pass by itself.
     """
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = LayerPattern.from_key(pattern)
-    reason = hopper.why_not(q, k, v, rule, packing) if backend != "triton" else "not asked for"
-    if reason is None:
+    if hopper.takes(q, k, v, rule, packing, q_offset, backend, "forward"):
         from s2_kernels.hopper.forward import launch_hopper_forward  # imports Gluon
 
         return launch_hopper_forward(q, k, v, rule, softmax_scale, q_offset)
-    if backend == "hopper":
-        raise ValueError(f"backend='hopper' does not take {reason}; choose 'auto' or 'triton'")
-    if backend == "auto" and q.is_cuda and capability(q.device)[0] == 9:
-        hopper.announce(reason)
     return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
 
 
@@ -82,20 +77,18 @@ def attention_backward(
     softmax_scale: float,
     q_offset: int,
     deterministic: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out like q, k and v. Arguments as in `attention`, dlse like lse."""
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rule = LayerPattern.from_key(pattern)
+    problem = (q, k, v, out, lse, dout, dlse, rule, softmax_scale, q_offset)
+    if hopper.takes(q, k, v, rule, packing, q_offset, backend, "backward"):
+        from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
+
+        return launch_hopper_backward(*problem)
     return launch_backward(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dout,
-        dlse,
-        LayerPattern.from_key(pattern),
-        softmax_scale,
-        q_offset,
+        *problem,
         packing=packing,
         deterministic=deterministic,
         # Reductions through TMA are Hopper's; the interpreter has none.
@@ -109,7 +102,7 @@ def _(q, k, v, *rest):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, _backend = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.numbers = numbers
     ctx.set_materialize_grads(False)
@@ -121,7 +114,7 @@ def _backward(ctx, dout, dlse):
     grads = attention_backward(
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
     )
-    return *grads, *(None,) * (len(ctx.numbers) + 3)
+    return *grads, *(None,) * (len(ctx.numbers) + 2)
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -7,6 +7,7 @@ cutting more than balance needs would cost memory and time. The list is O(heads 
 """
 
 import functools
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,10 @@ SHORTEST_PIECE = 32
 """Tiles below which a column is not cut: adding up its pieces would cost more than it saves."""
 
 
+ITEM_OVERHEAD = 1
+"""What starting and ending an item takes of a Hopper program, in half-tiles of 64 tokens."""
+
+
 def round_up(n: int) -> int:
     """The next of eight sizes per power of two.
 
@@ -26,6 +31,64 @@ def round_up(n: int) -> int:
     """
     step = 1 << max(0, n.bit_length() - 4)
     return -(-n // step) * step
+
+
+class Dealt(NamedTuple):
+    """Items dealt to persistent programs.
+
+    Attributes:
+        items: int32 [n_items, ...] on the device, those of one program after those of another.
+        starts: int32 [programs + 1] on the device: program p has the items from starts[p] on, at
+            least one.
+    """
+
+    items: torch.Tensor
+    starts: torch.Tensor
+
+    @property
+    def programs(self) -> int:
+        return len(self.starts) - 1
+
+
+def deal(items: np.ndarray, cost: np.ndarray, programs: int, device: torch.device) -> Dealt:
+    """Deals items in their order, each to the program that has the least to do so far."""
+    programs = min(programs, len(cost))
+    load = [(0, program) for program in range(programs)]
+    owner = np.empty(len(cost), dtype=np.int64)
+    for i, c in enumerate(cost.tolist()):
+        done, owner[i] = load[0]
+        heapq.heapreplace(load, (done + c, owner[i]))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=programs))])
+    order = np.argsort(owner, kind="stable")
+    return Dealt(_on_device(items[order], device), _on_device(starts, device))
+
+
+@functools.lru_cache(maxsize=256)
+def query_tiles(
+    pattern: LayerPattern,
+    s: int,
+    t: int,
+    q_offset: int,
+    n_seqs: int,
+    programs: int,
+    device: torch.device,
+) -> Dealt:
+    """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
+
+    Items, int32 [n_items], count sequences, heads, and tiles from the last one back: programs work
+    on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
+    """
+    size, group = pattern.block_size, pattern.heads // pattern.kv_heads
+    first_row = np.arange(-(-s // 128) - 1, -1, -1) * 128 + q_offset
+    first, last = first_row // size, (np.minimum(first_row + 128, q_offset + s) - 1) // size
+    blocks = np.arange(-(-t // size))
+    costs = []
+    for rule in pattern.rules:
+        dropped = np.sort(blocks + rule.lifetimes(len(blocks)).numpy())
+        kept = np.minimum(last + 1, len(blocks)) - np.searchsorted(dropped, first, side="right")
+        costs.append(np.repeat((kept * (size // 64) + ITEM_OVERHEAD)[None], group, axis=0))
+    cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
+    return deal(np.arange(len(cost)), cost, programs, device)
 
 
 class ColumnWork(NamedTuple):
@@ -57,6 +120,23 @@ def column_costs(pattern, heads, s, t, q_offset, tile_m, tile_n) -> np.ndarray:
     return np.stack(costs) * (pattern.heads // pattern.kv_heads)
 
 
+def _cut(cost: np.ndarray, n_seqs: int, programs: int):
+    """Pieces of columns, heaviest first: (column, piece, number of pieces) each, and which are cut.
+
+    Longest-first filling ends within one piece of perfect balance: half an even share is enough.
+    """
+    limit = max(SHORTEST_PIECE, int(cost.sum()) * n_seqs // (2 * programs))
+    pieces = np.where(cost > limit, -(-cost // limit), 1)
+    item = np.repeat(np.arange(len(cost)), pieces)
+    piece = np.arange(len(item)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    order = np.argsort(-(cost / pieces)[item], kind="stable")
+    return item[order], piece[order], pieces, pieces > 1
+
+
+def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+
+
 @functools.lru_cache(maxsize=256)
 def column_work(
     pattern: LayerPattern,
@@ -76,21 +156,62 @@ def column_work(
     """
     costs = column_costs(pattern, heads, s, t, q_offset, tile_m, tile_n)
     head, column = np.indices(costs.shape)
-    head, column, cost = head.ravel() + heads.start, column.ravel(), costs.ravel()
-    # Longest-first filling ends within one piece of perfect balance: half an even share is enough.
-    limit = max(SHORTEST_PIECE, int(cost.sum()) * n_seqs // (2 * slots))
-    pieces = np.where(cost > limit, -(-cost // limit), 1)
-    is_cut = pieces > 1
+    head, column = head.ravel() + heads.start, column.ravel()
+    item, piece, pieces, is_cut = _cut(costs.ravel(), n_seqs, slots)
     first_slot = np.where(is_cut, np.cumsum(pieces * is_cut) - pieces, -1)
-
-    item = np.repeat(np.arange(len(cost)), pieces)
-    piece = np.arange(len(item)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     slot = np.where(is_cut[item], first_slot[item] + piece, -1)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
-    order = np.lexsort((column[item], head[item], -(cost / pieces)[item]))
     cut = np.stack([head, column, first_slot, pieces], axis=1)[is_cut]
+    return ColumnWork(
+        _on_device(items, device), _on_device(cut, device), int((pieces * is_cut).sum())
+    )
 
-    def on_device(x):
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
 
-    return ColumnWork(on_device(items[order]), on_device(cut), int((pieces * is_cut).sum()))
+@functools.lru_cache(maxsize=256)
+def column_pairs(
+    pattern: LayerPattern,
+    s: int,
+    t: int,
+    q_offset: int,
+    n_seqs: int,
+    programs: int,
+    device: torch.device,
+) -> tuple[Dealt, ColumnWork]:
+    """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
+
+    The two columns of a pair live equally long, and are neighbours among those that do. Items,
+    int32 [n_items, 7]: KV head, its columns (the second may be -1), piece, number of pieces, slot
+    of the first column's piece (the second's lies as many slots further as there are pieces),
+    sequence.
+    """
+    rows, group = -(-s // 64), pattern.heads // pattern.kv_heads
+    per_block, offset = pattern.block_size // 64, q_offset // 64
+    n_columns = -(-t // 64)
+    parts = []
+    for head, rule in enumerate(pattern.rules):
+        block = np.arange(n_columns) // per_block
+        life = rule.lifetimes(int(block[-1]) + 1).numpy()[block]
+        end = np.minimum((block + life) * per_block - offset, rows)
+        start = np.minimum(np.maximum(np.arange(n_columns) - offset, 0), end)
+        for value in np.unique(life):
+            columns = np.flatnonzero(life == value)
+            first, second = columns[::2], np.full(-(-len(columns) // 2), -1)
+            second[: len(columns) // 2] = columns[1::2]
+            other = np.where(second < 0, first, second)
+            cost = np.maximum(end[first], end[other]) - np.minimum(start[first], start[other])
+            parts.append(np.stack([np.full(len(first), head), first, second, cost * group], axis=1))
+    head, first, second, cost = np.concatenate(parts).T
+    item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
+    first_slot = np.where(is_cut, 2 * (np.cumsum(pieces * is_cut) - pieces), -1)
+    slot = np.where(is_cut[item], first_slot[item] + piece, -1)
+    items = np.stack([head[item], first[item], second[item], piece, pieces[item], slot], axis=1)
+    items = np.repeat(items, n_seqs, axis=0)
+    sequence = np.tile(np.arange(n_seqs), len(item))[:, None]
+    weight = np.repeat((cost / pieces)[item] + ITEM_OVERHEAD, n_seqs)
+    cut = [
+        np.stack([head, column, first_slot + w * pieces, pieces], axis=1)[is_cut & (column >= 0)]
+        for w, column in enumerate((first, second))
+    ]
+    dealt = deal(np.concatenate([items, sequence], axis=1), weight, programs, device)
+    cut = _on_device(np.concatenate(cut), device)
+    return dealt, ColumnWork(dealt.items, cut, 2 * int((pieces * is_cut).sum()))

@@ -1,7 +1,6 @@
 """The Hopper backend: Gluon kernels behind the same launchers as the portable Triton kernels.
 
-So far the forward pass; the backward pass is the portable one. What a kernel here cannot take runs
-on the portable kernels, which compute the same.
+What a kernel here cannot take runs on the portable kernels, which compute the same.
 """
 
 import functools
@@ -22,8 +21,9 @@ def why_not(
     v: torch.Tensor,
     pattern: LayerPattern,
     packing: Packing | None,
+    q_offset: int = 0,
 ) -> str | None:
-    """What keeps the Hopper forward kernel from these inputs; None where it takes them."""
+    """What keeps the Hopper kernels from these inputs; None where they take them."""
     if not HAS_GLUON:
         return "this Triton has no Gluon for Hopper (3.6 has)"
     if not q.is_cuda or capability(q.device)[0] != 9:
@@ -36,14 +36,41 @@ def why_not(
         return f"block_size {pattern.block_size} (64, 128 and 256 only)"
     if pad(q.shape[-1]) not in (64, 128) or q.shape[-1] != v.shape[-1]:
         return f"head sizes {q.shape[-1]} and {v.shape[-1]} (one size from 48 to 128 only)"
+    if q_offset:
+        return f"q_offset {q_offset} (0 only)"
     if not all(takes_descriptor(head_major(x)) for x in (q, k, v)):
         return "strides or addresses that TMA does not take (multiples of 16 bytes only)"
     return None
 
 
+def takes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    packing: Packing | None,
+    q_offset: int,
+    backend: str,
+    which: str,
+) -> bool:
+    """Whether a pass, "forward" or "backward", runs here: asked for and possible, or "auto".
+
+    Raises:
+        ValueError: asked for and not possible.
+    """
+    if backend == "triton":
+        return False
+    reason = why_not(q, k, v, pattern, packing, q_offset)
+    if reason and backend == "hopper":
+        raise ValueError(f"backend='hopper' does not take {reason}; choose 'auto' or 'triton'")
+    if reason and q.is_cuda and capability(q.device)[0] == 9:
+        announce(which, reason)
+    return reason is None
+
+
 @functools.cache
-def announce(reason: str) -> None:
-    """Says once per reason that the portable kernels run instead."""
+def announce(which: str, reason: str) -> None:
+    """Says once per pass and reason that the portable kernels run instead."""
     logging.getLogger("s2_kernels").warning(
-        "s2_attention: portable Triton forward kernel instead of the Hopper one: %s", reason
+        "s2_attention: portable Triton %s kernel instead of the Hopper one: %s", which, reason
     )

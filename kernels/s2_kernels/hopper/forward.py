@@ -12,7 +12,6 @@ next item's list while the others are busy. Barriers come in pairs, ready (loade
 Shapes as in s2_kernels/forward.py.
 """
 
-import functools
 import math
 
 import torch
@@ -20,83 +19,61 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.hopper.primitives import (
+    ROWS,
+    dealt_items,
+    descriptor,
+    half_block,
+    keep_order,
+    load_rows,
+    make_barriers,
+    make_notes,
+    query_item,
+    read,
+    read_scalar,
+    work_list,
+    write,
+)
 from s2_kernels.launch import (
     concurrent_programs,
     device_table,
     empty_like,
     head_major,
     pad,
-    tma_strides,
+    rows_and_heads,
 )
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import (
-    LN2,
-    block_at,
-    count_blocks,
-    kept_segments,
-    lifetime,
-    load_rule,
-)
+from s2_kernels.primitives import LN2, head_offset, lifetime
+from s2_kernels.schedule import query_tiles
 
-ROWS = 64
-"""Rows of a half-tile of KV, and of a consumer's queries."""
 FAR = gl.constexpr(1 << 30)
 """A row beyond any sequence: TMA reads zeros there."""
 
 
 @gluon.jit
-def count_items(n_items):
-    """How many items this program works on: every grid-th, the direction alternating."""
-    grid = gl.num_programs(0)
-    rounds = n_items // grid
-    return rounds + (item_at(rounds) < n_items).to(gl.int32)
-
-
-@gluon.jit
-def item_at(i_round):
-    """The item of a round. Items go from heavy to light: to and fro, every program gets as much."""
-    grid, i_program = gl.num_programs(0), gl.program_id(0)
-    return i_round * grid + gl.where(i_round % 2 == 0, i_program, grid - 1 - i_program)
-
-
-@gluon.jit
-def work_list(
-    item, p_table, heads, group, n_tiles_q, s, t, q_offset, B: gl.constexpr, N_BANDS: gl.constexpr
-):
-    """An item: batch, head, first row of its query tile, its list of KV blocks, and its tiles.
-
-    Returns (i_batch, i_head, row, rule, kept, halves, n_interior, n_tiles): halves counts the
-    half-tiles of the list, n_interior the tiles that need no mask.
-    """
-    M: gl.constexpr = 128
-    i_tile = n_tiles_q - 1 - item % n_tiles_q
-    i_head = item // n_tiles_q % heads  # in range for items past the last one too
-    i_batch = item // n_tiles_q // heads
-    row = q_offset + i_tile * M
-    last_row = gl.minimum(row + M, q_offset + s) - 1
-    k_last = gl.maximum(t - 1, 0) // B
-    rule = load_rule(p_table, i_head // group, N_BANDS)
-    kept = kept_segments(rule, row // B, last_row // B, k_last, True, N_BANDS)
-    N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
-    halves = count_blocks(kept, N_SEGMENTS) * (B // 64)
-    n_interior = count_blocks(kept, N_BANDS) * (B // 64) // 2
-    n_tiles = gl.maximum((halves + 1) // 2, 1)
-    return i_batch, i_head, row, rule, kept, halves, n_interior, n_tiles
-
-
-@gluon.jit
 def half_row(kept, halves, position, B: gl.constexpr, N_SEGMENTS: gl.constexpr):
     """First KV row of a half-tile of the list, or FAR past its end."""
-    block = block_at(kept, position // (B // 64), N_SEGMENTS)
-    return gl.where(position < halves, block * B + position % (B // 64) * 64, FAR)
+    return gl.where(position < halves, half_block(kept, position, B, N_SEGMENTS) * 64, FAR)
+
+
+@gluon.jit
+def note_mask(notes, at, rule, row, col, t, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """What the consumers' masks take from a half-tile: two diagonals, the last column that exists.
+
+    Row m of a warpgroup's 64 sees column n of the half-tile if n <= m + diagonal.
+    """
+    life = lifetime(rule, col // B, N_BANDS)
+    for w in gl.static_range(2):
+        ahead = row + w * 64 - col
+        sees = (ahead >= 0) & ((row + w * 64) // B - col // B < life)
+        write(notes, at + w, gl.where(sees, gl.minimum(ahead, 64), -64))
+    write(notes, at + 2, gl.minimum(t - 1 - col, 63))
 
 
 @gluon.jit
@@ -110,86 +87,68 @@ def load_half_tiles(desc, i_batch, i_kv, row_0, row_1, ready, buffer):
 
 
 @gluon.jit
-def load_kv(
-    p, done, descs, buffers, barriers, i_batch, i_kv, kept, halves,
-    B: gl.constexpr, N_SEGMENTS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Loads K and V of tile p of a list, once their buffers are free."""
-    d_q, d_k, d_v, d_out = descs
-    q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    row_0 = half_row(kept, halves, 2 * p, B, N_SEGMENTS)
-    row_1 = half_row(kept, halves, 2 * p + 1, B, N_SEGMENTS)
-    stage, phase = (done + p) % STAGES, (done + p) // STAGES & 1
-    mbarrier.wait(k_free.index(stage), phase ^ 1)
-    load_half_tiles(d_k, i_batch, i_kv, row_0, row_1, k_ready.index(stage), k_bufs.index(stage))
-    mbarrier.wait(v_free.index(stage), phase ^ 1)
-    load_half_tiles(d_v, i_batch, i_kv, row_0, row_1, v_ready.index(stage), v_bufs.index(stage))
-
-
-@gluon.jit
 def producer(
-    descs, buffers, barriers, p_table, sizes,
+    descs, buffers, barriers, tables, sizes,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Loads Q of every item and the K and V tiles of its list."""
-    d_q, d_k, d_v, d_out = descs
-    q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    batch, heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
+    """Loads Q of every item and the K and V tiles of its list, with notes on both.
+
+    K of a tile is freed together with V of the tile before.
+    """
+    d_q, d_k, d_v = descs
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, v_ready, free = barriers
+    p_items, p_starts, p_table = tables
+    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
     N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
-    n_items = batch * heads * n_tiles_q
-    done = 0
-    work = work_list(item_at(0), p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
-    for i_round in range(count_items(n_items)):
-        i_batch, i_head, row, rule, kept, halves, n_interior, n_tiles = work
+    first, n_items = dealt_items(p_starts)
+    tile = 0
+    for i_round in range(n_items):
+        item = gl.load(p_items + first + i_round)
+        work = work_list(item, p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
+        i_batch, i_head, row, rule, kept, n_interior, halves = work
         i_kv = i_head // group
-        slot, turn = i_round % 2, i_round // 2 & 1
-        mbarrier.wait(q_free.index(slot), turn ^ 1)
-        mbarrier.expect(q_ready.index(slot), 2 * d_q.block_type.nbytes)
-        for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                d_q, [i_batch, i_head, row - q_offset + i * 64, 0], q_ready.index(slot),
-                q_bufs.index(2 * slot + i).reshape(d_q.block_type.shape),
-            )  # fmt: skip
-        for p in range(n_tiles - 1):
-            load_kv(
-                p, done, descs, buffers, barriers, i_batch, i_kv, kept, halves,
-                B, N_SEGMENTS, STAGES,
-            )  # fmt: skip
-        # While the consumers are at it, the next list.
-        work = work_list(
-            item_at(i_round + 1), p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS
-        )
-        load_kv(
-            n_tiles - 1, done, descs, buffers, barriers, i_batch, i_kv, kept, halves,
-            B, N_SEGMENTS, STAGES,
-        )  # fmt: skip
-        done += n_tiles
+        n_interior = n_interior // 2
+        n_tiles = gl.maximum((halves + 1) // 2, 1)
+        mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
+        write(q_notes, 0, n_interior)
+        write(q_notes, 1, n_tiles)
+        mbarrier.expect(q_ready.index(0), 2 * d_q.block_type.nbytes)
+        for w in gl.static_range(2):
+            q_row = row - q_offset + w * 64
+            load_rows(d_q, i_batch, i_head, q_row, q_ready.index(0), q_bufs.index(w))
+        for p in range(n_tiles):
+            col_0 = half_row(kept, halves, 2 * p, B, N_SEGMENTS)
+            col_1 = half_row(kept, halves, 2 * p + 1, B, N_SEGMENTS)
+            stage, phase = tile % STAGES, tile // STAGES & 1
+            mbarrier.wait(free.index(stage), phase ^ 1)
+            if p >= n_interior:
+                note_mask(k_notes, stage * 6, rule, row, col_0, t, B, N_BANDS)
+                note_mask(k_notes, stage * 6 + 3, rule, row, col_1, t, B, N_BANDS)
+            ready = k_ready.index(stage)
+            load_half_tiles(d_k, i_batch, i_kv, col_0, col_1, ready, k_bufs.index(stage))
+            after, phase = (tile + 1) % STAGES, (tile + 1) // STAGES & 1
+            mbarrier.wait(free.index(after), phase ^ 1, pred=tile >= STAGES)
+            ready = v_ready.index(stage)
+            load_half_tiles(d_v, i_batch, i_kv, col_0, col_1, ready, v_bufs.index(stage))
+            tile += 1
 
 
 @gluon.jit
-def mask_tile(
-    b_s, rule, kept, halves, p, o_row, t,
-    B: gl.constexpr, N_BANDS: gl.constexpr, N_SEGMENTS: gl.constexpr,
-):  # fmt: skip
-    """Scores [64, 128] of a tile, -inf where row o_row [64] does not see a column."""
-    col_layout: gl.constexpr = gl.SliceLayout(0, b_s.type.layout)
-    o_n = gl.arange(0, 128, layout=col_layout)
-    row_0 = half_row(kept, halves, 2 * p, B, N_SEGMENTS)
-    row_1 = half_row(kept, halves, 2 * p + 1, B, N_SEGMENTS)
-    last_0 = last_column(rule, row_0, o_row, t, B, N_BANDS)
-    last_1 = last_column(rule, row_1, o_row, t, B, N_BANDS)
+def mask_tile(b_s, notes, stage, WARPGROUP: gl.constexpr):
+    """Scores [64, 128] of a tile, -inf where a row does not see a column."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, b_s.type.layout)
+    o_m = gl.arange(0, 64, layout=row_layout)
+    o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, b_s.type.layout))
+    at = stage * 6
+    last_0 = gl.minimum(
+        o_m + read(notes, at + WARPGROUP, row_layout), read(notes, at + 2, row_layout)
+    )
+    last_1 = gl.minimum(
+        o_m + read(notes, at + 3 + WARPGROUP, row_layout), read(notes, at + 5, row_layout)
+    )
     last = gl.where((o_n < 64)[None, :], last_0[:, None], last_1[:, None] + 64)
     return gl.where(o_n[None, :] <= last, b_s, float("-inf"))
-
-
-@gluon.jit
-def last_column(rule, row, o_row, t, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The last column [64] of the half-tile from `row` on that o_row sees, at most 63; or -1."""
-    life = lifetime(rule, row // B, N_BANDS)
-    last = gl.minimum(gl.minimum(o_row, t - 1) - row, 63)
-    return gl.where(o_row // B - row // B < life, last, -1)
 
 
 @gluon.jit
@@ -206,31 +165,34 @@ def softmax_step(b_s, b_m, b_l, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def attend_tiles(
-    low, high, done, q_buf, k_bufs, v_bufs, k_ready, k_free, v_ready, v_free,
-    b_p, b_acc, b_m, b_l, o_row, rule, kept, halves, t, scale_log2,
-    B: gl.constexpr, N_BANDS: gl.constexpr, N_SEGMENTS: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
+    low, high, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles low..high-1: scores of tile p, then P V of tile p - 1, whose b_p [64, 128] comes in."""
+    """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
+
+    That one's b_p [64, 128] comes in.
+    """
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, v_ready, free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
-    for p in range(low, high):
-        stage, phase = (done + p) % STAGES, (done + p) // STAGES & 1
-        before, phase_before = (done + p - 1) % STAGES, (done + p - 1) // STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase)
+    for tile in range(low, high):
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        before, phase_before = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
         zeros = gl.zeros([64, 128], gl.float32, s_layout)
+        mbarrier.wait(k_ready.index(stage), phase)
         t_s = warpgroup_mma(
-            q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+            b_q, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
         mbarrier.wait(v_ready.index(before), phase_before)
         t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
-        mbarrier.arrive(k_free.index(stage))
         if MASKED:
-            b_s = mask_tile(b_s, rule, kept, halves, p, o_row, t, B, N_BANDS, N_SEGMENTS)
+            b_s = mask_tile(b_s, k_notes, stage, WARPGROUP)
         b_next, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2, MASKED)
-        b_acc = warpgroup_mma_wait(0, deps=[t_acc])
-        mbarrier.arrive(v_free.index(before))
+        keep_order(v_ready.index(before), phase_before)
+        b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
+        mbarrier.arrive(free.index(stage))
         b_rescale = gl.convert_layout(b_rescale, gl.SliceLayout(1, b_acc.type.layout))
         b_acc = b_acc * b_rescale[:, None]
         b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
@@ -238,94 +200,107 @@ def attend_tiles(
 
 
 @gluon.jit
+def store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP: gl.constexpr, D: gl.constexpr):
+    """Stores out and lse of a warpgroup's 64 rows of an item."""
+    p_out, p_lse, strides_out = out
+    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
+    layout: gl.constexpr = b_acc.type.layout
+    i_batch, i_head, i_tile = query_item(item, heads, n_tiles_q)
+    sees = b_l > 0
+    b_sum = gl.where(sees, b_l, 1.0)
+    b_lse = gl.where(sees, b_m * LN2 + gl.log(b_sum), float("-inf"))
+    b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
+    row = i_tile * 128 + WARPGROUP * 64
+    o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
+    gl.store(p_lse + (i_batch * heads + i_head).to(gl.int64) * s + o_lse, b_lse, mask=o_lse < s)
+    o_q = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, b_acc.shape[1], layout=gl.SliceLayout(0, layout))
+    p_out += head_offset(strides_out, i_batch, i_head, row)
+    p_tile = p_out + (o_q - row)[:, None] * strides_out[1] + o_d[None, :]
+    mask = (o_q < s)[:, None] & (o_d < D)[None, :]
+    gl.store(p_tile, (b_acc * b_inverse[:, None]).to(p_out.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def consumer(
-    descs, buffers, barriers, p_table, sizes, p_lse,
-    WARPGROUP: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
+    buffers, barriers, tables, sizes, out,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Attends from 64 query rows of every item and stores out and lse."""
-    d_q, d_k, d_v, d_out = descs
-    q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    batch, heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
-    D: gl.constexpr = v_bufs.shape[2]
-    N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
+    """Attends from 64 query rows of every item and stores out and lse.
+
+    The scores of an item's first tile are issued before the last P V of the item before is done.
+    """
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, v_ready, free = barriers
+    p_items, p_starts, p_table = tables
+    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
+    BLOCK_D: gl.constexpr = v_bufs.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    n_items = batch * heads * n_tiles_q
-    done = 0
-    work = work_list(item_at(0), p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
-    for i_round in range(count_items(n_items)):
-        i_batch, i_head, row, rule, kept, halves, n_interior, n_tiles = work
-        row += WARPGROUP * 64
-        o_row = row + gl.arange(0, 64, layout=row_layout)
-        slot, turn = i_round % 2, i_round // 2 & 1
-        q_buf = q_bufs.index(2 * slot + WARPGROUP)
-        mbarrier.wait(q_ready.index(slot), turn)
-
-        stage, phase = done % STAGES, done // STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase)
-        b_s = warpgroup_mma(
-            q_buf, k_bufs.index(stage).permute([1, 0]), gl.zeros([64, 128], gl.float32, s_layout),
-            use_acc=False,
-        )  # fmt: skip
-        mbarrier.arrive(k_free.index(stage))
-        tma.store_wait(0)  # of the item before, whose out has left by now
-        mbarrier.arrive(q_free.index(1 - slot), pred=i_round > 0)
+    zeros = gl.zeros([64, 128], gl.float32, s_layout)
+    first, n_items = dealt_items(p_starts)
+    p_items += first
+    mbarrier.wait(q_ready.index(0), 0)
+    b_q = q_bufs.index(WARPGROUP).load(q_layout)
+    n_interior = read_scalar(q_notes, 0)
+    n_tiles = read_scalar(q_notes, 1)
+    mbarrier.wait(k_ready.index(0), 0)
+    b_s = warpgroup_mma(b_q, k_bufs.index(0).permute([1, 0]), zeros, use_acc=False)
+    mbarrier.arrive(q_free.index(0))  # not before Q is used: it may be on its way until then
+    tile = 0
+    for i_round in range(n_items):
+        item = gl.load(p_items + i_round)
         if n_interior == 0:
-            b_s = mask_tile(b_s, rule, kept, halves, 0, o_row, t, B, N_BANDS, N_SEGMENTS)
+            b_s = mask_tile(b_s, k_notes, tile % STAGES, WARPGROUP)
         b_m = gl.full([64], float("-inf"), gl.float32, row_layout)
         b_l = gl.zeros([64], gl.float32, row_layout)
         b_p, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2, True)
         b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
-        b_acc = gl.zeros([64, D], gl.float32, o_layout)
+        mbarrier.arrive(free.index(tile % STAGES))
+        b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         b_p, b_acc, b_m, b_l = attend_tiles(
-            1, n_interior, done, q_buf, k_bufs, v_bufs, k_ready, k_free, v_ready, v_free,
-            b_p, b_acc, b_m, b_l, o_row, rule, kept, halves, t, scale_log2,
-            B, N_BANDS, N_SEGMENTS, STAGES, False,
+            tile + 1, tile + n_interior, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+            WARPGROUP, STAGES, False,
         )  # fmt: skip
         b_p, b_acc, b_m, b_l = attend_tiles(
-            gl.maximum(n_interior, 1), n_tiles, done, q_buf, k_bufs, v_bufs,
-            k_ready, k_free, v_ready, v_free,
-            b_p, b_acc, b_m, b_l, o_row, rule, kept, halves, t, scale_log2,
-            B, N_BANDS, N_SEGMENTS, STAGES, True,
+            tile + gl.maximum(n_interior, 1), tile + n_tiles, b_q, b_p, b_acc, b_m, b_l, scale_log2,
+            buffers, barriers, WARPGROUP, STAGES, True,
         )  # fmt: skip
-        done += n_tiles
-        stage, phase = (done - 1) % STAGES, (done - 1) // STAGES & 1
+        tile += n_tiles
+        stage, phase = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
         mbarrier.wait(v_ready.index(stage), phase)
         t_acc = warpgroup_mma(b_p, v_bufs.index(stage), b_acc, is_async=True)
-        work = work_list(
-            item_at(i_round + 1), p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS
+        # Scores of the next item's first tile. After the last item, of whatever lies there.
+        more = i_round + 1 < n_items
+        mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
+        b_q = q_bufs.index(WARPGROUP).load(q_layout)
+        n_interior = read_scalar(q_notes, 0)
+        n_tiles = read_scalar(q_notes, 1)
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        mbarrier.wait(k_ready.index(stage), phase, pred=more)
+        t_s = warpgroup_mma(
+            b_q, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        b_acc = warpgroup_mma_wait(0, deps=[t_acc])
-        mbarrier.arrive(v_free.index(stage))
-
-        sees = b_l > 0
-        b_sum = gl.where(sees, b_l, 1.0)
-        b_lse = gl.where(sees, b_m * LN2 + gl.log(b_sum), float("-inf"))
-        b_sum = gl.convert_layout(b_sum, gl.SliceLayout(1, o_layout))
-        o_q = o_row - q_offset
-        p_row = p_lse + (i_batch * heads + i_head).to(gl.int64) * s
-        gl.store(p_row + o_q, b_lse, mask=o_q < s)
-        b_out = (b_acc / b_sum[:, None]).to(q_bufs.dtype)
-        q_buf.store(b_out)  # Q has been read: out leaves from its place
-        fence_async_shared()
-        tma.async_copy_shared_to_global(
-            d_out, [i_batch, i_head, row - q_offset, 0], q_buf.reshape([1, 1, 64, D])
-        )
-    tma.store_wait(0)
+        b_acc = warpgroup_mma_wait(1, deps=[t_acc])
+        store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP, D)
+        b_s = warpgroup_mma_wait(0, deps=[t_s])
+        mbarrier.arrive(q_free.index(0), pred=more)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "group", "n_tiles_q", "s", "t", "q_offset"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_tiles_q", "s", "t", "q_offset"])
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
     d_v,
-    d_out,
+    p_out,
     p_lse,
+    p_items,
+    p_starts,
     p_table,
-    batch,
+    strides_out,
     heads,
     group,
     n_tiles_q,
@@ -333,57 +308,37 @@ def s2_hopper_forward_kernel(
     t,
     q_offset,
     scale_log2,
+    D: gl.constexpr,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: heads x query tiles, the last tiles first."""
-    D: gl.constexpr = d_q.block_type.shape[3]
+    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
+    BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], dtype)
-    q_bufs = gl.allocate_shared_memory(dtype, [4, 64, D], layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, D], layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, D], layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_ready.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
-    descs = (d_q, d_k, d_v, d_out)
-    buffers = (q_bufs, k_bufs, v_bufs)
-    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
-    sizes = (batch, heads, group, n_tiles_q, s, t, q_offset, scale_log2)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
+    q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
+    q_notes, k_notes = make_notes(2), make_notes(6 * STAGES)
+    q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
+    k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    free = make_barriers(STAGES, 2)
+    buffers = (q_bufs, k_bufs, v_bufs, q_notes, k_notes)
+    barriers = (q_ready, q_free, k_ready, v_ready, free)
+    tables = (p_items, p_starts, p_table)
+    sizes = (heads, group, n_tiles_q, s, t, q_offset, scale_log2)
+    out = (p_out, p_lse, strides_out)
     gl.warp_specialize(
         [
-            (consumer, (descs, buffers, barriers, p_table, sizes, p_lse, 0, B, N_BANDS, STAGES)),
-            (consumer, (descs, buffers, barriers, p_table, sizes, p_lse, 1, B, N_BANDS, STAGES)),
-            (producer, (descs, buffers, barriers, p_table, sizes, B, N_BANDS, STAGES)),
+            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES, D)),
+            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES, D)),
+            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, STAGES)),
         ],
         [4, 1],
         [232, 40],
-    )  # fmt: skip
-
-
-def descriptor(x: torch.Tensor) -> TensorDescriptor:
-    """A TMA descriptor over [batch, head, row, d] that moves [1, 1, 64, padded d]."""
-    box = [1, 1, ROWS, pad(x.shape[-1])]
-    return TensorDescriptor(x, list(x.shape), tma_strides(x), box, box_layout(box[-1], x.dtype))
-
-
-@functools.cache
-def box_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a box of 64 rows lies in shared memory: swizzled, as the tensor cores read it."""
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, columns], dtype)
+    )
 
 
 def launch_hopper_forward(
@@ -395,30 +350,33 @@ def launch_hopper_forward(
     q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
-    q_heads, k_heads, v_heads = head_major(q), head_major(k), head_major(v)
+    q_heads, k_heads = head_major(q), head_major(k)
     b, h, s, d = q_heads.shape
     out = empty_like(q, d)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    n_tiles_q = triton.cdiv(s, 2 * ROWS)
-    programs = min(concurrent_programs(q.device, num_warps=8), b * h * n_tiles_q)
-    s2_hopper_forward_kernel[(programs,)](
+    t, slots = k_heads.shape[2], concurrent_programs(q.device, num_warps=8)
+    dealt = query_tiles(pattern, s, t, q_offset, b, slots, q.device)
+    s2_hopper_forward_kernel[(dealt.programs,)](
         descriptor(q_heads),
         descriptor(k_heads),
-        descriptor(v_heads),
-        descriptor(head_major(out)),
+        descriptor(head_major(v)),
+        out,
         lse,
+        dealt.items,
+        dealt.starts,
         device_table(pattern, q.device),
-        b,
+        rows_and_heads(head_major(out)),
         h,
         h // k_heads.shape[1],
-        n_tiles_q,
+        triton.cdiv(s, 2 * ROWS),
         s,
-        k_heads.shape[2],
+        t,
         q_offset,
         softmax_scale * math.log2(math.e),
+        D=d,
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
-        STAGES=2 if pad(d) == 128 else 4,  # what fits 227 KiB of shared memory
+        STAGES=3 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )

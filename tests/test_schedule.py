@@ -1,0 +1,77 @@
+"""Work lists of the Hopper kernels: everything once, every program busy, nobody long after."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import _ls
+
+from s2_kernels import dense, ranges
+from s2_kernels.schedule import column_pairs, deal, query_tiles
+
+CPU = torch.device("cpu")
+PATTERNS = {
+    "mha": _ls(4, 4, 64, 4, 4),
+    "gqa": _ls(8, 2, 64, 2, 4, head_step=2),
+    "block128": _ls(2, 2, 128, 2, 4),
+    "ranges": ranges(heads=2, block_size=64, bands=[(2, 1), (6, 2), (None, 4)]),
+    "dense": dense(heads=2),
+}
+
+
+def owners(dealt):
+    """The program of every item."""
+    starts = dealt.starts.numpy()
+    assert starts[0] == 0 and starts[-1] == len(dealt.items)
+    assert (np.diff(starts) >= 1).all()
+    return np.repeat(np.arange(dealt.programs), np.diff(starts))
+
+
+@pytest.mark.parametrize("n", [64, 700, 5000])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_every_query_tile_once(pattern, n):
+    tiles = -(-n // 128)
+    dealt = query_tiles(pattern, n, n, 0, 2, 132, CPU)
+    owners(dealt)
+    assert sorted(dealt.items.tolist()) == list(range(2 * pattern.heads * tiles))
+
+
+@pytest.mark.parametrize("programs", [3, 132])
+@pytest.mark.parametrize("n", [64, 700, 5000])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_every_column_once_and_each_piece(pattern, n, programs):
+    dealt, work = column_pairs(pattern, n, n, 0, 2, programs, CPU)
+    owners(dealt)
+    columns, slots = -(-n // 64), []
+    seen = {}
+    for head, first, second, piece, pieces, slot, sequence in dealt.items.tolist():
+        for w, column in enumerate((first, second)):
+            if column >= 0:
+                seen.setdefault((sequence, head, column), []).append((piece, pieces))
+            if slot >= 0:
+                slots.append((sequence, slot + w * pieces))
+        if second >= 0:  # they live equally long
+            block = 64 * np.array([first, second]) // pattern.block_size
+            assert pattern.lifetime(head, int(block[0])) == pattern.lifetime(head, int(block[1]))
+    assert len(seen) == 2 * pattern.kv_heads * columns
+    for parts in seen.values():
+        assert sorted(parts) == [(i, len(parts)) for i in range(len(parts))]
+    assert sorted(slots) == [(s, i) for s in range(2) for i in range(work.n_slots)]
+    cut = {(head, column): (slot, pieces) for head, column, slot, pieces in work.cut.tolist()}
+    for (_, head, column), parts in seen.items():
+        assert (len(parts) > 1) == ((head, column) in cut)
+        assert len(parts) == cut.get((head, column), (0, 1))[1]
+
+
+def test_long_columns_do_not_keep_one_program_busy():
+    """8,192 tokens and 32 heads: 64 columns of the shard are seven times as long as the others."""
+    pattern = _ls(32, 32, 64, 16, 32)
+    dealt, _ = column_pairs(pattern, 8192, 8192, 0, 1, 132, CPU)
+    items, lives = dealt.items.numpy(), [rule.lifetimes(128).numpy() for rule in pattern.rules]
+    cost = [min(c1 + lives[h][c1], 128) - c0 for h, c0, c1 in items[:, :3]]
+    load = np.bincount(owners(dealt), weights=cost)
+    assert load.max() < 1.03 * load.mean()
+
+
+def test_fewer_items_than_programs():
+    dealt = deal(np.arange(3), np.array([5, 1, 1]), 132, CPU)
+    assert dealt.programs == 3 and dealt.items.tolist() == [0, 1, 2]
