@@ -152,13 +152,15 @@ def fa4_sparse(p, a):
     n = full.shape[1]
 
     def lists(mask):
-        """Counts [1, h, n] and indices [1, h, n, n], those that count first."""
-        order = [m.byte().argsort(-1, descending=True, stable=True).int() for m in mask]
-        return mask.sum(-1, dtype=torch.int32)[None], torch.stack(order)[None]
+        """Counts [1, h, n] and indices [1, h, n, longest list], those that count first."""
+        counts = mask.sum(-1, dtype=torch.int32)
+        longest = max(1, counts.max().item())
+        order = [m.byte().argsort(dim=-1, descending=True, stable=True) for m in mask]
+        return counts[None], torch.stack([o[:, :longest].int() for o in order])[None]
 
-    ones = torch.ones((1, p.heads, n), dtype=torch.int32, device="cuda")
-    diagonal = torch.zeros((1, p.heads, n, n), dtype=torch.int32, device="cuda")
-    diagonal[..., 0] = torch.arange(n, device="cuda")
+    ones = torch.ones((1, p.heads, n), dtype=torch.int32, device=full.device)
+    diagonal = torch.arange(n, dtype=torch.int32, device=full.device)
+    diagonal = diagonal.repeat(1, p.heads, 1)[..., None]
     both = [
         BlockSparseTensorsTorch(ones, diagonal, *lists(mask), block_size=(128, 128))
         for mask in (full, full.transpose(1, 2))
@@ -199,7 +201,7 @@ PREPARE = {
     "fa4-sparse": fa4_sparse,
     "s2": functools.partial(s2, "auto", True),
     "s2-portable": functools.partial(s2, "triton", True),
-    "s2-nondeterministic": functools.partial(s2, "auto", False),
+    "s2-portable-fused": functools.partial(s2, "triton", False),
 }
 
 

@@ -5,7 +5,8 @@
 A case is HEADS:STRIDE: causal, batch 1, a local window and every STRIDE-th block, the heads'
 shards shifted. Dense providers compute all pairs. TFLOP/s are *useful* ones: 4 (forward) or 10
 (backward) x d x the pairs that the provider's mask keeps. Writes NAME.json, NAME.md and NAME.png
-(speed-up over FlashAttention-2); --plot-from NAME.json draws the last one later, without a GPU.
+(speed-up over FlashAttention-2) and NAME-tflops.png; --plot-from NAME.json draws them later,
+without a GPU.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def parse(argv=None):
     parser.add_argument("--deadline", type=float, default=math.inf, help="stop after these seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
     parser.add_argument("--name", help="of the files; default: attention-GPU-DATE")
-    parser.add_argument("--plot-from", type=Path, metavar="JSON", help="only draw the plot")
+    parser.add_argument("--plot-from", type=Path, metavar="JSON", help="only draw the plots")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of a matrix product, drawn as a line")
     return parser.parse_args(argv)
 
 
@@ -157,21 +159,27 @@ def write(a, name, about, rows) -> None:
     (a.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def plot(report: Path) -> None:
-    """Speed-up over FlashAttention-2, forward + backward, against sequence length."""
+def plot(report: Path, peak: float | None = None) -> None:
+    """The report's two pictures."""
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"matplotlib is missing: draw it later with --plot-from {report}")
+        print(f"matplotlib is missing: draw them later with --plot-from {report}")
         return
     import matplotlib
 
     matplotlib.use("agg")
+    data = json.loads(report.read_text(encoding="utf-8"))
+    plot_speed_up(data, report.with_suffix(".png"))
+    plot_tflops(data, peak, report.with_name(f"{report.stem}-tflops.png"))
+
+
+def plot_speed_up(data: dict, path: Path) -> None:
+    """Speed-up over FlashAttention-2, forward + backward, against sequence length."""
     import matplotlib.pyplot as plt
 
-    data = json.loads(report.read_text(encoding="utf-8"))
     rows = [r for r in data["rows"] if "x_both" in r]
     cases = list(dict.fromkeys(r["case"] for r in rows))
     if not cases:
-        print("nothing to plot: no case has both FlashAttention-2 and another provider")
+        print("no speed-ups to plot: no case has both FlashAttention-2 and another provider")
         return
     figure, axes = plt.subplots(
         1, len(cases), figsize=(4 * len(cases) + 1, 4), sharey=True, squeeze=False
@@ -184,24 +192,54 @@ def plot(report: Path) -> None:
             width = 2.5 if provider.startswith("s2") else 1.2
             axis.plot(xs, ys, marker="o", color=f"C{i}", linewidth=width, label=provider)
         axis.set(xscale="log", yscale="log", title=f"{case.split(':')[0]} heads", xlabel="tokens")
-        ticks = sorted({r["tokens"] for r in rows})
-        axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
+        tick_tokens(axis, rows)
     tops = [2**i for i in range(-1, 8) if 2**i <= 2 * max(r["x_both"] for r in rows)]
     axes[0][0].set_yticks(tops, [f"{y:g}x" for y in tops])
     axes[0][0].set_ylabel("forward + backward, over FlashAttention-2")
     axes[0][-1].legend(fontsize="small")
     figure.suptitle(data["about"]["gpu"])
     figure.tight_layout()
-    figure.savefig(report.with_suffix(".png"), dpi=150)
-    print(f"wrote {report.with_suffix('.png')}")
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def tick_tokens(axis, rows) -> None:
+    ticks = sorted({r["tokens"] for r in rows})
+    axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks], minor=False)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+def plot_tflops(data: dict, peak: float | None, path: Path) -> None:
+    """Useful TFLOP/s of the first case against sequence length, each pass by itself."""
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in data["rows"] if "error" not in r and r["case"] == data["rows"][0]["case"]]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True)
+    for axis, which in zip(axes, ("forward", "backward"), strict=True):
+        for i, provider in enumerate(dict.fromkeys(r["provider"] for r in rows)):
+            points = [r for r in rows if r["provider"] == provider]
+            xs, ys = [r["tokens"] for r in points], [r[f"{which}_tf"] for r in points]
+            width = 2.5 if provider.startswith("s2") else 1.2
+            axis.plot(xs, ys, marker="o", color=f"C{i}", linewidth=width, label=provider)
+        if peak:
+            axis.axhline(peak, color="black", linestyle="--", label="matrix product")
+        axis.set(xscale="log", ylim=0, title=which, xlabel="tokens")
+        tick_tokens(axis, rows)
+    axes[0].set_ylabel("useful TFLOP/s")
+    axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{data['about']['gpu']}, {rows[0]['case'].split(':')[0]} heads")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 def main():
     a = parse()
     if a.plot_from:
-        plot(a.plot_from)
+        plot(a.plot_from, a.peak)
         return
     import torch
     import torch._functorch.config
@@ -242,7 +280,7 @@ def main():
         write(a, name, about, rows)
         torch.cuda.empty_cache()
     if rows:
-        plot(a.out / f"{name}.json")
+        plot(a.out / f"{name}.json", a.peak)
 
 
 if __name__ == "__main__":
