@@ -8,6 +8,8 @@ S2 attention and with dense attention in every layer. OUT gets layouts.md (the t
 run its run file, result.json, TensorBoard events and the ranks' logs. Run it again with the same
 --out: runs that finished with the same options are not run again, runs that failed are. Overrides
 (key.path=value) go to every run. Without a GPU it runs on the CPU over gloo, with a smaller model.
+With --ranks-per-gpu the ranks of a run share GPUs (warm_ranks.py): on one GPU, what a layout
+computes can be seen, and nothing of its speed.
 
 The exit status is 1 if a run failed; the table says which, and why.
 """
@@ -119,7 +121,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     count = torch.cuda.device_count()
-    parser.add_argument("--gpus", type=int, default=count or 2, help="GPUs (CPU: ranks) to use")
+    parser.add_argument("--gpus", type=int, help="GPUs (CPU: ranks) that a layout may have; "
+                        "default: all, times --ranks-per-gpu")  # fmt: skip
+    parser.add_argument("--ranks-per-gpu", type=int, default=1,
+                        help="ranks that share each GPU, each as one of --gpus")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--modules", action="append", choices=MODULES,
@@ -129,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="WORDS",
                         help="only layouts whose 'model: layout' holds this")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=3 if count else 1,
-                        help="runs that may share a GPU")  # fmt: skip
+                        help="runs that may share a GPU (of --gpus)")  # fmt: skip
     parser.add_argument("--ahead", type=int, default=max(1, (os.cpu_count() or 2) // 2),
                         help="processes that import ahead (default: half the cores)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one run")
@@ -137,8 +142,12 @@ def parse() -> argparse.Namespace:
     options = parser.parse_intermixed_args()
     options.modules = options.modules or list(MODULES)
     options.attention = options.attention or list(ATTENTIONS)
-    if count and options.gpus > count:
-        parser.error(f"--gpus {options.gpus}: this machine has {count}")
+    if options.ranks_per_gpu < 1:
+        parser.error(f"--ranks-per-gpu {options.ranks_per_gpu}: must be at least 1")
+    options.gpus = options.gpus or count * options.ranks_per_gpu or 2
+    if count and options.gpus > count * options.ranks_per_gpu:
+        parser.error(f"--gpus {options.gpus}: this machine has {count}, times --ranks-per-gpu "
+                     f"{options.ranks_per_gpu}")  # fmt: skip
     return options
 
 
@@ -156,7 +165,9 @@ def list_cases(wanted: list[Layout], modules: list[str], attentions: list[str]) 
     for case in cases:  # one GPU, the first modules named, S2: read by every run of the variant
         one_gpu = Layout(ONE_GPU, 1, {}, case.layout.variant)
         starts.setdefault(case.start, Case(one_gpu, case.modules, "s2", initial=True))
-    return [*starts.values(), *sorted(cases, key=lambda case: case.layout.name != ONE_GPU)]
+    # An attention at a time: what a time limit cuts off is whole tables of the later one.
+    cases.sort(key=lambda c: (c.layout.name != ONE_GPU, attentions.index(c.attention)))
+    return [*starts.values(), *cases]
 
 
 def tree_of(base: dict, case: Case, out: Path) -> dict:
@@ -237,7 +248,8 @@ def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> Run:
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(tree, sort_keys=False))
     argv = ["--config", str(config), *options.overrides]
-    return pool.launch(argv, gpus, folder, options.timeout)
+    devices = [gpu // options.ranks_per_gpu for gpu in gpus]
+    return pool.launch(argv, devices, folder, options.timeout)
 
 
 def collect(case, tree, run: Run, options, out: Path) -> dict:
@@ -272,9 +284,16 @@ def report(cases, results, options, backends, modules) -> str:
     at = f"difference at step {min(STEP, options.steps)}"
     kinds = ("loss at step 1", "last", at, "largest")
     columns = [f"{attention}: {kind}" for attention in options.attention for kind in kinds]
+    machine, shared = f"{options.gpus}x {gpu}", []
+    if options.ranks_per_gpu > 1:
+        devices = -(-options.gpus // options.ranks_per_gpu)
+        machine = f"{options.gpus} ranks on {devices}x {gpu}"
+        shared = [f"**Up to {options.ranks_per_gpu} ranks of a run share one GPU**, with NCCL over "
+                  "sockets between them: losses are shown, and no times.", ""]  # fmt: skip
     lines = [
-        f"# Loss curves of every layout against one GPU: {options.gpus}x {gpu}",
+        f"# Loss curves of every layout against one GPU: {machine}",
         "",
+        *shared,
         f"torch {torch.__version__}, Triton {version('triton')}, megatron-core "
         f"{version('megatron-core')}{te}; {time.strftime('%Y-%m-%d')}. {options.steps} steps from "
         "the same weights on the same batches; differences are relative to the run named, with "

@@ -7,12 +7,15 @@ Each run goes through scripts/train.sh, trains on random tokens, drops its warm-
 end, traces one step with torch's profiler. On a machine without a GPU the ranks are CPU processes
 over gloo (--gpus says how many). A layout is tpN, ppN, dpN or several of them joined (tp2pp2); data
 parallelism takes the rest of the GPUs. Writes NAME.json, NAME.md and NAME.png into --out.
+
+--warm takes ranks that have imported ahead (warm_ranks.py) instead: 10 to 20 s less a run.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -20,11 +23,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import torch
+from warm_ranks import Pool
 
 from s2_kernels import dense
 from s2megatron.errors import ConfigError, hide_import_warnings
@@ -32,7 +37,7 @@ from s2megatron.planner.constants import load_machine
 from s2megatron.planner.costs import Model
 from s2megatron.planner.layout import Layout
 from s2megatron.planner.measured import Run, as_json, exposed_share, markdown, read_trace
-from s2megatron.planner.step import plan
+from s2megatron.planner.step import Plan, plan
 from s2megatron.plot import read_scalars
 
 matplotlib.use("Agg")
@@ -53,6 +58,18 @@ class Case:
     tp: int
     pp: int
     global_batch: int
+    recompute: str | None = None
+    """'none' or 'full'; None: what the run file says."""
+
+    @property
+    def name(self) -> str:
+        """The layout, with the recompute that was asked for."""
+        return f"{self.layout}, recompute {self.recompute}" if self.recompute else self.layout
+
+    @property
+    def folder(self) -> str:
+        layout = f"{self.layout}-{self.recompute}" if self.recompute else self.layout
+        return f"{self.attention}-{self.sequence}-{layout}-{self.gpus}"
 
 
 def parse_layout(text: str) -> dict[str, int]:
@@ -82,15 +99,32 @@ def cases(options) -> tuple[list[Case], list[str]]:
                 if gpus % (tp * pp) or sizes.get("dp", dp) != dp or total % dp:
                     left_out.append(f"{name} on {gpus} GPUs with a batch of {total}")
                     continue
-                for attention in options.attention:
-                    found.append(Case(attention, sequence, name, gpus, tp, pp, total))
+                for recompute, attention in itertools.product(options.recompute, options.attention):
+                    found.append(Case(attention, sequence, name, gpus, tp, pp, total, recompute))
     if not found:
         raise ConfigError(f"nothing to run: {'; '.join(left_out)} do not divide")
     return found, left_out
 
 
+RECOMPUTE = {
+    None: [],
+    "none": ["megatron.recompute_granularity=null", "megatron.recompute_method=null",
+             "megatron.recompute_num_layers=null"],
+    "full": ["megatron.recompute_granularity=full", "megatron.recompute_method=uniform",
+             "megatron.recompute_num_layers=1"],
+}  # fmt: skip
+
+
 def overrides_of(case: Case, options, folder: Path) -> list[str]:
     last = options.warmup + options.steps
+    traced = [
+        f"megatron.train_iters={last + 3}",
+        "megatron.profile=true",
+        "megatron.use_pytorch_profiler=true",
+        "megatron.profile_ranks=[0]",
+        f"megatron.profile_step_start={last + 1}",
+        f"megatron.profile_step_end={last + 2}",
+    ]
     return [
         *options.overrides,
         *([DENSE] if case.attention == "dense" else []),
@@ -104,24 +138,44 @@ def overrides_of(case: Case, options, folder: Path) -> list[str]:
         "data={mock: true, tokenizer: megatron}",
         "megatron.tokenizer_type=NullTokenizer",
         f"megatron.vocab_size={options.vocab}",
-        f"megatron.train_iters={last + 3}",
+        *RECOMPUTE[case.recompute],
         "megatron.lr_warmup_iters=1",
         "megatron.lr_decay_iters=1000",
         "megatron.eval_iters=0",
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        "megatron.profile=true",
-        "megatron.use_pytorch_profiler=true",
-        "megatron.profile_ranks=[0]",
-        f"megatron.profile_step_start={last + 1}",
-        f"megatron.profile_step_end={last + 2}",
+        # One GPU has no communication to look for; the last step's time is not logged.
+        *(traced if case.gpus > 1 else [f"megatron.train_iters={last + 1}"]),
     ]
 
 
-def measure(case: Case, options, folder: Path) -> Run:
-    """One run under the launcher. Raises RuntimeError with the end of its log."""
-    folder.mkdir(parents=True)
+def open_pool(chosen: list[Case], log: Path) -> Pool:
+    """Ranks for the next runs, on half of the cores."""
+    most = max(case.gpus for case in chosen)
+    ahead = max(most, (os.cpu_count() or 2) // 2)
+    total = sum(case.gpus for case in chosen)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return Pool(total=total, ahead=min(total, ahead), log=log)
+
+
+def train_warm(case: Case, options, folder: Path, pool: Pool) -> str:
+    """A run of ranks that imported ahead: rank 0's log. Raises RuntimeError."""
+    argv = ["--config", str(options.config), *overrides_of(case, options, folder)]
+    run = pool.launch(argv, list(range(case.gpus)), folder, timeout=options.timeout)
+    try:
+        while (error := run.poll()) is None:
+            pool.refill()
+            time.sleep(0.1)
+    finally:
+        run.end()
+    if error:
+        raise RuntimeError(f"{error}; {folder}/rank*.log")
+    return (folder / "rank0.log").read_text()
+
+
+def train(case: Case, options, folder: Path) -> str:
+    """A run of scripts/train.sh: its log. Raises RuntimeError with the log's end."""
     log = folder / "log.txt"
     command = ["scripts/train.sh", str(options.config), *overrides_of(case, options, folder)]
     env = {**os.environ, "GPUS_PER_NODE": str(case.gpus)}
@@ -133,24 +187,31 @@ def measure(case: Case, options, folder: Path) -> Run:
     text = log.read_text()
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}; {log}:\n{text[-2000:]}")
+    return text
+
+
+def measure(case: Case, options, folder: Path, pool: Pool | None) -> Run:
+    """One run under the launcher. Raises RuntimeError with what went wrong."""
+    folder.mkdir(parents=True)
+    text = train_warm(case, options, folder, pool) if pool else train(case, options, folder)
     steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
     if len(timed) < options.steps:
-        raise RuntimeError(f"{len(timed)} of {options.steps} steps were timed; {log}")
+        raise RuntimeError(f"{len(timed)} of {options.steps} steps were timed; {folder}")
     summary = json.loads(re.findall(r"^s2megatron summary (.*)$", text, re.MULTILINE)[-1])
     peak = max(summary["peak_gib"])
     trace = folder / "torch_profile" / "rank-0.json.gz"
     return Run(
         attention=case.attention,
-        layout=case.layout,
+        layout=case.name,
         gpus=case.gpus,
         sequence=case.sequence,
         global_batch=case.global_batch,
         step_seconds=tuple(timed),
         peak_gib=peak or None,
         exposed=exposed_share(read_trace(trace)) if trace.exists() else None,
-        log=str(log),
+        log=str(folder),
     )
 
 
@@ -168,8 +229,8 @@ class Planner:
             str(options.config), [*options.overrides, *extra], 1, local=local
         )
 
-    def predict(self, case: Case) -> tuple[float, float]:
-        """Seconds per step, GiB on the fullest rank."""
+    def predict(self, case: Case) -> Plan:
+        """What the planner says of a case, whether or not it fits."""
         shape = replace(self.model.shape, seq_len=case.sequence)
         patterns = self.model.patterns
         if case.attention == "dense":
@@ -178,9 +239,9 @@ class Planner:
         layout: Layout = replace(
             self.layout, gpus=case.gpus, tp=case.tp, pp=case.pp, vpp=1, micro_batch=1,
             sequence_parallel=case.tp > 1, global_batch=case.global_batch,
+            recompute=case.recompute or self.layout.recompute,
         )  # fmt: skip
-        result = plan(self.machine, Model(shape, patterns), layout)
-        return result.seconds, result.memory.total / 2**30
+        return plan(self.machine, Model(shape, patterns), layout)
 
 
 def draw(about: dict, runs: list[Run], path: Path) -> None:
@@ -256,6 +317,10 @@ def parse(argv: list[str]):
     parser.add_argument("--layouts", type=lambda s: s.split(","), default=["dp"])
     parser.add_argument("--sequence", type=numbers, required=True, help="e.g. 32768,131072")
     parser.add_argument("--attention", type=lambda s: s.split(","), default=["s2", "dense"])
+    parser.add_argument("--recompute", type=lambda s: s.split(","), default=[None],
+                        help="none,full (default: what the run file says)")  # fmt: skip
+    parser.add_argument("--fitting", action="store_true",
+                        help="leave out what the planner says does not fit the GPU")  # fmt: skip
     parser.add_argument("--batch", type=int,
                         help="sequences per step, of all GPUs: weak, on the fewest GPUs (default: "
                         "one per GPU); strong, everywhere (default: the most GPUs)")  # fmt: skip
@@ -266,7 +331,39 @@ def parse(argv: list[str]):
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--name", help="default: scaling-MODE-DATE")
     parser.add_argument("--logs", type=Path, help="keep each run's log and trace here")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("--warm", action="store_true", help="ranks import ahead")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a --warm run")
+    options = parser.parse_intermixed_args(argv)
+    if unknown := set(options.recompute) - set(RECOMPUTE):
+        parser.error(f"--recompute {','.join(sorted(unknown))}: must be none, full or both")
+    return options
+
+
+def fitting(chosen: list[Case], planner: "Planner") -> tuple[list[Case], list[str]]:
+    """Those that fit by the planner, and the others in words."""
+    plans = {case: planner.predict(case) for case in chosen}
+    over = [
+        f"{case.attention} at {case.sequence:,}, {case.name} on {case.gpus} GPUs "
+        f"({plans[case].memory.total / 2**30:.0f} GiB)"
+        for case in chosen
+        if not plans[case].fits
+    ]
+    return [case for case in chosen if plans[case].fits], over
+
+
+def attempt(case: Case, options, logs: Path, pool, planner: "Planner", notes) -> Run | None:
+    """One run beside its prediction; None, and a note, where it failed."""
+    try:
+        run = measure(case, options, logs / case.folder, pool)
+    except RuntimeError as error:  # one layout that runs out of memory does not end the rest
+        print(f"    failed: {error}", file=sys.stderr, flush=True)
+        notes.append(f"Failed: {case}: {str(error).splitlines()[0]}")
+        return None
+    result = planner.predict(case)
+    print(f"    {run.seconds * 1e3:.1f} ms/step, {run.tokens_per_second:,.0f} tokens/s; "
+          f"predicted {result.seconds * 1e3:.1f} ms", flush=True)  # fmt: skip
+    gib = result.memory.total / 2**30
+    return replace(run, predicted_seconds=result.seconds, predicted_gib=gib)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -280,27 +377,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scaling_test.py: {error}", file=sys.stderr)
         return 2
     notes = [f"Left out, does not divide: {text}." for text in left_out]
+    if options.fitting:
+        chosen, over = fitting(chosen, planner)
+        notes += [f"Left out, does not fit by the planner: {text}." for text in over]
     name = options.name or f"scaling-{options.mode}-{datetime.date.today().isoformat()}"
     logs = options.logs or Path(tempfile.mkdtemp(prefix="scaling-"))
     options.out.mkdir(parents=True, exist_ok=True)
     about, runs = describe(options, argv, notes), []
-    for number, case in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {case}", flush=True)
-        folder = logs / f"{case.attention}-{case.sequence}-{case.layout}-{case.gpus}"
-        try:
-            run = measure(case, options, folder)
-        except RuntimeError as error:  # one layout that runs out of memory does not end the rest
-            print(f"    failed: {error}", file=sys.stderr, flush=True)
-            notes.append(f"Failed: {case}: {str(error).splitlines()[0]}")
-        else:
-            seconds, gib = planner.predict(case)
-            runs.append(replace(run, predicted_seconds=seconds, predicted_gib=gib))
-            print(f"    {run.seconds * 1e3:.1f} ms/step, {run.tokens_per_second:,.0f} tokens/s; "
-                  f"predicted {seconds * 1e3:.1f} ms", flush=True)  # fmt: skip
-        if runs:  # after each run: what was measured is there whatever comes next
-            (options.out / f"{name}.json").write_text(as_json(about, runs))
-            (options.out / f"{name}.md").write_text(markdown(about, runs))
-            draw(about, runs, options.out / f"{name}.png")
+    pool = open_pool(chosen, logs / "importing.log") if options.warm else None
+    try:
+        for number, case in enumerate(chosen, 1):
+            print(f"[{number}/{len(chosen)}] {case}", flush=True)
+            if run := attempt(case, options, logs, pool, planner, notes):
+                runs.append(run)
+            if runs:  # after each run: what was measured is there whatever comes next
+                (options.out / f"{name}.json").write_text(as_json(about, runs))
+                (options.out / f"{name}.md").write_text(markdown(about, runs))
+                draw(about, runs, options.out / f"{name}.png")
+    finally:
+        if pool:
+            pool.close()
     print(f"{options.out / name}.json, .md, .png; logs and traces: {logs}")
     return 0 if len(runs) == len(chosen) else 1
 

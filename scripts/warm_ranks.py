@@ -6,6 +6,9 @@ process then becomes one rank of one run (the environment that torchrun would se
 launcher's own `main`) and ends with it: nothing of one run is left for the next.
 
     python warm_ranks.py     (a rank: reads one line of JSON from stdin; started by `Pool`)
+
+Ranks of one run may share a GPU (give it to `Pool.launch` more than once): the GPU takes them in
+turns, which shows what a layout computes and nothing of its speed.
 """
 
 import importlib
@@ -20,6 +23,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from s2megatron import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = ("s2megatron.layer_spec", "s2megatron.gpt_loop", "s2megatron.launch",
@@ -86,11 +91,11 @@ class Pool:
 
     def _start(self) -> None:
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = {
+        environ = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # before anything starts CUDA
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
+        environment.apply(environ)  # before anything starts CUDA
         with self.log.open("a") as log:
             self.idle.append(
                 subprocess.Popen(
@@ -100,7 +105,7 @@ class Pool:
                     stderr=log,
                     text=True,
                     cwd=ROOT,
-                    env=os.environ | environment,
+                    env=environ,
                 )
             )
         self.left -= 1
@@ -110,7 +115,7 @@ class Pool:
 
         Args:
             argv: what follows `torchrun -m s2megatron.pretrain`.
-            gpus: a rank on each of these.
+            gpus: a rank on each of these; a GPU named more than once is shared.
             folder: gets rank0.log, rank1.log, ...
             timeout: seconds.
         """
@@ -118,19 +123,12 @@ class Pool:
             self._start()
         port = next(self.ports)
         run = Run([], [], time.monotonic() + timeout)
-        for rank, gpu in enumerate(gpus):
+        for rank in range(len(gpus)):
             log = folder / f"rank{rank}.log"
             log.unlink(missing_ok=True)
-            environment = {
-                "RANK": rank,
-                "WORLD_SIZE": len(gpus),
-                "LOCAL_RANK": gpu,
-                "LOCAL_WORLD_SIZE": len(gpus),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
             process = self.idle.pop(0)
-            job = {"argv": argv, "log": str(log), "environment": environment}
+            environ = rank_environment(rank, gpus, port)
+            job = {"argv": argv, "log": str(log), "environment": environ}
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.close()
             run.ranks.append(process)
@@ -144,6 +142,32 @@ class Pool:
         for process in self.idle:
             process.wait()
         self.idle = []
+
+
+def rank_environment(rank: int, gpus: list[int], port: int) -> dict[str, str]:
+    """What torchrun would set, and where ranks share a GPU, what lets NCCL work between them.
+
+    NCCL refuses two ranks on one GPU of one host ("Duplicate GPU detected"). Under a host name of
+    its own each is a node with one GPU, and NCCL's own kernels talk over sockets on loopback.
+    """
+    environ = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(len(gpus)),
+        "LOCAL_RANK": str(gpus[rank]),
+        "LOCAL_WORLD_SIZE": str(len(gpus)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if len(set(gpus)) < len(gpus):
+        environ |= {
+            "NCCL_HOSTID": f"rank-{rank}",
+            "NCCL_NET": "Socket",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "NCCL_IB_DISABLE": "1",
+            "NCCL_MNNVL_ENABLE": "0",  # or ranks might be joined again over NVLink
+            "NCCL_NVLS_ENABLE": "0",
+        }
+    return environ
 
 
 def _free_ports():
@@ -199,7 +223,7 @@ def main() -> int:
     with open(job["log"], "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    os.environ |= {name: str(value) for name, value in job["environment"].items()}
+    os.environ |= job["environment"]
     return pretrain.main(job["argv"])
 
 

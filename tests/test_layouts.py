@@ -12,7 +12,7 @@ from launches import ON_CPU, ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare_layouts
 from layouts import LAYOUTS, ONE_GPU, VARIANTS, Layout, base_run_file, layouts, run_file
-from warm_ranks import what_went_wrong
+from warm_ranks import rank_environment, what_went_wrong
 
 from s2megatron.backends import Backends
 from s2megatron.megatron_options import to_argv
@@ -82,7 +82,7 @@ def test_a_failed_run_is_in_the_table_with_its_error():
         one: {"error": "", "losses": losses},
         two: {"error": "RuntimeError: no NCCL", "losses": losses},
     }
-    options = argparse.Namespace(attention=["s2"], steps=24, gpus=2)
+    options = argparse.Namespace(attention=["s2"], steps=24, gpus=2, ranks_per_gpu=1)
     backends = Backends(False, None, False, None, False)
 
     def table():
@@ -94,6 +94,20 @@ def test_a_failed_run_is_in_the_table_with_its_error():
     assert "| 24 | 2.0000 | 2.0000 | 0.500% | 5.000% |" in table()
     del results[two]
     assert "1 runs were not done" in table()
+    assert "share one GPU" not in table()
+    options.ranks_per_gpu = 2
+    assert "against one GPU: 2 ranks on 1x CPU" in table()
+    assert "**Up to 2 ranks of a run share one GPU**" in table()
+
+
+def test_ranks_that_share_a_gpu_are_nodes_of_their_own_to_nccl():
+    alone = rank_environment(1, [0, 1], 20001)
+    assert alone["LOCAL_RANK"] == "1" and not any(name.startswith("NCCL") for name in alone)
+    first, second = (rank_environment(rank, [0, 0], 20001) for rank in (0, 1))
+    assert first["LOCAL_RANK"] == second["LOCAL_RANK"] == "0"
+    assert (first["RANK"], second["RANK"]) == ("0", "1")
+    assert first["NCCL_HOSTID"] != second["NCCL_HOSTID"]
+    assert second["NCCL_SOCKET_IFNAME"] == "lo" and second["NCCL_NVLS_ENABLE"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,35 @@ def test_cases_of_weak_and_strong_scaling():
         chosen("--gpus", "4", "--mode", "weak", "--layouts", "tp2cp2")
 
 
+def test_recompute_is_an_axis_of_its_own():
+    options = scaling_test.parse(["x.yaml", "--sequence", "1024", "--gpus", "1", "--mode", "weak",
+                                  "--recompute", "none,full"])  # fmt: skip
+    found, _ = scaling_test.cases(options)
+    assert [(c.name, c.attention, c.folder) for c in found] == [
+        ("dp, recompute none", "s2", "s2-1024-dp-none-1"),
+        ("dp, recompute none", "dense", "dense-1024-dp-none-1"),
+        ("dp, recompute full", "s2", "s2-1024-dp-full-1"),
+        ("dp, recompute full", "dense", "dense-1024-dp-full-1"),
+    ]
+    words = scaling_test.overrides_of(found[2], options, ROOT)
+    assert "megatron.recompute_granularity=full" in words
+    assert "megatron.train_iters=16" in words and "megatron.profile=true" not in words
+    with pytest.raises(SystemExit):
+        scaling_test.parse(["x.yaml", "--sequence", "1024", "--gpus", "1", "--mode", "weak",
+                            "--recompute", "some"])  # fmt: skip
+
+
+def test_what_does_not_fit_is_left_out():
+    options = scaling_test.parse(
+        [str(ROOT / "configs" / "llama_1.3b_32k.yaml"), "--sequence", "131072", "--gpus", "1",
+         "--mode", "weak", "--recompute", "none,full", "--attention", "s2", "--gpu", "h100"]
+    )  # fmt: skip
+    found, _ = scaling_test.cases(options)
+    fits, over = scaling_test.fitting(found, scaling_test.Planner(options))
+    assert [case.recompute for case in fits] == ["full"]
+    assert len(over) == 1 and "recompute none on 1 GPUs" in over[0]
+
+
 def test_the_tool_itself_on_two_cpu_ranks(tmp_path):
     run = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
     command = [
