@@ -29,7 +29,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from warm_ranks import Pool
+from warm_ranks import Pool, open_pool
 
 from s2_kernels import dense
 from s2megatron.errors import ConfigError, hide_import_warnings
@@ -148,15 +148,6 @@ def overrides_of(case: Case, options, folder: Path) -> list[str]:
         # One GPU has no communication to look for; the last step's time is not logged.
         *(traced if case.gpus > 1 else [f"megatron.train_iters={last + 1}"]),
     ]
-
-
-def open_pool(chosen: list[Case], log: Path) -> Pool:
-    """Ranks for the next runs, on half of the cores."""
-    most = max(case.gpus for case in chosen)
-    ahead = max(most, (os.cpu_count() or 2) // 2)
-    total = sum(case.gpus for case in chosen)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return Pool(total=total, ahead=min(total, ahead), log=log)
 
 
 def train_warm(case: Case, options, folder: Path, pool: Pool) -> str:
@@ -384,7 +375,8 @@ def main(argv: list[str] | None = None) -> int:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="scaling-"))
     options.out.mkdir(parents=True, exist_ok=True)
     about, runs = describe(options, argv, notes), []
-    pool = open_pool(chosen, logs / "importing.log") if options.warm else None
+    sizes = [case.gpus for case in chosen]
+    pool = open_pool(sizes, logs / "importing.log") if options.warm else None
     try:
         for number, case in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {case}", flush=True)

@@ -144,6 +144,13 @@ class Pool:
         self.idle = []
 
 
+def open_pool(sizes: list[int], log: Path) -> Pool:
+    """A pool for runs of so many ranks each, one after the other, on half of the cores."""
+    ahead = max(*sizes, (os.cpu_count() or 2) // 2)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return Pool(total=sum(sizes), ahead=min(sum(sizes), ahead), log=log)
+
+
 def rank_environment(rank: int, gpus: list[int], port: int) -> dict[str, str]:
     """What torchrun would set, and where ranks share a GPU, what lets NCCL work between them.
 

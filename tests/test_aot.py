@@ -145,7 +145,9 @@ def test_no_kernel_spills(report):
 @pytest.mark.parametrize("kernel", HOPPER)
 def test_hopper_main_loops(report, kernel):
     """Both warpgroups' loops: no spills but a scalar, and work under the products as written."""
-    for loops in [loops for name, loops in report["loops"] if name == kernel]:
+    variants = [loops for name, loops in report["loops"] if name == kernel]
+    assert len(variants) == KERNELS[kernel]
+    for loops in variants:
         assert len(loops) == 2
         for loop in loops:
             assert loop["loads"] <= 1 and loop["stores"] == 0
