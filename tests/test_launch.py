@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 from agents import Job, losses, make_corpus, train, train_multinode, two_nodes
@@ -78,6 +79,10 @@ def test_killed_agent_ends_the_job_and_it_resumes(home, nodes, one_agent):
     start = [f"output.folder={folder}", *PP2]
     first = train_multinode(nodes, home / "run.yaml", *start, log=home / "k1.log", port=free_port())
     first[1].wait_for(r"iteration +12/")  # the last rank prints the losses
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 60  # the save of step 10 ends in the background
+    while tracker.read_text().strip() != "10" and time.monotonic() < deadline:
+        time.sleep(0.02)
     first[1].process.send_signal(signal.SIGKILL)
     assert first[0].end() == 1 and first[1].end() == -signal.SIGKILL
     said = first[0].text[-1500:]
