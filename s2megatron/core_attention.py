@@ -54,6 +54,19 @@ def build_core_attention(
     )
 
 
+def let_go(value: Tensor, query: Tensor) -> Tensor:
+    """`value`, as a copy where keeping it for the backward pass would keep more than itself.
+
+    Megatron cuts q, k and v out of one projection. Rotated q and k are new tensors, v is a view of
+    all three, and would hold them: 3 GiB of 42 in a 1.3B model at 32k tokens on two GPUs, 12 of 133
+    at 128k. The copy is 0.2% of a step's time.
+    """
+    shared = value.untyped_storage()
+    whole = shared.nbytes() > value.numel() * value.element_size()
+    pinned_anyway = query.untyped_storage().data_ptr() == shared.data_ptr()
+    return value.contiguous() if whole and not pinned_anyway else value
+
+
 class _CausalCoreAttention(MegatronModule):
     """What the two attentions here share: the contract. No parameters, no buffers.
 
@@ -130,6 +143,8 @@ class _CausalCoreAttention(MegatronModule):
             f"{query.shape[0]} queries against {key.shape[0]} keys",
             "inference with a KV cache is not supported yet",
         )
+        if self.config.recompute_granularity is None and torch.is_grad_enabled():
+            value = let_go(value, query)
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params).flatten(1)
         out = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))

@@ -131,6 +131,7 @@ def built_model() -> dict:
     results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=other_layout))
     results["cache"] = _said(core, q[-1:], k, k, None)
     results["state"] = sorted(core.state_dict())
+    results["kept"] = [kept_of_projection(core, rotated=rotated) for rotated in (True, False)]
 
     layers[3].core_attention = DotProductAttention(
         config=config, layer_number=3, attn_mask_type=core_mask(), attention_type="self"
@@ -141,6 +142,27 @@ def built_model() -> dict:
     )
     results["other_pattern"] = check()
     return results
+
+
+def kept_of_projection(core, *, rotated: bool) -> bool:
+    """Whether the backward pass keeps the projection that v (q and k unrotated) is a view of."""
+    import torch
+
+    projection = torch.randn(128, 1, 8 * 16, requires_grad=True)
+    mixed = (projection * 1).view(128, 1, 8, 16)
+    q, k, v = mixed.split([4, 2, 2], dim=2)
+    if rotated:
+        q, k = q * 1, k * 1
+    kept = set()
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        core(q, k, v, None)
+    assert kept
+    return mixed.untyped_storage().data_ptr() in kept
 
 
 def core_mask():

@@ -175,6 +175,11 @@ def test_every_layer_holds_what_was_configured(built):
     assert built["shape"] == [128, 1, 64]
 
 
+def test_a_view_of_v_does_not_keep_the_whole_projection(built):
+    rotated, unrotated = built["kept"]
+    assert not rotated and unrotated  # q and k hold it as well: a copy of v would come on top
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
