@@ -226,7 +226,7 @@ def train_all(todo, trees, results, options, out) -> None:
                     error = f"no initial weights: {results[weights]['error']}"
                     results[case] = {"losses": {}, "error": error, "seconds": 0}
                     continue
-                gpus = sorted(range(options.gpus), key=lambda gpu: load[gpu])[: case.layout.gpus]
+                gpus = choose(case.layout.gpus, load, options.gpus, options.ranks_per_gpu)
                 if all(load[gpu] < options.jobs for gpu in gpus):
                     pending.remove(case)
                     load.update(gpus)
@@ -237,6 +237,15 @@ def train_all(todo, trees, results, options, out) -> None:
         for run, _ in running.values():
             run.end()
         pool.close()
+
+
+def choose(ranks: int, load: Counter, gpus: int, ranks_per_gpu: int) -> list[int]:
+    """The least loaded of `gpus` for so many ranks, on as many devices as there are."""
+    devices = {}
+    for gpu in sorted(range(gpus), key=lambda gpu: load[gpu]):
+        devices.setdefault(gpu // ranks_per_gpu, []).append(gpu)
+    turns = [(turn, load[gpu], gpu) for slots in devices.values() for turn, gpu in enumerate(slots)]
+    return [gpu for _, _, gpu in sorted(turns)][:ranks]
 
 
 def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> Run:
@@ -288,8 +297,9 @@ def report(cases, results, options, backends, modules) -> str:
     if options.ranks_per_gpu > 1:
         devices = -(-options.gpus // options.ranks_per_gpu)
         machine = f"{options.gpus} ranks on {devices}x {gpu}"
-        shared = [f"**Up to {options.ranks_per_gpu} ranks of a run share one GPU**, with NCCL over "
-                  "sockets between them: losses are shown, and no times.", ""]  # fmt: skip
+        shared = [f"**Ranks of a layout of more than {devices} GPUs share them**, up to "
+                  f"{options.ranks_per_gpu} on each, with NCCL over sockets between them: losses "
+                  "are shown, and no times.", ""]  # fmt: skip
     lines = [
         f"# Loss curves of every layout against one GPU: {machine}",
         "",

@@ -94,10 +94,10 @@ def test_a_failed_run_is_in_the_table_with_its_error():
     assert "| 24 | 2.0000 | 2.0000 | 0.500% | 5.000% |" in table()
     del results[two]
     assert "1 runs were not done" in table()
-    assert "share one GPU" not in table()
+    assert "share them" not in table()
     options.ranks_per_gpu = 2
     assert "against one GPU: 2 ranks on 1x CPU" in table()
-    assert "**Up to 2 ranks of a run share one GPU**" in table()
+    assert "**Ranks of a layout of more than 1 GPUs share them**" in table()
 
 
 def test_ranks_that_share_a_gpu_are_nodes_of_their_own_to_nccl():
