@@ -146,7 +146,11 @@ def overrides_of(case: Case, options, folder: Path) -> list[str]:
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
         # One GPU has no communication to look for; the last step's time is not logged.
-        *(traced if case.gpus > 1 else [f"megatron.train_iters={last + 1}"]),
+        *(
+            traced
+            if case.gpus > 1 and case.attention in options.traced
+            else [f"megatron.train_iters={last + 1}"]
+        ),
     ]
 
 
@@ -315,6 +319,9 @@ def parse(argv: list[str]):
     parser.add_argument("--batch", type=int,
                         help="sequences per step, of all GPUs: weak, on the fewest GPUs (default: "
                         "one per GPU); strong, everywhere (default: the most GPUs)")  # fmt: skip
+    parser.add_argument("--traced", type=lambda s: s.split(","), default=["s2", "dense"],
+                        help="attentions of which one more step is traced, for the exposed share "
+                        "of communication (default: both)")  # fmt: skip
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--warmup", type=int, default=5, help="steps thrown away")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
