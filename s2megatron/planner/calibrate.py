@@ -143,7 +143,7 @@ def _attention(name: str, length: int, device, dtype, *, small: bool) -> tuple[f
         lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), device, small=small
     )
     flops = 4 * pattern.kept_pairs(length) * 128
-    return _round(flops / forward / 1e12), _round(2 * flops / backward / 1e12)
+    return _round(flops / forward / 1e12), _round(2.5 * flops / backward / 1e12)
 
 
 def _measure_network(known: Machine, device: torch.device, *, small: bool) -> dict:

@@ -87,7 +87,7 @@ class Machine(_Checked):
         return 2 * m * n * k / (1e12 * rate * self.sustained)
 
     def attention_seconds(self, flops: float, rates: dict[int, float], seq_len: int) -> float:
-        """Forward's (4 per pair and head dimension) or backward's (8) useful FLOPs."""
+        """Forward's (4 per pair and head dimension) or backward's (10) useful FLOPs."""
         return flops / (1e12 * interpolate(rates, seq_len) * self.sustained)
 
     def memory_seconds(self, size: float) -> float:

@@ -85,7 +85,7 @@ def attention_seconds(
     rates = machine.dense_attention if pattern.is_dense else machine.s2_attention
     return (
         machine.attention_seconds(flops, rates.forward, shape.seq_len),
-        machine.attention_seconds(2 * flops, rates.backward, shape.seq_len),
+        machine.attention_seconds(2.5 * flops, rates.backward, shape.seq_len),
     )
 
 

@@ -24,8 +24,11 @@ NO_CONTEXT_PARALLELISM = (
 
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
+    from s2megatron import environment
     from s2megatron.config import load_config
     from s2megatron.launch import prepare, ranks_named_by
+
+    environment.apply()  # what Megatron asks for where there are GPUs
 
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
