@@ -19,6 +19,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -37,6 +38,7 @@ from s2_kernels.hopper.primitives import (
     query_item,
     read,
     read_scalar,
+    store_rows,
     work_list,
     write,
 )
@@ -46,10 +48,9 @@ from s2_kernels.launch import (
     empty_like,
     head_major,
     pad,
-    rows_and_heads,
 )
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, head_offset, lifetime
+from s2_kernels.primitives import LN2, lifetime
 from s2_kernels.schedule import query_tiles
 
 FAR = gl.constexpr(1 << 30)
@@ -200,9 +201,9 @@ def attend_tiles(
 
 
 @gluon.jit
-def store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP: gl.constexpr, D: gl.constexpr):
-    """Stores out and lse of a warpgroup's 64 rows of an item."""
-    p_out, p_lse, strides_out = out
+def store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP: gl.constexpr):
+    """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
+    d_out, p_lse, out_bufs = out
     heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
     layout: gl.constexpr = b_acc.type.layout
     i_batch, i_head, i_tile = query_item(item, heads, n_tiles_q)
@@ -213,18 +214,17 @@ def store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP: gl.constexpr, D: gl
     row = i_tile * 128 + WARPGROUP * 64
     o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
     gl.store(p_lse + (i_batch * heads + i_head).to(gl.int64) * s + o_lse, b_lse, mask=o_lse < s)
-    o_q = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_d = gl.arange(0, b_acc.shape[1], layout=gl.SliceLayout(0, layout))
-    p_out += head_offset(strides_out, i_batch, i_head, row)
-    p_tile = p_out + (o_q - row)[:, None] * strides_out[1] + o_d[None, :]
-    mask = (o_q < s)[:, None] & (o_d < D)[None, :]
-    gl.store(p_tile, (b_acc * b_inverse[:, None]).to(p_out.dtype.element_ty), mask=mask)
+    out_buf = out_bufs.index(WARPGROUP)
+    tma.store_wait(0)  # of the item before, long gone
+    out_buf.store((b_acc * b_inverse[:, None]).to(out_bufs.dtype))
+    fence_async_shared()
+    store_rows(d_out, i_batch, i_head, row, out_buf)
 
 
 @gluon.jit
 def consumer(
     buffers, barriers, tables, sizes, out,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attends from 64 query rows of every item and stores out and lse.
 
@@ -285,9 +285,10 @@ def consumer(
             b_q, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-        store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP, D)
+        store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP)
         b_s = warpgroup_mma_wait(0, deps=[t_s])
         mbarrier.arrive(q_free.index(0), pred=more)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "n_tiles_q", "s", "t", "q_offset"])
@@ -295,12 +296,11 @@ def s2_hopper_forward_kernel(
     d_q,
     d_k,
     d_v,
-    p_out,
+    d_out,
     p_lse,
     p_items,
     p_starts,
     p_table,
-    strides_out,
     heads,
     group,
     n_tiles_q,
@@ -308,7 +308,6 @@ def s2_hopper_forward_kernel(
     t,
     q_offset,
     scale_log2,
-    D: gl.constexpr,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -321,6 +320,7 @@ def s2_hopper_forward_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     q_notes, k_notes = make_notes(2), make_notes(6 * STAGES)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
@@ -329,11 +329,11 @@ def s2_hopper_forward_kernel(
     barriers = (q_ready, q_free, k_ready, v_ready, free)
     tables = (p_items, p_starts, p_table)
     sizes = (heads, group, n_tiles_q, s, t, q_offset, scale_log2)
-    out = (p_out, p_lse, strides_out)
+    out = (d_out, p_lse, out_bufs)
     gl.warp_specialize(
         [
-            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES, D)),
-            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES, D)),
+            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES)),
+            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES)),
             (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, STAGES)),
         ],
         [4, 1],
@@ -360,12 +360,11 @@ def launch_hopper_forward(
         descriptor(q_heads),
         descriptor(k_heads),
         descriptor(head_major(v)),
-        out,
+        descriptor(head_major(out)),
         lse,
         dealt.items,
         dealt.starts,
         device_table(pattern, q.device),
-        rows_and_heads(head_major(out)),
         h,
         h // k_heads.shape[1],
         triton.cdiv(s, 2 * ROWS),
@@ -373,10 +372,9 @@ def launch_hopper_forward(
         t,
         q_offset,
         softmax_scale * math.log2(math.e),
-        D=d,
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
-        STAGES=3 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
+        STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )
