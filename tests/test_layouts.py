@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from launches import ON_CPU, ROOT
@@ -98,6 +99,22 @@ def test_a_failed_run_is_in_the_table_with_its_error():
     options.ranks_per_gpu = 2
     assert "against one GPU: 2 ranks on 1x CPU" in table()
     assert "**Ranks of a layout of more than 1 GPUs share them**" in table()
+
+
+@pytest.mark.parametrize(
+    "ranks, load, per_gpu, chosen",
+    [
+        (2, {}, 2, [0, 2]),  # a GPU each, where there are two
+        (4, {}, 2, [0, 2, 1, 3]),
+        (2, {0: 1}, 2, [1, 2]),
+        (1, {0: 1, 1: 1}, 2, [2]),
+        (2, {}, 1, [0, 1]),
+        (3, {}, 4, [0, 1, 2]),  # one GPU for all
+    ],
+)
+def test_ranks_share_a_gpu_only_where_there_are_too_few(ranks, load, per_gpu, chosen):
+    gpus = 2 if per_gpu == 1 else 4
+    assert sorted(compare_layouts.choose(ranks, Counter(load), gpus, per_gpu)) == sorted(chosen)
 
 
 def test_ranks_that_share_a_gpu_are_nodes_of_their_own_to_nccl():

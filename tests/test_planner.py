@@ -291,6 +291,21 @@ def test_plan_command_prints_the_whole_plan():
         assert text in done.stdout, done.stdout
 
 
+def test_reading_a_run_file_sets_what_megatron_asks_for_on_gpus():
+    code = """
+import os
+from s2megatron import cpu_runtime
+cpu_runtime.prepare_environment()
+cpu_runtime.install()
+os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+from s2megatron.planner.report import read_run
+read_run("configs/llama_1.3b_32k.yaml", [], 2, local=True)
+print("connections", os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+"""
+    done = command_line("-c", code)
+    assert "connections 1" in done.stdout, done.stderr[-2000:]
+
+
 def test_layouts_that_do_not_fit_are_refused_with_the_reason():
     model = make_model()
     for layout, said in (

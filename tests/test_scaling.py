@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from launches import ON_CPU, ROOT, TINY, write_run_file
 
 from s2megatron.errors import ConfigError
@@ -123,6 +124,31 @@ def test_what_does_not_fit_is_left_out():
     fits, over = scaling_test.fitting(found, scaling_test.Planner(options))
     assert [case.recompute for case in fits] == ["full"]
     assert len(over) == 1 and "recompute none on 1 GPUs" in over[0]
+
+
+def test_recorded_runs_are_predicted_again(tmp_path):
+    """replan.py, as a user would after calibrating: other constants, other predictions."""
+    name = "scaling-h200x2-2026-11-24-tp2-32k.json"
+    recorded = tmp_path / name
+    recorded.write_text((ROOT / "docs/benchmarks" / name).read_text())
+    constants = yaml.safe_load((ROOT / "s2megatron/planner/gpus/h200.yaml").read_text())
+    (tmp_path / "slower.yaml").write_text(yaml.safe_dump(constants | {"step_ms": 140}))
+    before = json.loads(recorded.read_text())["runs"]
+
+    def replan(gpu):
+        command = [sys.executable, "scripts/replan.py", str(recorded), "--gpu", gpu, "--write"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, **ON_CPU})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "2 runs; largest error of a step" in done.stdout
+        return json.loads(recorded.read_text())["runs"]
+
+    for run, old in zip(replan("h200"), before, strict=True):
+        assert run["predicted_seconds"] == pytest.approx(old["predicted_seconds"])
+        assert run["step_seconds"] == old["step_seconds"]
+    for run, old in zip(replan(str(tmp_path / "slower.yaml")), before, strict=True):
+        assert run["predicted_seconds"] == pytest.approx(old["predicted_seconds"] + 0.1)
+    assert recorded.with_suffix(".md").exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_the_tool_itself_on_two_cpu_ranks(tmp_path):
