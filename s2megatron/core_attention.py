@@ -103,6 +103,10 @@ class _CausalCoreAttention(MegatronModule):
             "context parallelism is not supported yet; use tensor or pipeline parallelism",
         )
         self.tp_group = groups.tp
+        recomputed = config.recompute_granularity == "full" or (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self.keeps_inputs = not recomputed
 
     def _require(self, holds: bool, found: str, way_out: str) -> None:
         if not holds:
@@ -143,7 +147,7 @@ class _CausalCoreAttention(MegatronModule):
             f"{query.shape[0]} queries against {key.shape[0]} keys",
             "inference with a KV cache is not supported yet",
         )
-        if self.config.recompute_granularity is None and torch.is_grad_enabled():
+        if self.keeps_inputs and torch.is_grad_enabled():
             value = let_go(value, query)
         if packed_seq_params is not None:
             return self._attend_packed(query, key, value, packed_seq_params).flatten(1)

@@ -117,6 +117,7 @@ RECOMPUTE = {
 
 def overrides_of(case: Case, options, folder: Path) -> list[str]:
     last = options.warmup + options.steps
+    trace = case.gpus > 1 and case.attention in options.traced  # one GPU does not communicate
     traced = [  # torch's profiler warms up one step before, and slows that one
         f"megatron.train_iters={last + 4}",
         "megatron.profile=true",
@@ -145,12 +146,7 @@ def overrides_of(case: Case, options, folder: Path) -> list[str]:
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        # One GPU has no communication to look for; the last step's time is not logged.
-        *(
-            traced
-            if case.gpus > 1 and case.attention in options.traced
-            else [f"megatron.train_iters={last + 1}"]
-        ),
+        *(traced if trace else [f"megatron.train_iters={last + 1}"]),  # the last one is not logged
     ]
 
 
