@@ -3,7 +3,8 @@
     python scripts/replan.py docs/benchmarks/scaling-....json --gpu my.yaml
 
 RUNS.json is scaling_test.py's; its command says which run file and layouts it is of. Prints the
-largest errors; with --write the predictions in RUNS.json, .md and .png are replaced.
+largest errors; with --write the predictions in RUNS.json, its .md and its .png (where there is one)
+are replaced.
 """
 
 import argparse
@@ -22,8 +23,14 @@ from s2megatron.planner.measured import Run, as_json, markdown
 
 def predicted(recorded: Path, gpu: str) -> tuple[dict, list[Run]]:
     """What the runs were made with, and the runs with predictions by `gpu`. Raises ConfigError."""
-    data = json.loads(recorded.read_text())
-    options = scaling_test.parse(shlex.split(data["about"]["command"])[2:])
+    try:
+        data = json.loads(recorded.read_text())
+        command = shlex.split(data["about"]["command"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"is no JSON of scaling_test.py ({error!r}); give its NAME.json"
+        ) from None
+    options = scaling_test.parse(command[2:])
     options.gpu = gpu
     planner = scaling_test.Planner(options)
     local = data["about"]["versions"]["transformer-engine"] == "not installed"
@@ -65,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
                 beside = path.with_suffix(f"{suffix}.part")
                 beside.write_text(text)
                 os.replace(beside, path.with_suffix(suffix))
-            scaling_test.draw(about, runs, path.with_suffix(".png"))
+            if path.with_suffix(".png").exists():
+                scaling_test.draw(about, runs, path.with_suffix(".png"))
     return 0
 
 

@@ -316,8 +316,8 @@ def parse(argv: list[str]):
                         help="sequences per step, of all GPUs: weak, on the fewest GPUs (default: "
                         "one per GPU); strong, everywhere (default: the most GPUs)")  # fmt: skip
     parser.add_argument("--traced", type=lambda s: s.split(","), default=["s2", "dense"],
-                        help="attentions of which one more step is traced, for the exposed share "
-                        "of communication (default: both)")  # fmt: skip
+                        help="s2, dense, both (default) or none: one more step is traced, for the "
+                        "exposed share of communication")  # fmt: skip
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--warmup", type=int, default=5, help="steps thrown away")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
@@ -330,6 +330,8 @@ def parse(argv: list[str]):
     options = parser.parse_intermixed_args(argv)
     if unknown := set(options.recompute) - set(RECOMPUTE):
         parser.error(f"--recompute {','.join(sorted(unknown))}: must be none, full or both")
+    if unknown := set(options.traced) - {"s2", "dense", "none"}:
+        parser.error(f"--traced {','.join(sorted(unknown))}: must be s2, dense, both or none")
     return options
 
 
@@ -356,8 +358,7 @@ def attempt(case: Case, options, logs: Path, pool, planner: "Planner", notes) ->
     result = planner.predict(case)
     print(f"    {run.seconds * 1e3:.1f} ms/step, {run.tokens_per_second:,.0f} tokens/s; "
           f"predicted {result.seconds * 1e3:.1f} ms", flush=True)  # fmt: skip
-    gib = result.memory.total / 2**30
-    return replace(run, predicted_seconds=result.seconds, predicted_gib=gib)
+    return replace(run, predicted_seconds=result.seconds, predicted_gib=result.memory.total / 2**30)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -378,8 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="scaling-"))
     options.out.mkdir(parents=True, exist_ok=True)
     about, runs = describe(options, argv, notes), []
-    sizes = [case.gpus for case in chosen]
-    pool = open_pool(sizes, logs / "importing.log") if options.warm else None
+    pool = open_pool([c.gpus for c in chosen], logs / "importing.log") if options.warm else None
     try:
         for number, case in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {case}", flush=True)

@@ -198,6 +198,22 @@ def test_measured_runs_that_set_no_constant(tokens, recompute, ms):
     assert abs(predicted / ms - 1) < 0.15
 
 
+# Layers dense, ms, GiB: the same model with this plugin at 131,072 tokens, full recompute
+# (docs/benchmarks/megatron-h200x2-2026-11-22.md: kernels of that day). They set no constant either.
+OURS = [(0, 2163, 36.3), (24, 8664, 30.2)]
+
+
+@pytest.mark.parametrize("dense_layers,ms,gib", OURS)
+def test_our_own_runs_set_no_constant(dense_layers, ms, gib):
+    layout = Layout(gpus=2, tp=2, sequence_parallel=True, recompute="full")
+    model = make_model(seq_len=131072, dense_layers=dense_layers)
+    result = plan(load_machine("h200"), model, layout)
+    held = memory.peak(model, layout).total / 2**30
+    print(f"predicted {result.seconds * 1e3:.0f} ms, {held:.1f} GiB; measured {ms} ms, {gib} GiB")
+    assert abs(result.seconds * 1e3 / ms - 1) < 0.15
+    assert abs(held / gib - 1) < 0.1
+
+
 RECORDED = sorted((ROOT / "docs/benchmarks").glob("scaling-h200x2-*.json"))
 
 

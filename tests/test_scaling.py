@@ -20,6 +20,7 @@ from s2megatron.planner.measured import (
 )
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import replan
 import scaling_test
 
 SAME = {"sequence": 1000, "peak_gib": 10.0, "exposed": 0.125}
@@ -149,6 +150,22 @@ def test_recorded_runs_are_predicted_again(tmp_path):
     for run, old in zip(replan(str(tmp_path / "slower.yaml")), before, strict=True):
         assert run["predicted_seconds"] == pytest.approx(old["predicted_seconds"] + 0.1)
     assert recorded.with_suffix(".md").exists() and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"about": {}}', None])
+def test_what_is_no_recording_is_refused(tmp_path, text):
+    path = tmp_path / "runs.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"is no JSON of scaling_test.py"):
+        replan.predicted(path, "h200")
+
+
+def test_traced_names_attentions(capsys):
+    with pytest.raises(SystemExit):
+        scaling_test.parse(["x.yaml", "--gpus", "2", "--mode", "weak", "--sequence", "1024",
+                            "--traced", "s3"])  # fmt: skip
+    assert "--traced s3: must be s2, dense, both or none" in capsys.readouterr().err
 
 
 def test_the_tool_itself_on_two_cpu_ranks(tmp_path):
