@@ -6,7 +6,7 @@ import torch
 from attention_cases import _ls
 
 from s2_kernels import dense, ranges
-from s2_kernels.schedule import column_pairs, deal, query_tiles
+from s2_kernels.schedule import column_pairs, deal, query_tiles, single_columns
 
 CPU = torch.device("cpu")
 PATTERNS = {
@@ -30,7 +30,7 @@ def owners(dealt):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_every_query_tile_once(pattern, n):
     tiles = -(-n // 128)
-    dealt = query_tiles(pattern, n, n, 0, 2, 132, CPU)
+    dealt = query_tiles(pattern, n, 2, 132, CPU)
     owners(dealt)
     assert sorted(dealt.items.tolist()) == list(range(2 * pattern.heads * tiles))
 
@@ -39,7 +39,7 @@ def test_every_query_tile_once(pattern, n):
 @pytest.mark.parametrize("n", [64, 700, 5000])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_every_column_once_and_each_piece(pattern, n, programs):
-    dealt, work = column_pairs(pattern, n, n, 0, 2, programs, CPU)
+    dealt, work = column_pairs(pattern, n, 2, programs, CPU)
     owners(dealt)
     columns, slots = -(-n // 64), []
     seen = {}
@@ -62,10 +62,28 @@ def test_every_column_once_and_each_piece(pattern, n, programs):
         assert len(parts) == cut.get((head, column), (0, 1))[1]
 
 
+@pytest.mark.parametrize("programs", [3, 132])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_every_single_column_once_and_each_piece(pattern, programs):
+    n = 5000
+    dealt, work = single_columns(pattern, n, 2, programs, CPU)
+    owners(dealt)
+    seen, slots = {}, []
+    for head, column, piece, pieces, slot, sequence in dealt.items.tolist():
+        seen.setdefault((sequence, head, column), []).append((piece, pieces))
+        if slot >= 0:
+            slots.append((sequence, slot))
+    assert len(seen) == 2 * pattern.kv_heads * -(-n // 64)
+    assert all(sorted(x) == [(i, len(x)) for i in range(len(x))] for x in seen.values())
+    assert sorted(slots) == [(s, i) for s in range(2) for i in range(work.n_slots)]
+    cut = {(head, column): pieces for head, column, _, pieces in work.cut.tolist()}
+    assert {key[1:]: len(x) for key, x in seen.items() if len(x) > 1} == cut
+
+
 def test_long_columns_do_not_keep_one_program_busy():
     """8,192 tokens and 32 heads: 64 columns of the shard are seven times as long as the others."""
     pattern = _ls(32, 32, 64, 16, 32)
-    dealt, _ = column_pairs(pattern, 8192, 8192, 0, 1, 132, CPU)
+    dealt, _ = column_pairs(pattern, 8192, 1, 132, CPU)
     items, lives = dealt.items.numpy(), [rule.lifetimes(128).numpy() for rule in pattern.rules]
     cost = [min(c1 + lives[h][c1], 128) - c0 for h, c0, c1 in items[:, :3]]
     load = np.bincount(owners(dealt), weights=cost)

@@ -91,14 +91,17 @@ def test_hopper(case, dtype):
     needs_hopper()
     q, k, v, *_ = make_inputs(case, dtype, "cuda")
     if hopper.why_not(q, k, v, case.pattern, None, case.q_offset):
-        assert case.pattern.block_size < 64 or case.d not in range(48, 129) or case.q_offset
+        small = case.pattern.block_size < 64 or case.d < 48
+        assert small or case.q_offset or case.kv_len < case.s
         with pytest.raises(ValueError, match="backend='hopper' does not take"):
             s2_attention(q, k, v, case.pattern, q_offset=case.q_offset, backend="hopper")
         return
     check(case, dtype, backend="hopper")
 
 
-@pytest.mark.parametrize("kv_heads, d, block", [(16, 128, 64), (4, 128, 64), (16, 64, 128)])
+@pytest.mark.parametrize(
+    "kv_heads, d, block", [(16, 128, 64), (4, 128, 64), (16, 64, 128), (16, 256, 64), (4, 256, 128)]
+)
 def test_hopper_with_many_items(kv_heads, d, block):
     """Programs that work on dozens of items, short lists among them; sampled rows and columns."""
     needs_hopper()
@@ -155,12 +158,34 @@ def test_every_shipped_configuration(table, kind, d, config):
         assert_as_good_as_eager(results, truth, eager, case)
 
 
+LENGTHS = [517, 1, 0, 2048, 63, 1300, 128, 64, 2]
+
+
 @pytest.mark.parametrize("deterministic", [True, False], ids=["separate", "fused"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_packed(dtype, deterministic):
-    lengths = [517, 1, 0, 2048, 63, 1300]
-    pattern = _ls(8, 2, 64, 4, 4)
-    test_varlen.check(pattern, lengths, lengths, dtype, d=128, deterministic=deterministic)
+    options = dict(backend="triton", deterministic=deterministic)
+    test_varlen.check(_ls(8, 2, 64, 4, 4), LENGTHS, LENGTHS, dtype, d=128, **options)
+
+
+BANDS = [(2, 1), (7, 3), (20, 6)]
+PACKED = {
+    "gqa": _ls(8, 2, 64, 4, 4),
+    "mha": _ls(4, 4, 64, 4, 5),
+    "block128": _ls(4, 4, 128, 2, 3),
+    "block256": _ls(2, 2, 256, 2, 3),
+    "ranges": ranges(heads=4, kv_heads=2, block_size=64, bands=BANDS),
+    "dense_heads": _ls(4, 2, 64, 2, 4, dense_heads=1),
+    "one_block": _ls(2, 2, 64, 1, 2),
+}
+
+
+@pytest.mark.parametrize("d", [128, 64, 96])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("pattern", PACKED.values(), ids=PACKED)
+def test_packed_on_hopper(pattern, dtype, d):
+    needs_hopper()
+    test_varlen.check(pattern, LENGTHS, LENGTHS, dtype, d=d, backend="hopper")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

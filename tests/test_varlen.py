@@ -8,6 +8,7 @@ import torch
 from attention_cases import Case, _ls, assert_as_good_as_eager, run_with_grads
 
 from s2_kernels import ranges, s2_attention_varlen
+from s2_kernels.hopper.packed import packed_slots, term_rows
 from s2_kernels.reference import masked_attention, token_mask
 from s2_kernels.schedule import column_work, round_up
 
@@ -96,3 +97,20 @@ def test_new_lengths_reuse_the_work_list():
     assert (
         column_work.cache_info().misses == before + 1
     )  # for three documents; 97 and 104 are 100's
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's")
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("lengths", [[300, 1, 0, 128, 257], [5], [64] * 150])
+def test_slots_of_packed_sequences(lengths, extra):
+    """Every 128 tokens of every sequence once; row terms 16-byte aligned and apart."""
+    tokens = sum(lengths)
+    slots, counter = packed_slots(starts(lengths), tokens, extra)
+    expected, ends = [], [0]
+    for i, (start, n) in enumerate(zip(starts(lengths).tolist(), lengths, strict=False)):
+        terms = (start // 4 + i) * 4
+        expected += [[u, start, n, terms] for u in range(-(-n // 128) + extra) if n]
+        assert terms % 4 == 0 and terms >= ends[-1]
+        ends.append(terms + n)
+    assert slots.tolist() == expected + [[0] * 4] * (len(slots) - len(expected))
+    assert counter.item() == 0 and ends[-1] <= term_rows(tokens, len(lengths))

@@ -168,7 +168,10 @@ def s2_attention_varlen(
     backend = _choose(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if backend in ON_GPU:
-        cu_seqlens = (cu_seqlens_q.int().contiguous(), cu_seqlens_k.int().contiguous())
+        alike = cu_seqlens_k is cu_seqlens_q  # then the Hopper kernels take them
+        cu_seqlens_q = cu_seqlens_q.int().contiguous()
+        cu_seqlens_k = cu_seqlens_q if alike else cu_seqlens_k.int().contiguous()
+        cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
         numbers = (pattern.key, scale, 0, deterministic, backend)
         out, lse = ops.attention(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
     else:

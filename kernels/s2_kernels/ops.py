@@ -47,9 +47,11 @@ def attention(
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rule = LayerPattern.from_key(pattern)
     if hopper.takes(q, k, v, rule, packing, q_offset, backend, "forward"):
-        from s2_kernels.hopper.forward import launch_hopper_forward  # imports Gluon
+        from s2_kernels.hopper import forward, forward_wide  # import Gluon
 
-        return launch_hopper_forward(q, k, v, rule, softmax_scale, q_offset)
+        if q.shape[-1] > hopper.WIDEST:
+            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, softmax_scale)
+        return forward.launch_hopper_forward(q, k, v, rule, softmax_scale, packing)
     return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
 
 
@@ -86,7 +88,7 @@ def attention_backward(
     if hopper.takes(q, k, v, rule, packing, q_offset, backend, "backward"):
         from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
 
-        return launch_hopper_backward(*problem)
+        return launch_hopper_backward(*problem[:-1], packing)
     return launch_backward(
         *problem,
         packing=packing,

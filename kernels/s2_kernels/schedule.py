@@ -65,13 +65,7 @@ def deal(items: np.ndarray, cost: np.ndarray, programs: int, device: torch.devic
 
 @functools.lru_cache(maxsize=256)
 def query_tiles(
-    pattern: LayerPattern,
-    s: int,
-    t: int,
-    q_offset: int,
-    n_seqs: int,
-    programs: int,
-    device: torch.device,
+    pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
 ) -> Dealt:
     """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
 
@@ -79,14 +73,17 @@ def query_tiles(
     on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
     """
     size, group = pattern.block_size, pattern.heads // pattern.kv_heads
-    first_row = np.arange(-(-s // 128) - 1, -1, -1) * 128 + q_offset
-    first, last = first_row // size, (np.minimum(first_row + 128, q_offset + s) - 1) // size
-    blocks = np.arange(-(-t // size))
+    row = np.arange(-(-s // 128) - 1, -1, -1) * 128
+    first, last = row // size, (row + 127) // size
+    blocks = np.arange(last[0] + 1)
     costs = []
     for rule in pattern.rules:
         dropped = np.sort(blocks + rule.lifetimes(len(blocks)).numpy())
-        kept = np.minimum(last + 1, len(blocks)) - np.searchsorted(dropped, first, side="right")
-        costs.append(np.repeat((kept * (size // 64) + ITEM_OVERHEAD)[None], group, axis=0))
+        gone = np.searchsorted(dropped, last, side="right")
+        edges = gone - np.searchsorted(dropped, first, side="right")
+        kept = (first - gone) * (size // 64) + row // 64 - first * (size // 64)
+        pairs = (kept + np.maximum(edges - 1, 0) + 1) // 2
+        costs.append(np.repeat((2 * pairs + 2 + ITEM_OVERHEAD)[None], group, axis=0))
     cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
     return deal(np.arange(len(cost)), cost, programs, device)
 
@@ -169,13 +166,7 @@ def column_work(
 
 @functools.lru_cache(maxsize=256)
 def column_pairs(
-    pattern: LayerPattern,
-    s: int,
-    t: int,
-    q_offset: int,
-    n_seqs: int,
-    programs: int,
-    device: torch.device,
+    pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
 ) -> tuple[Dealt, ColumnWork]:
     """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
 
@@ -185,20 +176,18 @@ def column_pairs(
     sequence.
     """
     rows, group = -(-s // 64), pattern.heads // pattern.kv_heads
-    per_block, offset = pattern.block_size // 64, q_offset // 64
-    n_columns = -(-t // 64)
+    per_block = pattern.block_size // 64
     parts = []
     for head, rule in enumerate(pattern.rules):
-        block = np.arange(n_columns) // per_block
+        block = np.arange(rows) // per_block
         life = rule.lifetimes(int(block[-1]) + 1).numpy()[block]
-        end = np.minimum((block + life) * per_block - offset, rows)
-        start = np.minimum(np.maximum(np.arange(n_columns) - offset, 0), end)
+        end = np.minimum((block + life) * per_block, rows)
         for value in np.unique(life):
             columns = np.flatnonzero(life == value)
             first, second = columns[::2], np.full(-(-len(columns) // 2), -1)
             second[: len(columns) // 2] = columns[1::2]
-            other = np.where(second < 0, first, second)
-            cost = np.maximum(end[first], end[other]) - np.minimum(start[first], start[other])
+            cost = np.maximum(end[first], end[second]) - first  # end[-1] is the end of all
+            cost = np.where(second < 0, end[first] - first, cost)
             parts.append(np.stack([np.full(len(first), head), first, second, cost * group], axis=1))
     head, first, second, cost = np.concatenate(parts).T
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
@@ -215,3 +204,27 @@ def column_pairs(
     dealt = deal(np.concatenate([items, sequence], axis=1), weight, programs, device)
     cut = _on_device(np.concatenate(cut), device)
     return dealt, ColumnWork(dealt.items, cut, 2 * int((pieces * is_cut).sum()))
+
+
+@functools.lru_cache(maxsize=256)
+def single_columns(
+    pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
+) -> tuple[Dealt, ColumnWork]:
+    """Columns of 64 tokens, for the Hopper kernel at wide heads; and which of them are cut.
+
+    Items, int32 [n_items, 6]: KV head, column, piece, number of pieces, slot of the piece
+    (ColumnWork), sequence.
+    """
+    costs = column_costs(pattern, range(pattern.kv_heads), s, s, 0, 64, 64)
+    head, column = (index.ravel() for index in np.indices(costs.shape))
+    cost = costs.ravel()
+    item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
+    first_slot = np.where(is_cut, np.cumsum(pieces * is_cut) - pieces, -1)
+    slot = np.where(is_cut[item], first_slot[item] + piece, -1)
+    items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
+    items = np.repeat(items, n_seqs, axis=0)
+    sequence = np.tile(np.arange(n_seqs), len(item))[:, None]
+    weight = np.repeat((cost / pieces)[item] + ITEM_OVERHEAD, n_seqs)
+    cut = np.stack([head, column, first_slot, pieces], axis=1)[is_cut]
+    dealt = deal(np.concatenate([items, sequence], axis=1), weight, programs, device)
+    return dealt, ColumnWork(dealt.items, _on_device(cut, device), int((pieces * is_cut).sum()))

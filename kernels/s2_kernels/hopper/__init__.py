@@ -9,10 +9,13 @@ import logging
 
 import torch
 
-from s2_kernels.launch import Packing, capability, head_major, pad, takes_descriptor
+from s2_kernels.launch import Packing, capability, head_major, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+
+WIDEST = 128
+"""Head size above which other kernels run: forward_wide and backward_dkdv_wide."""
 
 
 def why_not(
@@ -30,14 +33,18 @@ def why_not(
         return "the GPU is not a Hopper"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {q.dtype} (bfloat16 and float16 only)"
-    if packing is not None:
-        return "packed sequences"
     if pattern.block_size < 64:
         return f"block_size {pattern.block_size} (64, 128 and 256 only)"
-    if pad(q.shape[-1]) not in (64, 128) or q.shape[-1] != v.shape[-1]:
-        return f"head sizes {q.shape[-1]} and {v.shape[-1]} (one size from 48 to 128 only)"
+    if q.shape[-1] < 48 or q.shape[-1] != v.shape[-1]:
+        return f"head sizes {q.shape[-1]} and {v.shape[-1]} (one size from 48 to 256 only)"
+    if packing is not None and q.shape[-1] > WIDEST:
+        return f"packed sequences with head size {q.shape[-1]} (up to {WIDEST})"
     if q_offset:
         return f"q_offset {q_offset} (0 only)"
+    if packing is None and k.shape[1] < q.shape[1]:
+        return f"{k.shape[1]} keys for {q.shape[1]} queries (as many at least)"
+    if packing is not None and packing.cu_k.data_ptr() != packing.cu_q.data_ptr():
+        return "packed sequences with cu_seqlens_k of their own"
     if not all(takes_descriptor(head_major(x)) for x in (q, k, v)):
         return "strides or addresses that TMA does not take (multiples of 16 bytes only)"
     return None

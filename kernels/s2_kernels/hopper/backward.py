@@ -1,15 +1,20 @@
-"""The backward pass on Hopper: row terms, then dk and dv, then dq, each kernel by itself.
+"""The backward pass on Hopper: dq and the row terms, then dk and dv, each kernel by itself.
 
 Seven matrix products where five would do: dq is not added up across programs, so that the same bits
-come out every time and no float32 copy of dq is needed. docs/kernels.md has the comparison.
+come out every time and no float32 copy of dq is needed. docs/kernels.md has the comparison. Head
+sizes above 128 have a dk/dv kernel of their own, and the portable kernels for the rest.
 """
 
 import torch
 
 from s2_kernels.backward import row_terms
+from s2_kernels.backward_dq import launch_dq
+from s2_kernels.configs import backward_config, fit
+from s2_kernels.hopper import WIDEST
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
+from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
-from s2_kernels.launch import empty_like, head_major, takes_descriptor
+from s2_kernels.launch import Packing, empty_like, head_major, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
 
@@ -23,14 +28,20 @@ def launch_hopper_backward(
     dlse: torch.Tensor | None,
     pattern: LayerPattern,
     softmax_scale: float,
-    q_offset: int = 0,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
-    dout = dout if takes_descriptor(head_major(dout)) else dout.contiguous()
+    out, dout = (x if takes_descriptor(head_major(x)) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    lse2, delta = row_terms(out, lse, dout, dlse)
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
-    inputs = (q, k, v, dout, lse2, delta)
-    launch_hopper_dkdv(*inputs, dk, dv, pattern, softmax_scale, q_offset)
-    launch_hopper_dq(*inputs, dq, pattern, softmax_scale, q_offset)
+    if q.shape[-1] > WIDEST:
+        lse2, delta = row_terms(out, lse, dout, dlse)
+        inputs = (q, k, v, dout, lse2, delta)
+        config = fit(backward_config("dq", q.shape[-1], q.dtype, (9, 0)), pattern.block_size, True)
+        launch_dq(*inputs, dq, pattern, softmax_scale, 0, None, config, "ieee")
+        launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale)
+        return dq, dk, dv
+    common = (pattern, softmax_scale, packing)
+    lse2, delta = launch_hopper_dq(q, k, v, out, lse, dout, dlse, dq, *common)
+    launch_hopper_dkdv(q, k, v, dout, lse2, delta, dk, dv, *common)
     return dq, dk, dv

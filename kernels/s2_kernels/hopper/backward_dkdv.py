@@ -11,7 +11,11 @@ warpgroup issues S^T, dP^T, dv += P^T dO and dk += dS^T Q, and has a product in 
 computes: dP^T under the exponentials, dv under dS, and the other warpgroup's at any time.
 
 The diagonal tile, the last one of a column, is the only one with a mask. Rows past the end of the
-queries arrive as zeros, and add nothing.
+queries arrive as zeros and add nothing; in a packed batch the next sequence's rows arrive, and
+their terms are replaced by those of rows that see nothing.
+
+The items of a dense batch are dealt on the host. How long packed sequences are, the host does not
+know: programs take the next pair of columns when they are done with one, the shard's first.
 
 Shapes and formulas as in s2_kernels/backward.py.
 """
@@ -30,20 +34,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.hopper.primitives import (
     ROWS,
     TERM_LAYOUT,
-    dealt_items,
     descriptor,
     load_rows,
     make_barriers,
     make_notes,
     read_scalar,
     store_rows,
+    store_some_rows,
+    strides_and_size,
     term_descriptor,
     write,
 )
-from s2_kernels.launch import concurrent_programs, device_table, head_major, pad
+from s2_kernels.launch import Packing, concurrent_programs, device_table, head_major, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import lifetime, load_rule
 from s2_kernels.schedule import column_pairs
@@ -51,81 +57,179 @@ from s2_kernels.schedule import column_pairs
 STAGES = 3
 FAR = gl.constexpr(1 << 30)
 """A row beyond any sequence: TMA reads zeros there, and writes nothing."""
+NOTES = gl.constexpr(10)
+"""How many the producer leaves for each warpgroup of an item."""
 
 
 @gluon.jit
-def column_rows(rule, column, n_rows, q_tile, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The query half-tiles [first, end) that see a column, a KV half-tile."""
+def column_rows(rule, column, n_rows, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """The query half-tiles [column, end) that see a column, a KV half-tile; none without one."""
     block = column // (B // 64)
-    beyond = (q_tile + n_rows - 1) // (B // 64) + 1  # keeps the product below inside int32
-    end = gl.minimum(block + lifetime(rule, block, N_BANDS), beyond) * (B // 64) - q_tile
-    first = gl.maximum(column - q_tile, 0)
-    return first, gl.maximum(gl.minimum(end, n_rows), first)
+    beyond = (n_rows - 1) // (B // 64) + 1  # keeps the product below inside int32
+    end = gl.minimum(block + lifetime(rule, block, N_BANDS), beyond) * (B // 64)
+    end = gl.where(column < 0, column, gl.minimum(end, n_rows))
+    return gl.maximum(end, column)
+
+
+@gluon.jit
+def class_column(rule, c, j: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """The c-th column of those that live as long as band j reaches: wider bands select no other."""
+    stride, first = rule[2 + 2 * j], first_selected(rule, j)
+    i = c // (B // 64)
+    if j + 1 < N_BANDS:
+        period = rule[4 + 2 * j] // stride  # of which one is the wider band's
+        left_out = (first_selected(rule, j + 1) - first) // stride
+        rest = i % gl.maximum(period - 1, 1)
+        i = i // gl.maximum(period - 1, 1) * period + rest + (rest >= left_out).to(gl.int32)
+    return (first + i * stride) * (B // 64) + c % (B // 64)
+
+
+@gluon.jit
+def first_selected(rule, j: gl.constexpr):
+    """The first block that band j selects."""
+    stride = rule[2 + 2 * j]
+    return (stride - rule[0] % stride) % stride
+
+
+@gluon.jit
+def pair_of_sequence(rule, u, length, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """The u-th pair of columns of a sequence, those that live longest first; -1: no such column."""
+    n_blocks = (length + B - 1) // B
+    column_0, column_1 = -1 + u * 0, -1 + u * 0
+    n_wider = u * 0
+    for j in gl.static_range(N_BANDS - 1, -1, -1):
+        stride = rule[2 + 2 * j]
+        n_selected = (n_blocks - first_selected(rule, j) + stride - 1) // stride
+        n_selected = gl.maximum(n_selected, 0)
+        n = (n_selected - n_wider) * (B // 64)
+        c = 2 * u
+        column_0 = gl.where((u >= 0) & (c < n), class_column(rule, c, j, B, N_BANDS), column_0)
+        column_1 = gl.where(
+            (u >= 0) & (c + 1 < n), class_column(rule, c + 1, j, B, N_BANDS), column_1
+        )
+        u = gl.where((u >= 0) & (c < n), -1, u - (n + 1) // 2)
+        n_wider = n_selected
+    n_columns = (length + 63) // 64
+    column_0 = gl.where(column_0 < n_columns, column_0, -1)
+    return column_0, gl.where(column_1 < n_columns, column_1, -1)
+
+
+@gluon.jit
+def next_item(i_round, work, sizes, PACKED: gl.constexpr):
+    """The number of the item to do next, or -1: the next dealt one, or the next that is left."""
+    p_items, p_starts, p_table, p_partial = work
+    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
+    if PACKED:
+        item = gl.atomic_add(p_starts, 1)
+        return gl.where(item < n_slots * kv_heads, item, -1)
+    else:
+        first, end = gl.load(p_starts + gl.program_id(0)), gl.load(p_starts + gl.program_id(0) + 1)
+        return gl.where(first + i_round < end, first + i_round, -1)
+
+
+@gluon.jit
+def column_item(item, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr, PACKED: gl.constexpr):
+    """An item's rule, KV head, two columns, piece, number of pieces, slot of its share, sequence.
+
+    Of the sequence: i_batch, where it starts, its length, where its row terms start.
+    """
+    p_items, p_starts, p_table, p_partial = work
+    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
+    zero = item * 0
+    if PACKED:
+        i_kv, p_slot = item % kv_heads, p_items + item // kv_heads * 4
+        u, start, length = gl.load(p_slot), gl.load(p_slot + 1), gl.load(p_slot + 2)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        column_0, column_1 = pair_of_sequence(rule, u, length, B, N_BANDS)
+        sequence = (zero, start, length, gl.load(p_slot + 3))
+        return rule, i_kv, column_0, column_1, zero, zero + 1, zero - 1, sequence
+    else:
+        p_item = p_items + item * 7
+        i_kv, column_0, column_1 = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
+        piece, n_pieces, slot = gl.load(p_item + 3), gl.load(p_item + 4), gl.load(p_item + 5)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        sequence = (gl.load(p_item + 6), zero, zero + s, zero)
+        return rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence
 
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, work, sizes,
-    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    descs, buffers, barriers, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads K and V of an item's columns, then Q, dO and their row terms, from the last back.
 
     The half-tiles of queries that are loaded are those that see either column; of a piece, a part.
-    Notes for each warpgroup how many it passes over, adds whole, adds on the diagonal, passes over.
+    Notes for each warpgroup how many it passes over, adds whole, adds on the diagonal, passes over,
+    where its column lies, and what is left of the sequence there; the last notes say that.
     """
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv = descs
     q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
     q_ready, do_ready, free, kv_ready, kv_free = barriers
-    p_items, p_starts, p_table, p_partial = work
-    batch, heads, n_rows, q_tile, scale, scale_log2 = sizes
-    first, n_items = dealt_items(p_starts)
-    done = 0
-    for i_round in range(n_items):
-        p_item = p_items + (first + i_round) * 7
-        i_kv, column_0, column_1 = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
-        piece, n_pieces, i_batch = gl.load(p_item + 3), gl.load(p_item + 4), gl.load(p_item + 6)
-        rule = load_rule(p_table, i_kv, N_BANDS)
-        start_0, end_0 = column_rows(rule, column_0, n_rows, q_tile, B, N_BANDS)
-        start_1, end_1 = column_rows(rule, column_1, n_rows, q_tile, B, N_BANDS)
-        start_1 = gl.where(column_1 < 0, start_0, start_1)
-        end_1 = gl.where(column_1 < 0, start_0, end_1)
-        low = gl.minimum(start_0, start_1)
+    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
+    done, i_round = 0, 0
+    item = next_item(i_round, work, sizes, PACKED)
+    while item >= 0:
+        rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence = column_item(
+            item, work, sizes, B, N_BANDS, PACKED
+        )
+        i_batch, start, length, terms = sequence
+        n_rows = (length + 63) // 64
+        end_0 = column_rows(rule, column_0, n_rows, B, N_BANDS)
+        end_1 = column_rows(rule, column_1, n_rows, B, N_BANDS)
+        low = gl.where(column_1 < 0, column_0, gl.minimum(column_0, column_1))
         n = gl.maximum(end_0, end_1) - low
         low, high = low + n * piece // n_pieces, low + n * (piece + 1) // n_pieces
-        columns, starts, ends = (column_0, column_1), (start_0, start_1), (end_0, end_1)
+        columns, ends = (column_0, column_1), (end_0, end_1)
         for w in gl.static_range(2):
             half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
             mbarrier.wait(kv_free.index(half), turn ^ 1)
             end = gl.minimum(gl.maximum(ends[w], low), high)
-            start = gl.minimum(gl.maximum(starts[w], low), end)
-            on_diagonal = (start == starts[w]) & (start < end) & (columns[w] >= q_tile)
-            write(notes, half * 4, high - end)
-            write(notes, half * 4 + 1, end - start)
-            write(notes, half * 4 + 2, end - start - on_diagonal.to(gl.int32))
-            write(notes, half * 4 + 3, start - low)
+            first = gl.minimum(gl.maximum(columns[w], low), end)
+            on_diagonal = (first == columns[w]) & (first < end)
+            note = half * NOTES
+            write(notes, note, high - end)
+            write(notes, note + 1, end - first)
+            write(notes, note + 2, end - first - on_diagonal.to(gl.int32))
+            write(notes, note + 3, first - low)
+            write(notes, note + 4, i_batch)
+            write(notes, note + 5, i_kv)
+            write(notes, note + 6, gl.where(slot < 0, slot, slot + w * n_pieces))
+            row = gl.where(columns[w] < 0, FAR, start + columns[w] * 64)
+            write(notes, note + 7, row)
+            write(notes, note + 8, gl.where(columns[w] < 0, 64, length - columns[w] * 64))
+            write(notes, note + 9, length - (end - 1) * 64)
             ready = kv_ready.index(half)
             mbarrier.expect(ready, d_k.block_type.nbytes + d_v.block_type.nbytes)
-            row = gl.where(columns[w] < 0, FAR, columns[w] * 64)
             load_rows(d_k, i_batch, i_kv, row, ready, k_bufs.index(half))
             load_rows(d_v, i_batch, i_kv, row, ready, v_bufs.index(half))
         for i_member in range(GROUP):
             i_head = i_kv * GROUP + i_member
             term = i_batch * heads + i_head
             for i in range(high - low):
-                row = (high - 1 - i) * 64
+                row, term_row = start + (high - 1 - i) * 64, terms + (high - 1 - i) * 64
                 stage, phase = done % STAGES, done // STAGES & 1
                 mbarrier.wait(free.index(stage), phase ^ 1)
                 ready = q_ready.index(stage)
                 mbarrier.expect(ready, d_q.block_type.nbytes + d_lse2.block_type.nbytes)
                 load_rows(d_q, i_batch, i_head, row, ready, q_bufs.index(stage))
-                tma.async_copy_global_to_shared(d_lse2, [term, row], ready, lse_bufs.index(stage))
+                tma.async_copy_global_to_shared(
+                    d_lse2, [term, term_row], ready, lse_bufs.index(stage)
+                )
                 ready = do_ready.index(stage)
                 mbarrier.expect(ready, d_dout.block_type.nbytes + d_delta.block_type.nbytes)
                 load_rows(d_dout, i_batch, i_head, row, ready, do_bufs.index(stage))
                 tma.async_copy_global_to_shared(
-                    d_delta, [term, row], ready, delta_bufs.index(stage)
+                    d_delta, [term, term_row], ready, delta_bufs.index(stage)
                 )
                 done += 1
+        i_round += 1
+        item = next_item(i_round, work, sizes, PACKED)
+    for w in gl.static_range(2):
+        half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
+        mbarrier.wait(kv_free.index(half), turn ^ 1)
+        write(notes, half * NOTES, -1)
+        mbarrier.arrive(kv_ready.index(half))
 
 
 @gluon.jit
@@ -142,12 +246,12 @@ def pass_over(n, done, barriers, STAGES: gl.constexpr):
 
 @gluon.jit
 def add_tiles(
-    low, high, n_whole, done, k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers,
-    STAGES: gl.constexpr,
+    low, high, n_whole, n_left, done, k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers,
+    STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv [64, D] of a column with the shares of the query half-tiles low..high-1 added.
 
-    Those from n_whole on lie on the diagonal.
+    Those from n_whole on lie on the diagonal. PACKED: tile 0 has n_left rows of the sequence.
     """
     q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
     q_ready, do_ready, free, kv_ready, kv_free = barriers
@@ -163,6 +267,9 @@ def add_tiles(
         mbarrier.wait(do_ready.index(stage), phase)
         t_dp = warpgroup_mma(v_buf, do_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
         b_lse2 = lse_bufs.index(stage).reshape([64]).load(term_layout)
+        if PACKED:
+            there = gl.arange(0, 64, layout=term_layout) < n_left + 64 * i
+            b_lse2 = gl.where(there, b_lse2, float("inf"))
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         if i >= n_whole:
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
@@ -172,6 +279,8 @@ def add_tiles(
         b_p16 = gl.convert_layout(b_p.to(do_bufs.dtype), p_layout)
         t_dv = warpgroup_mma(b_p16, do_buf, b_dv, is_async=True)
         b_delta = delta_bufs.index(stage).reshape([64]).load(term_layout)
+        if PACKED:
+            b_delta = gl.where(there, b_delta, 0.0)
         b_dp = warpgroup_mma_wait(1, deps=[t_dp])
         b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(q_bufs.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
@@ -182,36 +291,35 @@ def add_tiles(
 
 @gluon.jit
 def consumer(
-    descs, buffers, barriers, work, sizes, WARPGROUP: gl.constexpr,
-    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    descs, stores, buffers, barriers, work, sizes,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one column of every item, stored, or as a piece's share in float32."""
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv = descs
+    p_dk, p_dv, strides_dk, strides_dv = stores
     q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
     q_ready, do_ready, free, kv_ready, kv_free = barriers
     p_items, p_starts, p_table, p_partial = work
-    batch, heads, n_rows, q_tile, scale, scale_log2 = sizes
+    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
     D: gl.constexpr = k_bufs.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    done = 0
-    first, n_items = dealt_items(p_starts)
-    for i_round in range(n_items):
-        p_item = p_items + (first + i_round) * 7
-        i_kv, column = gl.load(p_item), gl.load(p_item + 1 + WARPGROUP)
-        n_pieces, slot, i_batch = gl.load(p_item + 4), gl.load(p_item + 5), gl.load(p_item + 6)
-        half, turn = i_round % 2 * 2 + WARPGROUP, i_round // 2 & 1
+    done, i_round = 0, 0
+    half, turn = WARPGROUP, 0
+    mbarrier.wait(kv_ready.index(half), turn)
+    n_before = read_scalar(notes, half * NOTES)
+    while n_before >= 0:
+        note = half * NOTES
         k_buf, v_buf = k_bufs.index(half), v_bufs.index(half)
-        mbarrier.wait(kv_ready.index(half), turn)
-        n_before, n = read_scalar(notes, half * 4), read_scalar(notes, half * 4 + 1)
-        n_whole, n_after = read_scalar(notes, half * 4 + 2), read_scalar(notes, half * 4 + 3)
+        n, n_whole = read_scalar(notes, note + 1), read_scalar(notes, note + 2)
+        n_after, n_left = read_scalar(notes, note + 3), read_scalar(notes, note + 9)
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
         for i_member in range(GROUP):
             done = pass_over(n_before, done, barriers, STAGES)
             for part in range(2):
                 b_dk, b_dv = add_tiles(
-                    part, gl.where(part == 0, gl.minimum(n, 1), n), n_whole, done,
-                    k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers, STAGES,
+                    part, gl.where(part == 0, gl.minimum(n, 1), n), n_whole, n_left, done,
+                    k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers, STAGES, PACKED,
                 )  # fmt: skip
                 if part == 0:
                     # By now the item before has left the other place, which may be loaded again.
@@ -219,25 +327,33 @@ def consumer(
                     mbarrier.arrive(kv_free.index(half ^ 2), pred=(i_round > 0) & (i_member == 0))
             done = pass_over(n_after, done + n, barriers, STAGES)
         b_dk *= scale
-        if slot < 0:  # dk and dv leave from the place of K and V, which have been read
-            v_buf.store(b_dv.to(v_bufs.dtype))
-            k_buf.store(b_dk.to(k_bufs.dtype))
-            fence_async_shared()
-            row = gl.where(column < 0, FAR, column * 64)
-            store_rows(d_dv, i_batch, i_kv, row, v_buf)
-            store_rows(d_dk, i_batch, i_kv, row, k_buf)
-        else:
+        i_batch, i_kv = read_scalar(notes, note + 4), read_scalar(notes, note + 5)
+        slot, row = read_scalar(notes, note + 6), read_scalar(notes, note + 7)
+        n_there = read_scalar(notes, note + 8)
+        if slot >= 0:
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
             o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-            slot += WARPGROUP * n_pieces
             at = (slot.to(gl.int64) * batch + i_batch) * (64 * 2 * D)
             p_tile = p_partial + at + o_n[:, None] * D + o_d[None, :]
             gl.store(p_tile, b_dk)
             gl.store(p_tile + 64 * D, b_dv)
+        elif PACKED and n_there < 64:  # TMA would write over the next sequence
+            store_some_rows(b_dk.to(k_bufs.dtype), p_dk, strides_dk, i_batch, i_kv, row, 0, n_there)
+            store_some_rows(b_dv.to(v_bufs.dtype), p_dv, strides_dv, i_batch, i_kv, row, 0, n_there)
+        else:  # dk and dv leave from the place of K and V, which have been read
+            v_buf.store(b_dv.to(v_bufs.dtype))
+            k_buf.store(b_dk.to(k_bufs.dtype))
+            fence_async_shared()
+            store_rows(d_dv, i_batch, i_kv, row, v_buf)
+            store_rows(d_dk, i_batch, i_kv, row, k_buf)
+        i_round += 1
+        half, turn = i_round % 2 * 2 + WARPGROUP, i_round // 2 & 1
+        mbarrier.wait(kv_ready.index(half), turn)
+        n_before = read_scalar(notes, half * NOTES)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "q_tile"])
+@gluon.jit(do_not_specialize=["batch", "heads", "n_slots", "s", "kv_heads"])
 def s2_hopper_dkdv_kernel(
     d_q,
     d_k,
@@ -247,23 +363,32 @@ def s2_hopper_dkdv_kernel(
     d_delta,
     d_dk,
     d_dv,
+    p_dk,
+    p_dv,
     p_items,
     p_starts,
     p_table,
     p_partial,
+    strides_dk,
+    strides_dv,
     batch,
     heads,
-    n_rows,
-    q_tile,
+    kv_heads,
+    n_slots,
+    s,
     scale,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    PACKED: gl.constexpr,
     TERM_LAYOUT: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.column_pairs."""
+    """Grid: as many programs as fit the GPU. Items: schedule.column_pairs; p_items and p_starts.
+
+    PACKED: p_items is the table of packed.packed_slots, and p_starts its counter.
+    """
     D: gl.constexpr = d_k.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -277,16 +402,17 @@ def s2_hopper_dkdv_kernel(
     free = make_barriers(STAGES, 2)
     kv_ready, kv_free = make_barriers(4, 1), make_barriers(4, 1)
     descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv)
-    notes = make_notes(16)
+    notes = make_notes(4 * NOTES)
     buffers = (q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes)
     barriers = (q_ready, do_ready, free, kv_ready, kv_free)
-    sizes = (batch, heads, n_rows, q_tile, scale, scale_log2)
+    sizes = (batch, heads, n_slots, s, scale, scale_log2, kv_heads)
     work = (p_items, p_starts, p_table, p_partial)
+    stores = (p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
         [
-            (consumer, (descs, buffers, barriers, work, sizes, 0, B, N_BANDS, STAGES, GROUP)),
-            (consumer, (descs, buffers, barriers, work, sizes, 1, B, N_BANDS, STAGES, GROUP)),
-            (producer, (descs, buffers, barriers, work, sizes, B, N_BANDS, STAGES, GROUP)),
+            (consumer, (descs, stores, buffers, barriers, work, sizes, STAGES, GROUP, PACKED, 0)),
+            (consumer, (descs, stores, buffers, barriers, work, sizes, STAGES, GROUP, PACKED, 1)),
+            (producer, (descs, buffers, barriers, work, sizes, B, N_BANDS, STAGES, GROUP, PACKED)),
         ],
         [4, 1],
         [240, 24],
@@ -304,41 +430,57 @@ def launch_hopper_dkdv(
     dv: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
-    q_offset: int,
+    packing: Packing | None = None,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
     q_heads, k_heads = head_major(q), head_major(k)
     b, h, s, d = q_heads.shape
-    g, t = k_heads.shape[1:3]
-    slots = concurrent_programs(q.device, num_warps=8)
-    dealt, work = column_pairs(pattern, s, t, q_offset, b, slots, q.device)
-    shape = (work.n_slots * b, ROWS, 2 * pad(d))
+    g = k_heads.shape[1]
+    programs = concurrent_programs(q.device, num_warps=8)
+    if packing:
+        # Pairs of one more class begin anew; blocks of 256 may have a pair past the end.
+        extra = pattern.n_bands // 2 if pattern.block_size == 64 else pattern.block_size // 256
+        items, starts = packed_slots(packing.cu_q, s, extra)
+        n_slots, cut = len(items), None
+        programs = min(programs, n_slots * g)
+    else:
+        dealt, cut = column_pairs(pattern, s, b, programs, q.device)
+        items, starts, n_slots, programs = dealt.items, dealt.starts, 0, dealt.programs
+    shape = (cut.n_slots * b if cut else 0, ROWS, 2 * pad(d))
     partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-    s2_hopper_dkdv_kernel[(dealt.programs,)](
+    dk_heads, dv_heads = head_major(dk), head_major(dv)
+    s2_hopper_dkdv_kernel[(programs,)](
         descriptor(q_heads),
         descriptor(k_heads),
         descriptor(head_major(v)),
         descriptor(head_major(dout)),
         term_descriptor(lse2),
         term_descriptor(delta),
-        descriptor(head_major(dk)),
-        descriptor(head_major(dv)),
-        dealt.items,
-        dealt.starts,
+        descriptor(dk_heads),
+        descriptor(dv_heads),
+        dk,
+        dv,
+        items,
+        starts,
         device_table(pattern, q.device),
         partial,
+        strides_and_size(dk_heads),
+        strides_and_size(dv_heads),
         b,
         h,
-        -(-s // ROWS),
-        q_offset // ROWS,
+        g,
+        n_slots,
+        s,
         softmax_scale,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
         STAGES=STAGES,
         GROUP=h // g,
+        PACKED=packing is not None,
         TERM_LAYOUT=TERM_LAYOUT,
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )
-    add_pieces(partial, dk, dv, work, ROWS)
+    if cut:
+        add_pieces(partial, dk, dv, cut, ROWS)

@@ -1,10 +1,13 @@
-"""dq on Hopper, in Gluon: the forward kernel's walk, a half-tile of KV at a time.
+"""dq and the row terms on Hopper, in Gluon: the forward kernel's walk, a half-tile of KV at a time.
 
 Persistent programs of three partitions: a producer warp loads by TMA, two consumer warpgroups own
-64 query rows each of a tile of 128, with Q and dO in registers. Both walk the tile's list of KV
-blocks (s2_kernels/primitives.py) in half-tiles of 64 tokens; a warpgroup passes over a half-tile
-that only the other one's rows see. Only the diagonal has a mask; rows of K past its end arrive as
-zeros and add nothing.
+64 query rows each of a tile of 128, with Q and dO in registers. Both walk the half-tiles of KV that
+the tile sees, from those that only the upper rows keep to the two on the diagonal, the second of
+which only the lower rows see: each warpgroup passes over one end. Only the diagonal has a mask;
+rows of K past its end arrive as zeros and add nothing.
+
+The kernel over KV needs delta and lse2 of every row. They are made here, where dO has to be loaded
+anyway: O of the next item comes to the place from which dq of this one will leave.
 
 Shapes and formulas as in s2_kernels/backward.py.
 """
@@ -22,51 +25,67 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.packed import term_rows
 from s2_kernels.hopper.primitives import (
-    ROWS,
-    dealt_items,
+    count_items,
     descriptor,
-    half_block,
+    item_at,
     keep_order,
+    kept_half,
     load_rows,
     make_barriers,
+    make_notes,
+    query_item,
+    query_items,
+    query_list,
+    read_scalar,
     store_rows,
-    work_list,
+    store_some_rows,
+    strides_and_size,
+    write,
 )
-from s2_kernels.launch import concurrent_programs, device_table, head_major, pad
+from s2_kernels.launch import Packing, device_table, head_major, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import lifetime
-from s2_kernels.schedule import query_tiles
+from s2_kernels.primitives import LOG2E, block_at
 
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, terms, sizes,
-    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
+    descs, buffers, barriers, tables, sizes,
+    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Loads Q and dO of every item, then the K and V half-tiles of its list."""
-    d_q, d_k, d_v, d_dout = descs
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs = buffers
+    """Loads Q, dO and O of every item, then the K and V half-tiles of its list; notes its length.
+
+    The list: what only the upper rows see, what all see, the two half-tiles of the diagonal.
+    """
+    d_q, d_k, d_v, d_out, d_dout = descs
+    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
     q_ready, q_free, k_ready, v_ready, free = barriers
-    p_lse2, p_delta, p_items, p_starts, p_table = terms
-    heads, group, n_tiles_q, s, t, q_offset, rows, scale, scale_log2 = sizes
-    N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
     done = 0
-    first, n_items = dealt_items(p_starts)
-    for i_round in range(n_items):
-        item = gl.load(p_items + first + i_round)
-        work = work_list(item, p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
-        i_batch, i_head, row, rule, kept, n_interior, n_halves = work
+    for i_round in range(count_items(tables, heads * n_slots, PACKED)):
+        item = item_at(i_round, tables, PACKED)
+        i_batch, i_head, row, start, length, at = query_item(
+            item, tables, heads, n_slots, s, PACKED
+        )
         i_kv = i_head // group
+        kept, edges, n_kept, n_edges = query_list(i_kv, row, tables, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
+        write(notes, 0, n_edges)
+        write(notes, 1, n_kept)
         ready = q_ready.index(0)
-        mbarrier.expect(ready, 2 * d_q.block_type.nbytes + 2 * d_dout.block_type.nbytes)
+        mbarrier.expect(ready, 2 * d_q.block_type.nbytes + 4 * d_dout.block_type.nbytes)
         for w in gl.static_range(2):
-            load_rows(d_q, i_batch, i_head, row - q_offset + w * 64, ready, q_bufs.index(w))
-            load_rows(d_dout, i_batch, i_head, row - q_offset + w * 64, ready, do_bufs.index(w))
-        for p in range(n_halves):
+            first = start + row + w * 64
+            load_rows(d_q, i_batch, i_head, first, ready, q_bufs.index(w))
+            load_rows(d_dout, i_batch, i_head, first, ready, do_bufs.index(w))
+            load_rows(d_out, i_batch, i_head, first, ready, dq_bufs.index(w))
+        for p in range(n_edges + n_kept + 2):
             stage, phase = done % STAGES, done // STAGES & 1
-            column = half_block(kept, p, B, N_SEGMENTS) * 64
+            i_half = kept_half(row, kept, n_kept, p - n_edges, B, N_BANDS)
+            i_half = gl.where(p < n_edges, block_at(edges, p, N_BANDS), i_half)
+            i_half = gl.where(p < n_edges + n_kept, i_half, row // 64 + p - n_edges - n_kept)
+            column = start + i_half * 64
             mbarrier.wait(free.index(stage), phase ^ 1)
             ready = k_ready.index(stage)
             mbarrier.expect(ready, d_k.block_type.nbytes)
@@ -78,12 +97,52 @@ def producer(
 
 
 @gluon.jit
+def pass_over(low, high, barriers, STAGES: gl.constexpr):
+    """Leaves the half-tiles low..high-1, counted over all items, to the other warpgroup."""
+    q_ready, q_free, k_ready, v_ready, free = barriers
+    for done in range(low, high):
+        stage, phase = done % STAGES, done // STAGES & 1
+        mbarrier.wait(k_ready.index(stage), phase)
+        mbarrier.wait(v_ready.index(stage), phase)
+        mbarrier.arrive(free.index(stage))
+
+
+@gluon.jit
+def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
+              PACKED: gl.constexpr, WARPGROUP: gl.constexpr):  # fmt: skip
+    """lse2 and delta [64] of a warpgroup's rows of an item, which are stored, too.
+
+    A row that sees nothing, or is not there, has lse2 inf: its probabilities come out as 0.
+    """
+    p_lse, p_dlse, p_lse2, p_delta = terms
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
+    i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, PACKED)
+    D: gl.constexpr = o_buf.shape[1]
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    b_out, b_dout = o_buf.load(o_layout).to(gl.float32), do_buf.load(o_layout).to(gl.float32)
+    b_delta = gl.convert_layout(gl.sum(b_out * b_dout, 1), layout)
+    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (i_batch * heads + i_head).to(gl.int64)
+    b_lse = gl.load(p_lse + i_row * s + start + o_row, mask=o_row < length, other=float("-inf"))
+    if p_dlse is not None:
+        p_row = p_dlse + i_row * s + start
+        b_delta -= gl.load(p_row + o_row, mask=o_row < length, other=0.0)
+    sees = b_lse != float("-inf")
+    b_delta = gl.where(sees, b_delta, 0.0)
+    b_lse2 = gl.where(sees, b_lse * LOG2E, float("inf"))
+    end = length if PACKED else rows
+    gl.store(p_lse2 + i_row * rows + at + o_row, b_lse2, mask=o_row < end)
+    gl.store(p_delta + i_row * rows + at + o_row, b_delta, mask=o_row < end)
+    return b_lse2, b_delta
+
+
+@gluon.jit
 def add_tile(
     b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, done, buffers, barriers,
     STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dq [64, D] / scale with the share of one half-tile added."""
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs = buffers
+    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
     q_ready, q_free, k_ready, v_ready, free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
@@ -110,119 +169,131 @@ def add_tile(
 
 @gluon.jit
 def consumer(
-    d_dq, buffers, barriers, terms, sizes, WARPGROUP: gl.constexpr,
-    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
+    store, buffers, barriers, terms, tables, sizes,
+    STAGES: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
-    """dq of 64 query rows of every item."""
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs = buffers
+    """dq of 64 query rows of every item, and the row terms of the next one."""
+    d_dq, p_dq, strides_dq = store
+    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
     q_ready, q_free, k_ready, v_ready, free = barriers
-    p_lse2, p_delta, p_items, p_starts, p_table = terms
-    heads, group, n_tiles_q, s, t, q_offset, rows, scale, scale_log2 = sizes
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
     D: gl.constexpr = k_bufs.shape[2]
-    N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
-    first, n_items = dealt_items(p_starts)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    dq_buf, do_buf = dq_bufs.index(WARPGROUP), do_bufs.index(WARPGROUP)
+    n_items = count_items(tables, heads * n_slots, PACKED)
+    item = item_at(0, tables, PACKED)
+    mbarrier.wait(q_ready.index(0), 0)
+    b_lse2, b_delta = row_terms(
+        item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
+    )
     done = 0
     for i_round in range(n_items):
-        item = gl.load(p_items + first + i_round)
-        work = work_list(item, p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
-        i_batch, i_head, row, rule, kept, n_interior, n_halves = work
-        row += WARPGROUP * 64
-        o_q = row - q_offset + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-        at = (i_batch * heads + i_head).to(gl.int64) * rows
-        b_lse2 = gl.load(p_lse2 + at + o_q, mask=o_q < s, other=float("inf"))
-        b_delta = gl.load(p_delta + at + o_q, mask=o_q < s, other=0.0)
-        b_dq = gl.zeros([64, D], gl.float32, layout)
-        mbarrier.wait(q_ready.index(0), i_round & 1)
         b_q = q_bufs.index(WARPGROUP).load(q_layout)
-        b_dout = do_bufs.index(WARPGROUP).load(q_layout)
+        b_dout = do_buf.load(q_layout)
+        n_edges, n_kept = read_scalar(notes, 0), read_scalar(notes, 1)
+        b_dq = gl.zeros([64, D], gl.float32, layout)
+        begin = done + (n_edges if WARPGROUP == 1 else 0)
+        diagonal = done + n_edges + n_kept + WARPGROUP
+        pass_over(done, begin, barriers, STAGES)
+        done += n_edges + n_kept + 2
         for part in range(2):
-            high = gl.where(part == 0, gl.minimum(n_interior, 1), n_interior)
-            for p in range(done + part, done + high):
+            high = gl.where(part == 0, gl.minimum(begin + 1, diagonal), diagonal)
+            for p in range(begin + part, high):
                 b_dq = add_tile(
                     b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, p, buffers, barriers, STAGES,
                     False,
                 )  # fmt: skip
-            # Not before they are used: a load from shared memory may be on its way until then.
-            mbarrier.arrive(q_free.index(0), pred=(part == 0) & (n_interior > 0))
-        for p in range(n_interior, n_halves):
-            half = half_block(kept, p, B, N_SEGMENTS)
-            block = half // (B // 64)
-            sees = (half * 64 <= row) & (row // B - block < lifetime(rule, block, N_BANDS))
-            if sees & (half * 64 < row):
-                b_dq = add_tile(
-                    b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, done + p, buffers, barriers,
-                    STAGES, False,
-                )  # fmt: skip
-            elif sees:
-                b_dq = add_tile(
-                    b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, done + p, buffers, barriers,
-                    STAGES, True,
-                )  # fmt: skip
-            else:
-                stage, phase = (done + p) % STAGES, (done + p) // STAGES & 1
-                mbarrier.wait(k_ready.index(stage), phase)
-                mbarrier.wait(v_ready.index(stage), phase)
-                mbarrier.arrive(free.index(stage))
-        done += n_halves
-        mbarrier.arrive(q_free.index(0), pred=n_interior == 0)
-        dq_buf = dq_bufs.index(WARPGROUP)
-        tma.store_wait(0)  # of the item before, long gone
-        dq_buf.store((b_dq * scale).to(dq_bufs.dtype))
-        fence_async_shared()
-        store_rows(d_dq, i_batch, i_head, row - q_offset, dq_buf)
+            if part == 0:
+                # Not before they are used: a load from shared memory may be on its way until then.
+                # By now dq of the item before has left.
+                tma.store_wait(0)
+                mbarrier.arrive(q_free.index(0), pred=begin < diagonal)
+        b_dq = add_tile(
+            b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, diagonal, buffers, barriers, STAGES,
+            True,
+        )  # fmt: skip
+        mbarrier.arrive(q_free.index(0), pred=begin == diagonal)
+        pass_over(diagonal + 1, done, barriers, STAGES)
+        i_batch, i_head, row, start, length, at = query_item(
+            item, tables, heads, n_slots, s, PACKED
+        )
+        if i_round + 1 < n_items:
+            item = item_at(i_round + 1, tables, PACKED)
+            mbarrier.wait(q_ready.index(0), i_round + 1 & 1)
+            b_lse2, b_delta = row_terms(
+                item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
+            )
+        row += WARPGROUP * 64
+        b_dq16 = (b_dq * scale).to(dq_bufs.dtype)
+        if PACKED and row + 64 > length:  # TMA would write over the next sequence
+            store_some_rows(b_dq16, p_dq, strides_dq, i_batch, i_head, start, row, length)
+        else:
+            dq_buf.store(b_dq16)
+            fence_async_shared()
+            store_rows(d_dq, i_batch, i_head, start + row, dq_buf)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_tiles_q", "s", "t", "q_offset", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
 def s2_hopper_dq_kernel(
     d_q,
     d_k,
     d_v,
+    d_out,
     d_dout,
     d_dq,
+    p_dq,
+    p_lse,
+    p_dlse,
     p_lse2,
     p_delta,
     p_items,
     p_starts,
     p_table,
+    strides_dq,
     heads,
     group,
-    n_tiles_q,
+    n_slots,
     s,
-    t,
-    q_offset,
     rows,
     scale,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
+    PACKED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
+    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles, or packed.packed_slots.
+
+    lse2 and delta: [b, h, rows], s rows and padding, which makes their strides fit TMA.
+    """
     D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
     q_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)
     do_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)
-    dq_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)
+    dq_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)  # and O of the next item
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, D], layout)
+    notes = make_notes(2)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     free = make_barriers(STAGES, 2)
-    descs = (d_q, d_k, d_v, d_dout)
-    buffers = (q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs)
+    descs = (d_q, d_k, d_v, d_out, d_dout)
+    buffers = (q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes)
     barriers = (q_ready, q_free, k_ready, v_ready, free)
-    terms = (p_lse2, p_delta, p_items, p_starts, p_table)
-    sizes = (heads, group, n_tiles_q, s, t, q_offset, rows, scale, scale_log2)
+    terms = (p_lse, p_dlse, p_lse2, p_delta)
+    tables = (p_items, p_starts, p_table)
+    sizes = (heads, group, n_slots, s, rows, scale, scale_log2)
+    store = (d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
-            (consumer, (d_dq, buffers, barriers, terms, sizes, 0, B, N_BANDS, STAGES)),
-            (consumer, (d_dq, buffers, barriers, terms, sizes, 1, B, N_BANDS, STAGES)),
-            (producer, (descs, buffers, barriers, terms, sizes, B, N_BANDS, STAGES)),
+            (consumer, (store, buffers, barriers, terms, tables, sizes, STAGES, PACKED, 0)),
+            (consumer, (store, buffers, barriers, terms, tables, sizes, STAGES, PACKED, 1)),
+            (producer, (descs, buffers, barriers, tables, sizes, B, N_BANDS, STAGES, PACKED)),
         ],
         [4, 1],
         [232, 40],
@@ -233,43 +304,53 @@ def launch_hopper_dq(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     dout: torch.Tensor,
-    lse2: torch.Tensor,
-    delta: torch.Tensor,
+    dlse: torch.Tensor | None,
     dq: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
-    q_offset: int,
-) -> None:
-    """Writes dq, as s2_kernels.backward_dq.launch_dq."""
+    packing: Packing | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows] (packed.term_rows).
+
+    lse, dlse: [b, h, s], or [h, T] packed, contiguous.
+    """
     q_heads, k_heads = head_major(q), head_major(k)
     b, h, s, d = q_heads.shape
-    n_tiles_q = -(-s // (2 * ROWS))
-    t, slots = k_heads.shape[2], concurrent_programs(q.device, num_warps=8)
-    dealt = query_tiles(pattern, s, t, q_offset, b, slots, q.device)
-    s2_hopper_dq_kernel[(dealt.programs,)](
+    rows = term_rows(s, packing.n_seqs) if packing else -(-s // 4) * 4  # TMA asks for 16 bytes
+    lse2, delta = (torch.empty((b, h, rows), dtype=lse.dtype, device=q.device) for _ in range(2))
+    work = query_items(pattern, q_heads, packing)
+    dq_heads = head_major(dq)
+    s2_hopper_dq_kernel[(work.programs,)](
         descriptor(q_heads),
         descriptor(k_heads),
         descriptor(head_major(v)),
+        descriptor(head_major(out)),
         descriptor(head_major(dout)),
-        descriptor(head_major(dq)),
+        descriptor(dq_heads),
+        dq,
+        lse,
+        dlse,
         lse2,
         delta,
-        dealt.items,
-        dealt.starts,
+        work.items,
+        work.starts,
         device_table(pattern, q.device),
+        strides_and_size(dq_heads),
         h,
         h // k_heads.shape[1],
-        n_tiles_q,
+        work.slots,
         s,
-        t,
-        q_offset,
-        lse2.shape[2],
+        rows,
         softmax_scale,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
+        PACKED=packing is not None,
         STAGES=4 if pad(d) == 128 else 8,  # what fits 227 KiB of shared memory
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )
+    return lse2, delta

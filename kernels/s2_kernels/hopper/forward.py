@@ -6,8 +6,12 @@ the next two entries of the query tile's list of KV blocks (primitives.py), so t
 ranges and the window go through one pipeline. The scores of a tile are issued before the previous
 tile's P V, whose tensor-core time hides this tile's softmax.
 
-An item is a query tile of a head; a program takes every grid-th, and each partition works out the
-next item's list while the others are busy. Barriers come in pairs, ready (loaded) and free (read).
+An item is a query tile of a head. Its first two KV tiles lie on the diagonal, one for each
+warpgroup: its rows' own half-tile, and the one before it that they see. Then come pairs of
+half-tiles that all rows see, without a mask; then, if they are odd in number, the last of these;
+then what else only the upper rows still see. What it does not see, a warpgroup passes over.
+
+Barriers come in pairs, ready (loaded) and free (read); a warpgroup arrives once.
 
 Shapes as in s2_kernels/forward.py.
 """
@@ -15,7 +19,6 @@ Shapes as in s2_kernels/forward.py.
 import math
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,54 +30,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.primitives import (
-    ROWS,
-    dealt_items,
+    count_items,
     descriptor,
-    half_block,
+    item_at,
     keep_order,
+    kept_half,
     load_rows,
     make_barriers,
     make_notes,
     query_item,
-    read,
+    query_items,
+    query_list,
     read_scalar,
     store_rows,
-    work_list,
+    store_some_rows,
+    strides_and_size,
     write,
 )
-from s2_kernels.launch import (
-    concurrent_programs,
-    device_table,
-    empty_like,
-    head_major,
-    pad,
-)
+from s2_kernels.launch import Packing, device_table, empty_like, head_major, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, lifetime
-from s2_kernels.schedule import query_tiles
+from s2_kernels.primitives import LN2, block_at
 
 FAR = gl.constexpr(1 << 30)
 """A row beyond any sequence: TMA reads zeros there."""
 
 
 @gluon.jit
-def half_row(kept, halves, position, B: gl.constexpr, N_SEGMENTS: gl.constexpr):
-    """First KV row of a half-tile of the list, or FAR past its end."""
-    return gl.where(position < halves, half_block(kept, position, B, N_SEGMENTS) * 64, FAR)
-
-
-@gluon.jit
-def note_mask(notes, at, rule, row, col, t, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """What the consumers' masks take from a half-tile: two diagonals, the last column that exists.
-
-    Row m of a warpgroup's 64 sees column n of the half-tile if n <= m + diagonal.
-    """
-    life = lifetime(rule, col // B, N_BANDS)
-    for w in gl.static_range(2):
-        ahead = row + w * 64 - col
-        sees = (ahead >= 0) & ((row + w * 64) // B - col // B < life)
-        write(notes, at + w, gl.where(sees, gl.minimum(ahead, 64), -64))
-    write(notes, at + 2, gl.minimum(t - 1 - col, 63))
+def turn(tile, buffers):
+    """Where a tile, counted over all items, lies in a ring of buffers, and its barrier's phase."""
+    STAGES: gl.constexpr = buffers.shape[0]
+    return tile % STAGES, tile // STAGES & 1
 
 
 @gluon.jit
@@ -88,98 +73,136 @@ def load_half_tiles(desc, i_batch, i_kv, row_0, row_1, ready, buffer):
 
 
 @gluon.jit
-def producer(
-    descs, buffers, barriers, tables, sizes,
-    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Loads Q of every item and the K and V tiles of its list, with notes on both.
+def half_row(halves, p, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """First row of the p-th half-tile: of those that both warpgroups see, the edges, then FAR."""
+    row, kept, edges, n_kept, n_edges = halves
+    edge = p - n_kept + 1
+    i_half = gl.where(
+        p < n_kept, kept_half(row, kept, n_kept, p, B, N_BANDS), block_at(edges, edge, N_BANDS)
+    )
+    return gl.where((p < n_kept) | (edge < n_edges), i_half * 64, FAR)
 
-    K of a tile is freed together with V of the tile before.
-    """
+
+@gluon.jit
+def producer(
+    descs, buffers, barriers, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    """Loads Q of every item and the K and V tiles of its list; notes how long the list is."""
     d_q, d_k, d_v = descs
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
-    p_items, p_starts, p_table = tables
-    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
-    N_SEGMENTS: gl.constexpr = 2 * N_BANDS + 1
-    first, n_items = dealt_items(p_starts)
+    q_bufs, k_bufs, v_bufs, q_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, scale_log2 = sizes
+    n_items = count_items(tables, heads * n_slots, PACKED)
     tile = 0
     for i_round in range(n_items):
-        item = gl.load(p_items + first + i_round)
-        work = work_list(item, p_table, heads, group, n_tiles_q, s, t, q_offset, B, N_BANDS)
-        i_batch, i_head, row, rule, kept, n_interior, halves = work
-        i_kv = i_head // group
-        n_interior = n_interior // 2
-        n_tiles = gl.maximum((halves + 1) // 2, 1)
+        item = item_at(i_round, tables, PACKED)
+        i_batch, i_head, row, start, length, terms = query_item(
+            item, tables, heads, n_slots, s, PACKED
+        )
+        kept, edges, n_kept, n_edges = query_list(i_head // group, row, tables, B, N_BANDS)
+        halves = (row, kept, edges, n_kept, n_edges)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
-        write(q_notes, 0, n_interior)
-        write(q_notes, 1, n_tiles)
+        write(q_notes, 0, n_kept)
+        write(q_notes, 1, n_edges)
+        write(q_notes, 2, 64)
         mbarrier.expect(q_ready.index(0), 2 * d_q.block_type.nbytes)
         for w in gl.static_range(2):
-            q_row = row - q_offset + w * 64
+            q_row = start + row + w * 64
             load_rows(d_q, i_batch, i_head, q_row, q_ready.index(0), q_bufs.index(w))
-        for p in range(n_tiles):
-            col_0 = half_row(kept, halves, 2 * p, B, N_SEGMENTS)
-            col_1 = half_row(kept, halves, 2 * p + 1, B, N_SEGMENTS)
-            stage, phase = tile % STAGES, tile // STAGES & 1
-            mbarrier.wait(free.index(stage), phase ^ 1)
-            if p >= n_interior:
-                note_mask(k_notes, stage * 6, rule, row, col_0, t, B, N_BANDS)
-                note_mask(k_notes, stage * 6 + 3, rule, row, col_1, t, B, N_BANDS)
+        i_kv = i_head // group
+        edge = gl.where(n_edges > 0, block_at(edges, 0, N_BANDS) * 64, FAR)
+        for p in range(2 + (n_kept + gl.maximum(n_edges - 1, 0) + 1) // 2):
+            if p < 2:
+                row_0, row_1 = gl.where(p == 0, edge, row), row + p * 64
+            else:
+                row_0 = half_row(halves, 2 * p - 4, B, N_BANDS)
+                row_1 = half_row(halves, 2 * p - 3, B, N_BANDS)
+            stage, phase = turn(tile, k_bufs)
+            mbarrier.wait(k_free.index(stage), phase ^ 1)
             ready = k_ready.index(stage)
-            load_half_tiles(d_k, i_batch, i_kv, col_0, col_1, ready, k_bufs.index(stage))
-            after, phase = (tile + 1) % STAGES, (tile + 1) // STAGES & 1
-            mbarrier.wait(free.index(after), phase ^ 1, pred=tile >= STAGES)
+            load_half_tiles(
+                d_k, i_batch, i_kv, start + row_0, start + row_1, ready, k_bufs.index(stage)
+            )
+            stage, phase = turn(tile, v_bufs)
+            mbarrier.wait(v_free.index(stage), phase ^ 1)
             ready = v_ready.index(stage)
-            load_half_tiles(d_v, i_batch, i_kv, col_0, col_1, ready, v_bufs.index(stage))
+            load_half_tiles(
+                d_v, i_batch, i_kv, start + row_0, start + row_1, ready, v_bufs.index(stage)
+            )
             tile += 1
 
 
 @gluon.jit
-def mask_tile(b_s, notes, stage, WARPGROUP: gl.constexpr):
-    """Scores [64, 128] of a tile, -inf where a row does not see a column."""
-    row_layout: gl.constexpr = gl.SliceLayout(1, b_s.type.layout)
-    o_m = gl.arange(0, 64, layout=row_layout)
-    o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, b_s.type.layout))
-    at = stage * 6
-    last_0 = gl.minimum(
-        o_m + read(notes, at + WARPGROUP, row_layout), read(notes, at + 2, row_layout)
-    )
-    last_1 = gl.minimum(
-        o_m + read(notes, at + 3 + WARPGROUP, row_layout), read(notes, at + 5, row_layout)
-    )
-    last = gl.where((o_n < 64)[None, :], last_0[:, None], last_1[:, None] + 64)
-    return gl.where(o_n[None, :] <= last, b_s, float("-inf"))
+def pass_over(low, high, buffers, ready, free):
+    """Leaves the tiles low..high-1 to the other warpgroup."""
+    for tile in range(low, high):
+        stage, phase = turn(tile, buffers)
+        mbarrier.wait(ready.index(stage), phase)
+        mbarrier.arrive(free.index(stage))
 
 
 @gluon.jit
-def softmax_step(b_s, b_m, b_l, scale_log2, MASKED: gl.constexpr):
-    """Probabilities [64, 128] in base 2, the factor for what came before, new maximum and sum."""
-    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
-    b_shift = b_m_new
-    if MASKED:  # a row that has seen nothing yet has maximum -inf: with 0, exp2 gives 0
-        b_shift = gl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-    b_rescale = gl.exp2(b_m - b_shift)
-    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-    return b_p, b_rescale, b_m_new, b_l * b_rescale + gl.sum(b_p, 1)
+def mask_first(b_s, first_column, diagonal):
+    """Scores [64, 128] of an item's first tile: its second half lies on the diagonal.
+
+    Row m sees the columns from first_column to m + diagonal, which is always 64, but read from a
+    note: of a constant, the compiler would keep the whole mask in registers from item to item.
+    """
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, b_s.type.layout))
+    o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, b_s.type.layout))
+    sees = (o_n[None, :] <= o_m[:, None] + diagonal) & (o_n >= first_column)[None, :]
+    return gl.where(sees, b_s, float("-inf"))
+
+
+@gluon.jit
+def in_parts(b_x):
+    """[64, 128] as [64, 16, 8]: what is reduced over the 16 stays within a thread."""
+    return gl.reshape(b_x, [64, 16, 8])
+
+
+@gluon.jit
+def row_sum(b_p):
+    """Sums of the rows of probabilities [64, 128] in four parts, [64, 4], each of one thread."""
+    return gl.sum(gl.reshape(gl.sum(in_parts(b_p), 1), [64, 4, 2]), 2)
+
+
+@gluon.jit
+def row_max(b_s, b_m, scale_log2):
+    """The new maximum [64] of the scaled scores, from four chains a thread instead of two."""
+    b_max = gl.max(gl.max(in_parts(b_s), 1), 1)
+    return gl.maximum(b_m, gl.convert_layout(b_max, b_m.type.layout) * scale_log2)
+
+
+@gluon.jit
+def probabilities(b_s, b_m, scale_log2):
+    """Probabilities [64, 128], in base 2."""
+    return gl.exp2(b_s * scale_log2 - b_m[:, None])
+
+
+@gluon.jit
+def scale_rows(b_x, b_factor):
+    """Every row of b_x [64, n] times its factor [64]."""
+    return b_x * gl.convert_layout(b_factor, gl.SliceLayout(1, b_x.type.layout))[:, None]
 
 
 @gluon.jit
 def attend_tiles(
-    low, high, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    low, high, columns, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
 
-    That one's b_p [64, 128] comes in.
+    That is tile `last`, whose b_p [64, 128] comes in; the tile that comes out as such has its own.
+    MASKED: of the tile high-1 only so many columns are seen.
     """
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
+    q_bufs, k_bufs, v_bufs, q_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
     for tile in range(low, high):
-        stage, phase = tile % STAGES, tile // STAGES & 1
-        before, phase_before = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
+        stage, phase = turn(tile, k_bufs)
+        before, phase_before = turn(last, v_bufs)
         zeros = gl.zeros([64, 128], gl.float32, s_layout)
         mbarrier.wait(k_ready.index(stage), phase)
         t_s = warpgroup_mma(
@@ -188,52 +211,56 @@ def attend_tiles(
         mbarrier.wait(v_ready.index(before), phase_before)
         t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
+        mbarrier.arrive(k_free.index(stage))
         if MASKED:
-            b_s = mask_tile(b_s, k_notes, stage, WARPGROUP)
-        b_next, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2, MASKED)
+            o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, s_layout))
+            sees = o_n < gl.where(tile + 1 == high, columns, 128)
+            b_s = gl.where(sees[None, :], b_s, float("-inf"))
+        b_before = b_m
+        b_m = row_max(b_s, b_m, scale_log2)
+        keep_order(v_ready.index(before), phase_before)  # or ptxas finishes one row, then the next
+        b_next = probabilities(b_s, b_m, scale_log2)
+        b_rescale = gl.exp2(b_before - b_m)
+        b_l = scale_rows(b_l, b_rescale) + row_sum(b_next)
         keep_order(v_ready.index(before), phase_before)
         b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
-        mbarrier.arrive(free.index(stage))
-        b_rescale = gl.convert_layout(b_rescale, gl.SliceLayout(1, b_acc.type.layout))
-        b_acc = b_acc * b_rescale[:, None]
+        mbarrier.arrive(v_free.index(before))
+        b_acc = scale_rows(b_acc, b_rescale)
         b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
-    return b_p, b_acc, b_m, b_l
+        last = tile
+    return last, b_p, b_acc, b_m, b_l
 
 
 @gluon.jit
-def store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP: gl.constexpr):
+def store_tile(b_acc, b_m, b_l, where, s, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
-    d_out, p_lse, out_bufs = out
-    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
-    layout: gl.constexpr = b_acc.type.layout
-    i_batch, i_head, i_tile = query_item(item, heads, n_tiles_q)
-    sees = b_l > 0
-    b_sum = gl.where(sees, b_l, 1.0)
-    b_lse = gl.where(sees, b_m * LN2 + gl.log(b_sum), float("-inf"))
-    b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
-    row = i_tile * 128 + WARPGROUP * 64
+    d_out, p_out, p_lse, out_bufs, strides_out, heads = out
+    i_batch, i_head, row, start, length, terms = where
+    row += WARPGROUP * 64
+    b_sum = gl.convert_layout(gl.sum(b_l, 1), b_m.type.layout)
     o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
-    gl.store(p_lse + (i_batch * heads + i_head).to(gl.int64) * s + o_lse, b_lse, mask=o_lse < s)
-    out_buf = out_bufs.index(WARPGROUP)
-    tma.store_wait(0)  # of the item before, long gone
-    out_buf.store((b_acc * b_inverse[:, None]).to(out_bufs.dtype))
-    fence_async_shared()
-    store_rows(d_out, i_batch, i_head, row, out_buf)
+    p_lse += (i_batch * heads + i_head).to(gl.int64) * s + start
+    gl.store(p_lse + o_lse, b_m * LN2 + gl.log(b_sum), mask=o_lse < length)
+    b_out = scale_rows(b_acc, 1.0 / b_sum).to(out_bufs.dtype)
+    if PACKED and row + 64 > length:  # TMA would write over the next sequence
+        store_some_rows(b_out, p_out, strides_out, i_batch, i_head, start, row, length)
+    else:
+        out_buf = out_bufs.index(WARPGROUP)
+        tma.store_wait(0)  # of the item before, long gone
+        out_buf.store(b_out)
+        fence_async_shared()
+        store_rows(d_out, i_batch, i_head, start + row, out_buf)
 
 
 @gluon.jit
-def consumer(
-    buffers, barriers, tables, sizes, out,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Attends from 64 query rows of every item and stores out and lse.
 
     The scores of an item's first tile are issued before the last P V of the item before is done.
     """
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
-    p_items, p_starts, p_table = tables
-    heads, group, n_tiles_q, s, t, q_offset, scale_log2 = sizes
+    q_bufs, k_bufs, v_bufs, q_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, scale_log2 = sizes
     BLOCK_D: gl.constexpr = v_bufs.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -241,100 +268,116 @@ def consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     zeros = gl.zeros([64, 128], gl.float32, s_layout)
-    first, n_items = dealt_items(p_starts)
-    p_items += first
+    n_items = count_items(tables, heads * n_slots, PACKED)
     mbarrier.wait(q_ready.index(0), 0)
     b_q = q_bufs.index(WARPGROUP).load(q_layout)
-    n_interior = read_scalar(q_notes, 0)
-    n_tiles = read_scalar(q_notes, 1)
-    mbarrier.wait(k_ready.index(0), 0)
-    b_s = warpgroup_mma(b_q, k_bufs.index(0).permute([1, 0]), zeros, use_acc=False)
+    n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
+    diagonal = read_scalar(q_notes, 2)
+    pass_over(0, WARPGROUP, k_bufs, k_ready, k_free)
+    mbarrier.wait(k_ready.index(WARPGROUP), 0)
+    b_s = warpgroup_mma(b_q, k_bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
     mbarrier.arrive(q_free.index(0))  # not before Q is used: it may be on its way until then
     tile = 0
     for i_round in range(n_items):
-        item = gl.load(p_items + i_round)
-        if n_interior == 0:
-            b_s = mask_tile(b_s, k_notes, tile % STAGES, WARPGROUP)
-        b_m = gl.full([64], float("-inf"), gl.float32, row_layout)
-        b_l = gl.zeros([64], gl.float32, row_layout)
-        b_p, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2, True)
+        item = item_at(i_round, tables, PACKED)
+        mbarrier.arrive(k_free.index((tile + WARPGROUP) % k_bufs.shape[0]))
+        pass_over(tile + 1, tile + 2 - WARPGROUP, k_bufs, k_ready, k_free)
+        first_column = gl.where((n_edges == 0) & (WARPGROUP == 0), 64, 0)
+        b_s = mask_first(b_s, first_column, diagonal)
+        b_m = row_max(b_s, gl.full([64], float("-inf"), gl.float32, row_layout), scale_log2)
+        b_p = probabilities(b_s, b_m, scale_log2)
+        b_l = row_sum(b_p)
         b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
-        mbarrier.arrive(free.index(tile % STAGES))
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        b_p, b_acc, b_m, b_l = attend_tiles(
-            tile + 1, tile + n_interior, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
-            WARPGROUP, STAGES, False,
+        last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
+        pass_over(other, other + 1, v_bufs, v_ready, v_free)
+        low, middle = tile + 2, tile + 2 + n_kept // 2
+        tile = middle + (n_kept % 2 + gl.maximum(n_edges - 1, 0) + 1) // 2
+        # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
+        rest = n_kept % 2 + (gl.maximum(n_edges - 1, 0) if WARPGROUP == 0 else 0)
+        high = middle + (rest + 1) // 2
+        last, b_p, b_acc, b_m, b_l = attend_tiles(
+            low, middle, 128, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, False
+        )
+        last, b_p, b_acc, b_m, b_l = attend_tiles(
+            middle, high, 128 - rest % 2 * 64, last, b_q, b_p, b_acc, b_m, b_l, scale_log2,
+            buffers, barriers, True,
         )  # fmt: skip
-        b_p, b_acc, b_m, b_l = attend_tiles(
-            tile + gl.maximum(n_interior, 1), tile + n_tiles, b_q, b_p, b_acc, b_m, b_l, scale_log2,
-            buffers, barriers, WARPGROUP, STAGES, True,
-        )  # fmt: skip
-        tile += n_tiles
-        stage, phase = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
+        pass_over(high, tile, k_bufs, k_ready, k_free)
+        pass_over(high, tile, v_bufs, v_ready, v_free)
+        stage, phase = turn(last, v_bufs)
         mbarrier.wait(v_ready.index(stage), phase)
         t_acc = warpgroup_mma(b_p, v_bufs.index(stage), b_acc, is_async=True)
         # Scores of the next item's first tile. After the last item, of whatever lies there.
         more = i_round + 1 < n_items
         mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
         b_q = q_bufs.index(WARPGROUP).load(q_layout)
-        n_interior = read_scalar(q_notes, 0)
-        n_tiles = read_scalar(q_notes, 1)
-        stage, phase = tile % STAGES, tile // STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase, pred=more)
+        n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
+        diagonal = read_scalar(q_notes, 2)
+        if WARPGROUP == 1:
+            k_stage, phase = turn(tile, k_bufs)
+            mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
+            mbarrier.arrive(k_free.index(k_stage), pred=more)
+        k_stage, phase = turn(tile + WARPGROUP, k_bufs)
+        mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
         t_s = warpgroup_mma(
-            b_q, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+            b_q, k_bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-        store_tile(b_acc, b_m, b_l, item, out, sizes, WARPGROUP)
+        mbarrier.arrive(v_free.index(stage))
+        where = query_item(item, tables, heads, n_slots, s, PACKED)
+        store_tile(b_acc, b_m, b_l, where, s, out, PACKED, WARPGROUP)
         b_s = warpgroup_mma_wait(0, deps=[t_s])
         mbarrier.arrive(q_free.index(0), pred=more)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_tiles_q", "s", "t", "q_offset"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
     d_v,
     d_out,
+    p_out,
     p_lse,
     p_items,
     p_starts,
     p_table,
+    strides_out,
     heads,
     group,
-    n_tiles_q,
+    n_slots,
     s,
-    t,
-    q_offset,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
-    STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
+    K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
+    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles, or packed_tiles."""
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
     q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_D], layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 128, BLOCK_D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 128, BLOCK_D], layout)
     out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
-    q_notes, k_notes = make_notes(2), make_notes(6 * STAGES)
+    q_notes = make_notes(3)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
-    k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
-    free = make_barriers(STAGES, 2)
-    buffers = (q_bufs, k_bufs, v_bufs, q_notes, k_notes)
-    barriers = (q_ready, q_free, k_ready, v_ready, free)
+    k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
+    v_ready, v_free = make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2)
+    buffers = (q_bufs, k_bufs, v_bufs, q_notes)
+    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
     tables = (p_items, p_starts, p_table)
-    sizes = (heads, group, n_tiles_q, s, t, q_offset, scale_log2)
-    out = (d_out, p_lse, out_bufs)
+    sizes = (heads, group, n_slots, s, scale_log2)
+    out = (d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
-            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES)),
-            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES)),
-            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, STAGES)),
+            (consumer, (buffers, barriers, tables, sizes, out, PACKED, 0)),
+            (consumer, (buffers, barriers, tables, sizes, out, PACKED, 1)),
+            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, PACKED)),
         ],
         [4, 1],
         [232, 40],
@@ -347,35 +390,37 @@ def launch_hopper_forward(
     v: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
-    q_offset: int = 0,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     q_heads, k_heads = head_major(q), head_major(k)
     b, h, s, d = q_heads.shape
     out = empty_like(q, d)
+    out_heads = head_major(out)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    t, slots = k_heads.shape[2], concurrent_programs(q.device, num_warps=8)
-    dealt = query_tiles(pattern, s, t, q_offset, b, slots, q.device)
-    s2_hopper_forward_kernel[(dealt.programs,)](
+    work = query_items(pattern, q_heads, packing)
+    s2_hopper_forward_kernel[(work.programs,)](
         descriptor(q_heads),
         descriptor(k_heads),
         descriptor(head_major(v)),
-        descriptor(head_major(out)),
+        descriptor(out_heads),
+        out,
         lse,
-        dealt.items,
-        dealt.starts,
+        work.items,
+        work.starts,
         device_table(pattern, q.device),
+        strides_and_size(out_heads),
         h,
         h // k_heads.shape[1],
-        triton.cdiv(s, 2 * ROWS),
+        work.slots,
         s,
-        t,
-        q_offset,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
-        STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
+        PACKED=packing is not None,
+        K_STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
+        V_STAGES=3 if pad(d) == 128 else 6,
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )
-    return out, lse
+    return out, lse if packing is None else lse[0]

@@ -5,6 +5,7 @@ A *half-tile* is 64 rows, what one warpgroup's tensor cores take: of queries or 
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -12,18 +13,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from s2_kernels.launch import pad, tma_strides
-from s2_kernels.primitives import block_at, count_blocks, kept_segments, load_rule
+from s2_kernels.hopper.packed import packed_slots
+from s2_kernels.launch import Packing, concurrent_programs, pad, rows_and_heads, tma_strides
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import band_segments, block_at, count_blocks, lifetime, load_rule
+from s2_kernels.schedule import query_tiles
 
 ROWS = 64
 """Rows of a half-tile."""
-
-
-@gluon.jit
-def dealt_items(p_starts):
-    """This program's items: the first, and how many (schedule.deal)."""
-    first = gl.load(p_starts + gl.program_id(0))
-    return first, gl.load(p_starts + gl.program_id(0) + 1) - first
 
 
 @gluon.jit
@@ -37,35 +34,76 @@ def keep_order(ready, phase):
 
 
 @gluon.jit
-def query_item(item, heads, n_tiles_q):
-    """Batch, head and query tile of an item of schedule.query_tiles."""
-    return item // n_tiles_q // heads, item // n_tiles_q % heads, n_tiles_q - 1 - item % n_tiles_q
+def count_items(tables, total, PACKED: gl.constexpr):
+    """How many items this program has: those dealt to it, or every grid-th of a packed batch's."""
+    p_items, p_starts, p_table = tables
+    if PACKED:
+        return gl.maximum(total - gl.program_id(0) - 1, -1) // gl.num_programs(0) + 1
+    else:
+        return gl.load(p_starts + gl.program_id(0) + 1) - gl.load(p_starts + gl.program_id(0))
 
 
 @gluon.jit
-def work_list(
-    item, p_table, heads, group, n_tiles_q, s, t, q_offset, B: gl.constexpr, N_BANDS: gl.constexpr
-):
-    """An item over queries: batch, head, first row of its tile of 128, its list of KV blocks.
+def item_at(i_round, tables, PACKED: gl.constexpr):
+    """This program's i-th item."""
+    p_items, p_starts, p_table = tables
+    if PACKED:
+        return gl.program_id(0) + i_round * gl.num_programs(0)
+    else:
+        return gl.load(p_items + gl.load(p_starts + gl.program_id(0)) + i_round)
 
-    Returns (i_batch, i_head, row, rule, kept, n_interior, n_halves): the list in half-tiles, of
-    which the first n_interior are seen by every row.
+
+@gluon.jit
+def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
+    """An item over queries: a tile of 128 rows of a head.
+
+    Returns (i_batch, i_head, row, start, length, terms): the tile's first row within its sequence,
+    where that sequence starts in memory, how long it is, and where its row terms start. n_slots:
+    tiles of a head (schedule.py).
     """
-    i_batch, i_head, i_tile = query_item(item, heads, n_tiles_q)
-    row = q_offset + i_tile * 128
-    last_row = gl.minimum(row + 128, q_offset + s) - 1
-    k_last = gl.maximum(t - 1, 0) // B
-    rule = load_rule(p_table, i_head // group, N_BANDS)
-    kept = kept_segments(rule, row // B, last_row // B, k_last, True, N_BANDS)
-    n_halves = count_blocks(kept, 2 * N_BANDS + 1) * (B // 64)
-    return i_batch, i_head, row, rule, kept, count_blocks(kept, N_BANDS) * (B // 64), n_halves
+    p_items, p_starts, p_table = tables
+    i_head = item // n_slots
+    if PACKED:
+        p_slot = p_items + item % n_slots * 4
+        row, start, length = gl.load(p_slot) * 128, gl.load(p_slot + 1), gl.load(p_slot + 2)
+        return item * 0, i_head, row, start, length, gl.load(p_slot + 3)
+    else:
+        row, zero = (n_slots - 1 - item % n_slots) * 128, item * 0
+        return i_head // heads, i_head % heads, row, zero, s, zero
 
 
 @gluon.jit
-def half_block(kept, position, B: gl.constexpr, N_SEGMENTS: gl.constexpr):
-    """The half-tile of KV, in units of 64 rows, at a position of the list."""
-    block = block_at(kept, position // (B // 64), N_SEGMENTS)
-    return block * (B // 64) + position % (B // 64)
+def query_list(i_kv, row, tables, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """The KV half-tiles that a tile of 128 query rows sees, but for the two on its diagonal.
+
+    Returns (kept, edges, n_kept, n_edges): segments of blocks that both halves of the tile see
+    (`kept_half` is their p-th half-tile), of those that only the upper rows still keep (blocks of
+    64, then), and how many half-tiles each list has.
+    """
+    p_items, p_starts, p_table = tables
+    rule = load_rule(p_table, i_kv, N_BANDS)
+    first, last = row // B, (row + 127) // B
+    kept = band_segments(rule, last, last, first, False, N_BANDS)  # before first, seen by last
+    n_kept = count_blocks(kept, N_BANDS) * (B // 64) + row // 64 - first * (B // 64)
+    edges = ()
+    for j in gl.static_range(N_BANDS):  # what first is the last block to see
+        reach = rule[1 + 2 * j]
+        block = first - reach + 1
+        dropped = (block >= 0) & (block < first) & (first < last)
+        dropped &= lifetime(rule, gl.maximum(block, 0), N_BANDS) == reach
+        if j + 1 < N_BANDS:  # heads with fewer bands repeat their last one
+            dropped &= reach != rule[3 + 2 * j]
+        edges = edges + (block, 1, dropped.to(gl.int32))  # noqa: RUF005 - Triton has no (*a, b)
+    return kept, edges, n_kept, count_blocks(edges, N_BANDS)
+
+
+@gluon.jit
+def kept_half(row, kept, n_kept, p, B: gl.constexpr, N_BANDS: gl.constexpr):
+    """The p-th half-tile, in units of 64 rows: of the blocks, then of the diagonal's own block."""
+    block = block_at(kept, p // (B // 64), N_BANDS)
+    i_half = block * (B // 64) + p % (B // 64)
+    before = row // 64 - n_kept + p  # the last ones stand right before the tile
+    return gl.where(before >= row // B * (B // 64), before, i_half)
 
 
 @gluon.jit
@@ -113,10 +151,56 @@ def load_rows(desc, i_batch, i_head, row, ready, buffer):
 
 
 @gluon.jit
+def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length):
+    """The rows of b_x [64, D] that a sequence has, without TMA, which stops at the tensor only."""
+    layout: gl.constexpr = b_x.type.layout
+    D: gl.constexpr = b_x.shape[1]
+    o_row = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    p_base += i_batch.to(gl.int64) * strides[0] + i_head.to(gl.int64) * strides[2]
+    p_rows = p_base + (start + o_row).to(gl.int64) * strides[1]
+    mask = (o_row < length)[:, None] & (o_d < strides[3])[None, :]
+    gl.store(p_rows[:, None] + o_d[None, :], b_x, mask=mask)
+
+
+@gluon.jit
 def store_rows(desc, i_batch, i_head, row, buffer):
     """64 rows of a head out of a buffer [64, D]; rows outside of the tensor are left out."""
     D: gl.constexpr = buffer.shape[1]
     tma.async_copy_shared_to_global(desc, [i_batch, i_head, row, 0], buffer.reshape([1, 1, 64, D]))
+
+
+class QueryItems(NamedTuple):
+    """Items of the kernels over queries: `tables` of the kernels but the pattern's, and the grid.
+
+    Attributes:
+        items, starts: schedule.query_tiles, or of a packed batch packed.packed_slots and None.
+        slots: tiles of a head.
+        programs: how many to launch.
+    """
+
+    items: torch.Tensor
+    starts: torch.Tensor | None
+    slots: int
+    programs: int
+
+
+def query_items(
+    pattern: LayerPattern, q_heads: torch.Tensor, packing: Packing | None
+) -> QueryItems:
+    """The query tiles of [b, h, s, d], or of a packed batch [1, h, T, d]."""
+    b, h, s, _ = q_heads.shape
+    programs = concurrent_programs(q_heads.device, num_warps=8)
+    if packing:
+        slots, _ = packed_slots(packing.cu_q, s)
+        return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
+    dealt = query_tiles(pattern, s, b, programs, q_heads.device)
+    return QueryItems(dealt.items, dealt.starts, -(-s // (2 * ROWS)), dealt.programs)
+
+
+def strides_and_size(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """What `store_some_rows` takes of [b, h, s, d]: strides of batch, row and head, and d."""
+    return *rows_and_heads(x), x.shape[-1]
 
 
 def descriptor(x: torch.Tensor) -> TensorDescriptor:

@@ -1,0 +1,397 @@
+"""dk and dv on Hopper at head sizes above 128, padded to 256: a warpgroup for each.
+
+dk and dv of a column of 64 tokens take 128 registers a thread each, one more than a warpgroup has
+room for. An item is one column: warpgroup 0 adds up dv, warpgroup 1 dk. Both compute S^T = K Q^T,
+so that nothing passes between them: five products where four would do.
+
+    warpgroup 0   S^T of a tile | dv += P^T dO of the tile before, under the exponentials
+    warpgroup 1   S^T, dP^T = V dO^T under the exponentials | dk += dS^T Q
+
+Q and dO half-tiles take turns in a ring of five places, so that warpgroup 0 can be a tile ahead.
+K and V have one place each, which is free again with the last scores of an item: the next item's
+arrive while this one's dk and dv leave, from registers.
+
+Barriers, by what completes a phase of them; a warpgroup arrives once, whatever its number of warps:
+
+    ready [PLACES]   the producer's load of Q and lse, or of dO and delta
+    free [PLACES]    both warpgroups: of Q, after S^T (0), dk (1); of dO, after dv (0), dS (1)
+    k_ready, v_ready the load of K, of V of an item            the notes on it with K
+    k_free           both warpgroups, after the last S^T of an item
+    v_free           warpgroup 1, after the last dP^T of an item
+
+The diagonal tile, the last one of a column, is the only one with a mask. Rows past the end of the
+queries arrive as zeros, and add nothing.
+
+Shapes and formulas as in s2_kernels/backward.py.
+"""
+
+import math
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.backward_dkdv import FAR, column_rows
+from s2_kernels.hopper.primitives import (
+    ROWS,
+    TERM_LAYOUT,
+    descriptor,
+    keep_order,
+    load_rows,
+    make_barriers,
+    make_notes,
+    read_scalar,
+    term_descriptor,
+    write,
+)
+from s2_kernels.launch import (
+    concurrent_programs,
+    device_table,
+    head_major,
+    pad,
+    rows_and_heads,
+)
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import head_offset, load_rule
+from s2_kernels.schedule import single_columns
+
+PLACES = gl.constexpr(5)
+"""Half-tiles of Q and dO at a time: with K and V, what fits 227 KiB of shared memory."""
+STORE_LAYOUT = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
+        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 256],
+    )
+)
+"""How results leave: as the tensor cores leave them, but four columns a thread instead of two.
+
+Four threads store 32 bytes of a row, what memory takes at a time. One exchange between neighbours
+does it; with more, Triton would go through shared memory, where there is no room.
+"""
+
+
+@gluon.jit
+def load_place(desc, terms, i_batch, i_head, term, row, turn, bufs, term_bufs, ready, free):
+    """A half-tile of Q or dO with its row terms into its place, once that is free."""
+    place, phase = turn % PLACES, turn // PLACES & 1
+    mbarrier.wait(free.index(place), phase ^ 1)
+    mbarrier.expect(ready.index(place), desc.block_type.nbytes + terms.block_type.nbytes)
+    load_rows(desc, i_batch, i_head, row, ready.index(place), bufs.index(place))
+    tma.async_copy_global_to_shared(terms, [term, row], ready.index(place), term_bufs.index(place))
+
+
+@gluon.jit
+def load_column(desc, i_batch, i_kv, column, buf, ready):
+    """K or V of an item."""
+    mbarrier.expect(ready, desc.block_type.nbytes)
+    load_rows(desc, i_batch, i_kv, column * 64, ready, buf)
+
+
+@gluon.jit
+def producer(
+    descs, buffers, barriers, work, sizes,
+    B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Loads the half-tiles of queries that see a column, from the last back, and the column.
+
+    Notes how many they are for a query head, and whether the last lies on the diagonal. Where none
+    sees the column it loads one of zeros, so that every item has work.
+    """
+    d_q, d_k, d_v, d_dout, d_lse2, d_delta = descs
+    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    p_items, p_starts, p_table = work
+    heads, n_rows, scale_log2 = sizes
+    first = gl.load(p_starts + gl.program_id(0))
+    n_items = gl.load(p_starts + gl.program_id(0) + 1) - first
+    turn = 0
+    for i_round in range(n_items):
+        p_item = p_items + (first + i_round) * 6
+        i_kv, column, piece = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
+        n_pieces, i_batch = gl.load(p_item + 3), gl.load(p_item + 5)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        seen = column_rows(rule, column, n_rows, B, N_BANDS) - column
+        low = column + seen * piece // n_pieces
+        high = column + seen * (piece + 1) // n_pieces
+        on_diagonal = (low == column) & (low < high)
+        n = gl.maximum(high - low, 1)
+        for i_member in range(GROUP):
+            i_head = i_kv * GROUP + i_member
+            term = i_batch * heads + i_head
+            for i in range(n):
+                row = gl.where(low < high, (high - 1 - i) * 64, FAR)
+                load_place(
+                    d_q, d_lse2, i_batch, i_head, term, row, turn, bufs, term_bufs, ready, free
+                )
+                if (i_member == 0) & (i == 0):
+                    mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
+                    write(notes, 0, n)
+                    write(notes, 1, on_diagonal.to(gl.int32))
+                    load_column(d_k, i_batch, i_kv, column, k_bufs.index(0), k_ready.index(0))
+                    mbarrier.wait(v_free.index(0), i_round & 1 ^ 1)
+                    load_column(d_v, i_batch, i_kv, column, v_bufs.index(0), v_ready.index(0))
+                load_place(
+                    d_dout, d_delta, i_batch, i_head, term, row, turn + 1, bufs, term_bufs, ready,
+                    free,
+                )  # fmt: skip
+                turn += 2
+
+
+@gluon.jit
+def probabilities(b_s, b_lse2, scale_log2, masked, zero):
+    """P^T [64, 64] of scores S^T: of a tile on the diagonal, if masked.
+
+    zero: i >> 30 inside a loop, see add_dk: it keeps the mask's indices out of registers.
+    """
+    if masked:
+        o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, b_s.type.layout))
+        o_m = gl.arange(0, 64, layout=gl.SliceLayout(0, b_s.type.layout)) + zero
+        b_s = gl.where(o_n[:, None] <= o_m[None, :], b_s, float("-inf"))
+    return gl.exp2(b_s * scale_log2 - b_lse2[None, :])
+
+
+@gluon.jit
+def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers, barriers):
+    """dv [64, D] of a column from n half-tiles of queries, n_member of each query head.
+
+    The scores of one are issued before P^T dO of the one before, whose time hides the exponentials.
+    """
+    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    term_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    zeros = gl.zeros([64, 64], gl.float32, s_layout)
+    place = turn % PLACES
+    mbarrier.wait(ready.index(place), turn // PLACES & 1)
+    b_s = warpgroup_mma(k_bufs.index(0), bufs.index(place).permute([1, 0]), zeros, use_acc=False)
+    b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
+    b_p = probabilities(b_s, b_lse2, scale_log2, (n_member == 1) & on_diagonal, 0)
+    b_p = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
+    mbarrier.arrive(free.index(place))
+    if n == 1:
+        mbarrier.arrive(k_free.index(0))
+    b_dv = gl.zeros([64, D], gl.float32, layout)
+    left = n_member - 1  # of this query head
+    for i in range(1, n):
+        turn += 2
+        left = gl.where(left == 0, n_member, left) - 1
+        place, before, phase = turn % PLACES, (turn - 1) % PLACES, (turn - 1) // PLACES & 1
+        mbarrier.wait(ready.index(place), turn // PLACES & 1)
+        k_buf = k_bufs.index(i >> 30)  # 0, as in add_dk
+        t_s = warpgroup_mma(
+            k_buf, bufs.index(place).permute([1, 0]), zeros, use_acc=False, is_async=True
+        )
+        mbarrier.wait(ready.index(before), phase)
+        t_dv = warpgroup_mma(b_p, bufs.index(before), b_dv, is_async=True)
+        b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        if i == n - 1:
+            mbarrier.arrive(k_free.index(0))
+        b_next = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
+        keep_order(ready.index(before), phase)
+        b_dv, b_next = warpgroup_mma_wait(0, deps=[t_dv, b_next])
+        mbarrier.arrive(free.index(before))
+        mbarrier.arrive(free.index(place))
+        b_p = gl.convert_layout(b_next.to(bufs.dtype), p_layout)
+    turn += 1
+    place = turn % PLACES
+    mbarrier.wait(ready.index(place), turn // PLACES & 1)
+    b_dv = warpgroup_mma(b_p, bufs.index(place), b_dv)
+    mbarrier.arrive(free.index(place))
+    return b_dv
+
+
+@gluon.jit
+def add_dk(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers, barriers):
+    """dk [64, D] / scale of a column from n half-tiles of queries, n_member of each query head."""
+    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    term_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    zeros = gl.zeros([64, 64], gl.float32, s_layout)
+    b_dk = gl.zeros([64, D], gl.float32, layout)
+    left = n_member  # of this query head
+    for i in range(n):
+        left = gl.where(left == 0, n_member, left) - 1
+        q_place, do_place, phase = turn % PLACES, (turn + 1) % PLACES, (turn + 1) // PLACES & 1
+        q_buf, do_buf = bufs.index(q_place), bufs.index(do_place)
+        mbarrier.wait(ready.index(q_place), turn // PLACES & 1)
+        # 0, which no compiler can tell: the addresses of K and V, 32 of them, would be worked out
+        # before the loop, and spill.
+        k_buf, v_buf = k_bufs.index(i >> 30), v_bufs.index(i >> 30)
+        t_s = warpgroup_mma(k_buf, q_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(ready.index(do_place), phase)
+        t_dp = warpgroup_mma(v_buf, do_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        b_lse2 = term_bufs.index(q_place).reshape([64]).load(term_layout)
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
+        b_delta = term_bufs.index(do_place).reshape([64]).load(term_layout)
+        keep_order(ready.index(do_place), phase)
+        b_dp, b_p = warpgroup_mma_wait(0, deps=[t_dp, b_p])
+        if i == n - 1:
+            mbarrier.arrive(k_free.index(0))
+            mbarrier.arrive(v_free.index(0))
+        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(bufs.dtype), p_layout)
+        t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
+        mbarrier.arrive(free.index(do_place))
+        b_dk = warpgroup_mma_wait(0, deps=[t_dk])
+        mbarrier.arrive(free.index(q_place))
+        turn += 2
+    return b_dk
+
+
+@gluon.jit
+def store_sum(p_tile, stride, rows, b_sum, D: gl.constexpr):
+    """Stores a sum [64, D] of which so many rows exist."""
+    b_sum = gl.convert_layout(b_sum, STORE_LAYOUT)
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, STORE_LAYOUT))
+    o_d = gl.arange(0, b_sum.shape[1], layout=gl.SliceLayout(0, STORE_LAYOUT))
+    mask = (o_n < rows)[:, None] & (o_d < D)[None, :]
+    gl.store(p_tile + o_n[:, None] * stride + o_d[None, :], b_sum, mask=mask)
+
+
+@gluon.jit
+def store_share(p_tile, b_sum):
+    """Stores a piece's share of a sum, in float32."""
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, b_sum.type.layout))
+    o_d = gl.arange(0, b_sum.shape[1], layout=gl.SliceLayout(0, b_sum.type.layout))
+    gl.store(p_tile + o_n[:, None] * b_sum.shape[1] + o_d[None, :], b_sum)
+
+
+@gluon.jit
+def consumer(
+    buffers, barriers, work, sizes, out,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """dv (warpgroup 0) or dk (1) of every item, stored, or as a piece's share in float32."""
+    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    p_items, p_starts, p_table = work
+    heads, n_rows, scale_log2 = sizes
+    p_out, strides, p_partial, batch, t, scale = out
+    BLOCK_D: gl.constexpr = bufs.shape[2]
+    first = gl.load(p_starts + gl.program_id(0))
+    n_items = gl.load(p_starts + gl.program_id(0) + 1) - first
+    turn = 0
+    for i_round in range(n_items):
+        p_item = p_items + (first + i_round) * 6
+        mbarrier.wait(k_ready.index(0), i_round & 1)
+        n_member, on_diagonal = read_scalar(notes, 0), read_scalar(notes, 1) > 0
+        n = n_member * GROUP
+        if WARPGROUP == 0:
+            b_out = add_dv(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
+        else:
+            mbarrier.wait(v_ready.index(0), i_round & 1)
+            b_out = add_dk(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
+            b_out *= scale
+        turn += 2 * n
+        i_kv, column = gl.load(p_item), gl.load(p_item + 1)
+        slot, i_batch = gl.load(p_item + 4), gl.load(p_item + 5)
+        if slot < 0:
+            p_tile = p_out + head_offset(strides, i_batch, i_kv, column * 64)
+            store_sum(p_tile, strides[1], t - column * 64, b_out.to(bufs.dtype), D)
+        else:
+            at = (slot.to(gl.int64) * batch + i_batch) * 2 + (1 - WARPGROUP)
+            store_share(p_partial + at * (64 * BLOCK_D), b_out)
+
+
+@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "t"])
+def s2_hopper_dkdv_wide_kernel(
+    d_q, d_k, d_v, d_dout, d_lse2, d_delta, p_dk, p_dv, strides_dk, strides_dv,
+    p_items, p_starts, p_table, p_partial, batch, heads, n_rows, t, scale, scale_log2,
+    D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
+    TERM_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as fit the GPU. Items: schedule.single_columns."""
+    BLOCK_D: gl.constexpr = d_k.block_type.shape[3]
+    dtype: gl.constexpr = d_q.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    bufs = gl.allocate_shared_memory(dtype, [PLACES, 64, BLOCK_D], layout)
+    term_bufs = gl.allocate_shared_memory(gl.float32, [PLACES, 1, 64], TERM_LAYOUT)
+    k_bufs = gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], layout)
+    ready, free = make_barriers(PLACES, 1), make_barriers(PLACES, 2)
+    k_ready, k_free = make_barriers(1, 1), make_barriers(1, 2)
+    v_ready, v_free = make_barriers(1, 1), make_barriers(1, 1)
+    descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta)
+    buffers = (bufs, term_bufs, k_bufs, v_bufs, make_notes(2))
+    barriers = (ready, free, k_ready, k_free, v_ready, v_free)
+    work = (p_items, p_starts, p_table)
+    sizes = (heads, n_rows, scale_log2)
+    dv_out = (p_dv, strides_dv, p_partial, batch, t, scale)
+    dk_out = (p_dk, strides_dk, p_partial, batch, t, scale)
+    gl.warp_specialize(
+        [
+            (consumer, (buffers, barriers, work, sizes, dv_out, 0, GROUP, D)),
+            (consumer, (buffers, barriers, work, sizes, dk_out, 1, GROUP, D)),
+            (producer, (descs, buffers, barriers, work, sizes, B, N_BANDS, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def launch_hopper_dkdv_wide(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+) -> None:
+    """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
+    q_heads, k_heads = head_major(q), head_major(k)
+    b, h, s, d = q_heads.shape
+    g, t = k_heads.shape[1:3]
+    slots = concurrent_programs(q.device, num_warps=8)
+    dealt, work = single_columns(pattern, s, b, slots, q.device)
+    shape = (work.n_slots * b, ROWS, 2 * pad(d))
+    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    s2_hopper_dkdv_wide_kernel[(dealt.programs,)](
+        descriptor(q_heads),
+        descriptor(k_heads),
+        descriptor(head_major(v)),
+        descriptor(head_major(dout)),
+        term_descriptor(lse2),
+        term_descriptor(delta),
+        dk,
+        dv,
+        rows_and_heads(head_major(dk)),
+        rows_and_heads(head_major(dv)),
+        dealt.items,
+        dealt.starts,
+        device_table(pattern, q.device),
+        partial,
+        b,
+        h,
+        -(-s // ROWS),
+        t,
+        softmax_scale,
+        softmax_scale * math.log2(math.e),
+        D=d,
+        B=pattern.block_size,
+        N_BANDS=pattern.n_bands,
+        GROUP=h // g,
+        TERM_LAYOUT=TERM_LAYOUT,
+        num_warps=4,
+        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+    )
+    add_pieces(partial, dk, dv, work, ROWS)

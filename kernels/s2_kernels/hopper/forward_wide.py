@@ -1,0 +1,367 @@
+"""The forward kernel for Hopper at head sizes above 128, padded to 256: half-tiles of 64 tokens.
+
+As forward.py, but the accumulator of 64 query rows takes 128 registers a thread: Q stays in shared
+memory, and a step is one half-tile of KV, which is all that fits twice. The scores of a half-tile
+are issued before P V of the one before, whose tensor-core time hides the softmax; those of an
+item's first half-tile under the last P V of the item before.
+
+The list begins with what only the upper rows still see (edges) and ends with the two half-tiles on
+the diagonal, the second of which only the lower rows see. A warpgroup passes over the last one, or
+over the first, but never over more: with the scores ahead of P V, two half-tiles passed over in a
+row would wait for memory that only P V frees. Other edges are masked.
+
+K is freed by the scores, V by P V, each warpgroup's Q by its last scores, so that the next item's Q
+arrives under the last P V. out leaves in two halves of its columns: there is no room for both.
+
+Barriers, by what completes a phase of them; a warpgroup arrives once, whatever its number of warps:
+
+    q_ready [2]      the producer's load of Q of one warpgroup     the notes on its item with it
+    q_free [2]       that warpgroup, after the last scores of an item
+    k_ready [STAGES] the load of K of a half-tile                  the notes on its mask with it
+    k_free [STAGES]  both warpgroups, after the scores or passing over
+    v_ready [STAGES] the load of V of a half-tile
+    v_free [STAGES]  both warpgroups, after P V or passing over
+
+Shapes as in s2_kernels/forward.py.
+"""
+
+import math
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from s2_kernels.hopper.primitives import (
+    ROWS,
+    box_layout,
+    count_items,
+    descriptor,
+    item_at,
+    keep_order,
+    kept_half,
+    load_rows,
+    make_barriers,
+    make_notes,
+    query_item,
+    query_items,
+    query_list,
+    read,
+    read_scalar,
+    write,
+)
+from s2_kernels.launch import device_table, empty_like, head_major, tma_strides
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import LN2, block_at
+
+STAGES = 2
+NOTES = gl.constexpr(4)
+"""Half-tiles whose notes are kept: those of one are written over when the next but three comes."""
+
+
+@gluon.jit
+def load_half_tile(desc, i_batch, i_kv, col, tile, ready, bufs, STAGES: gl.constexpr):
+    """A half-tile of K or V into its stage."""
+    stage = tile % STAGES
+    mbarrier.expect(ready.index(stage), desc.block_type.nbytes)
+    load_rows(desc, i_batch, i_kv, col, ready.index(stage), bufs.index(stage))
+
+
+@gluon.jit
+def producer(
+    descs, buffers, barriers, tables, sizes,
+    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Loads Q of every item and the half-tiles of its list, V after K of the next: as they free up.
+
+    Notes for each warpgroup: whether it passes over a half-tile, how many it attends to, the first
+    of these that needs no mask and the first after it that does.
+    """
+    d_q, d_k, d_v = descs
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, scale_log2 = sizes
+    done = 0
+    for i_round in range(count_items(tables, heads * n_slots, False)):
+        item = item_at(i_round, tables, False)
+        i_batch, i_head, row, start, length, terms = query_item(
+            item, tables, heads, n_slots, s, False
+        )
+        i_kv = i_head // group
+        kept, edges, n_kept, n_edges = query_list(i_kv, row, tables, B, N_BANDS)
+        n_before = n_edges + n_kept
+        n = n_before + 2
+        for w in gl.static_range(2):
+            passes = gl.where(n_edges > 0, 1, 0) if w == 1 else 1
+            mbarrier.wait(q_free.index(w), i_round & 1 ^ 1)
+            write(q_notes, w * 4, passes)
+            write(q_notes, w * 4 + 1, n - passes)
+            write(q_notes, w * 4 + 2, (n_edges - passes) * w)
+            write(q_notes, w * 4 + 3, n_before + w - passes * w)
+            mbarrier.expect(q_ready.index(w), d_q.block_type.nbytes)
+            load_rows(d_q, i_batch, i_head, row + w * 64, q_ready.index(w), q_bufs.index(w))
+        col = 0
+        for p in range(n + 1):
+            col_before = col
+            if p < n:
+                i_half = kept_half(row, kept, n_kept, p - n_edges, B, N_BANDS)
+                i_half = gl.where(p < n_edges, block_at(edges, p, N_BANDS), i_half)
+                col = gl.where(p < n_before, i_half * 64, row + (p - n_before) * 64)
+                tile = done + p
+                mbarrier.wait(k_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+                # How far beyond its own number a row sees columns, of either warpgroup.
+                write(k_notes, tile % NOTES * 2, gl.where(p < n_before, 64, 0))
+                write(k_notes, tile % NOTES * 2 + 1, gl.where(p < n_edges, -64, (n - 1 - p) * 64))
+                load_half_tile(d_k, i_batch, i_kv, col, tile, k_ready, k_bufs, STAGES)
+            if p > 0:
+                tile = done + p - 1
+                mbarrier.wait(v_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+                load_half_tile(d_v, i_batch, i_kv, col_before, tile, v_ready, v_bufs, STAGES)
+        done += n
+
+
+@gluon.jit
+def mask_half_tile(b_s, notes, tile, WARPGROUP: gl.constexpr):
+    """Scores [64, 64] of a half-tile, -inf where a row does not see a column."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, b_s.type.layout)
+    o_m = gl.arange(0, 64, layout=row_layout)
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, b_s.type.layout))
+    last = o_m + read(notes, tile % NOTES * 2 + WARPGROUP, row_layout)
+    return gl.where(o_n[None, :] <= last[:, None], b_s, float("-inf"))
+
+
+@gluon.jit
+def softmax_step(b_s, b_m, b_l, scale_log2):
+    """Probabilities [64, 64] in base 2, the factor for what came before, new maximum and sum.
+
+    A row that has seen nothing yet has maximum -inf: with 0, exp2 gives 0.
+    """
+    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    b_shift = gl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_rescale = gl.exp2(b_m - b_shift)
+    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
+    return b_p, b_rescale, b_m_new, b_l * b_rescale + gl.sum(b_p, 1)
+
+
+@gluon.jit
+def pass_over(tile, passes, barriers, STAGES: gl.constexpr):
+    """Leaves a half-tile to the other warpgroup, if passes is 1; the one after it."""
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    stage, phase, does = tile % STAGES, tile // STAGES & 1, passes > 0
+    mbarrier.wait(k_ready.index(stage), phase, pred=does)
+    mbarrier.arrive(k_free.index(stage), pred=does)
+    mbarrier.wait(v_ready.index(stage), phase, pred=does)
+    mbarrier.arrive(v_free.index(stage), pred=does)
+    return tile + passes
+
+
+@gluon.jit
+def attend_tiles(
+    first, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """An item's half-tiles 1..n-1: scores of one, then P V of the one before.
+
+    The first one's b_p [64, 64] comes in, the last one's goes out.
+    """
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
+    q_buf = q_bufs.index(WARPGROUP)
+    for i in range(1, n):
+        tile = first + i
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        before, phase_before = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
+        zeros = gl.zeros([64, 64], gl.float32, s_layout)
+        mbarrier.wait(k_ready.index(stage), phase)
+        t_s = warpgroup_mma(
+            q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+        )
+        mbarrier.wait(v_ready.index(before), phase_before)
+        t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        mbarrier.arrive(k_free.index(stage))
+        if i == n - 1:
+            mbarrier.arrive(q_free.index(WARPGROUP))
+        if (i < whole_from) | (i >= whole_to):
+            b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
+        b_next, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2)
+        keep_order(v_ready.index(before), phase_before)
+        b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
+        mbarrier.arrive(v_free.index(before))
+        b_rescale = gl.convert_layout(b_rescale, gl.SliceLayout(1, b_acc.type.layout))
+        b_acc = b_acc * b_rescale[:, None]
+        b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
+    return b_p, b_acc, b_m, b_l
+
+
+@gluon.jit
+def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexpr):
+    """Stores lse and, one half of the columns after the other, out of 64 rows of an item."""
+    d_out, p_lse, out_bufs = out
+    heads, group, n_slots, s, scale_log2 = sizes
+    layout: gl.constexpr = b_acc.type.layout
+    HALF: gl.constexpr = out_bufs.shape[2]
+    half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    i_batch, i_head, row, start, length, terms = query_item(item, tables, heads, n_slots, s, False)
+    b_lse = b_m * LN2 + gl.log(b_l)
+    b_inverse = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, layout))
+    row += WARPGROUP * 64
+    o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
+    gl.store(p_lse + (i_batch * heads + i_head).to(gl.int64) * s + o_lse, b_lse, mask=o_lse < s)
+    out_buf = out_bufs.index(WARPGROUP)
+    b_out = (b_acc * b_inverse[:, None]).to(out_bufs.dtype)
+    halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
+    for i in gl.static_range(2):
+        tma.store_wait(0)  # of the half before
+        out_buf.store(gl.convert_layout(halves[i], half_layout))
+        fence_async_shared()
+        at = [i_batch, i_head, row, i * HALF]
+        tma.async_copy_shared_to_global(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
+
+
+@gluon.jit
+def consumer(
+    buffers, barriers, tables, sizes, out,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attends from 64 query rows of every item and stores out and lse."""
+    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, scale_log2 = sizes
+    BLOCK_D: gl.constexpr = v_bufs.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q_buf = q_bufs.index(WARPGROUP)
+    at: gl.constexpr = WARPGROUP * 4
+    zeros = gl.zeros([64, 64], gl.float32, s_layout)
+    n_items = count_items(tables, heads * n_slots, False)
+    mbarrier.wait(q_ready.index(WARPGROUP), 0)
+    passes, n = read_scalar(q_notes, at), read_scalar(q_notes, at + 1)
+    whole_from, whole_to = read_scalar(q_notes, at + 2), read_scalar(q_notes, at + 3)
+    tile = pass_over(0, passes * WARPGROUP, barriers, STAGES)
+    stage, phase = tile % STAGES, tile // STAGES & 1
+    mbarrier.wait(k_ready.index(stage), phase)
+    b_s = warpgroup_mma(q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False)
+    for i_round in range(n_items):
+        item = item_at(i_round, tables, False)
+        mbarrier.arrive(k_free.index(tile % STAGES))
+        if (whole_from > 0) | (whole_to <= 0):
+            b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
+        b_m = gl.full([64], float("-inf"), gl.float32, row_layout)
+        b_l = gl.zeros([64], gl.float32, row_layout)
+        b_p, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2)
+        mbarrier.arrive(q_free.index(WARPGROUP), pred=n == 1)
+        b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
+        b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        b_p, b_acc, b_m, b_l = attend_tiles(
+            tile, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+            WARPGROUP, STAGES,
+        )  # fmt: skip
+        last = (tile + n - 1) % STAGES
+        mbarrier.wait(v_ready.index(last), (tile + n - 1) // STAGES & 1)
+        t_acc = warpgroup_mma(b_p, v_bufs.index(last), b_acc, is_async=True)
+        tile = pass_over(tile + n, passes * (1 - WARPGROUP), barriers, STAGES)
+        # Scores of the next item's first half-tile. After the last item, of whatever lies there.
+        more = i_round + 1 < n_items
+        mbarrier.wait(q_ready.index(WARPGROUP), i_round + 1 & 1, pred=more)
+        passes, n = read_scalar(q_notes, at), read_scalar(q_notes, at + 1)
+        whole_from, whole_to = read_scalar(q_notes, at + 2), read_scalar(q_notes, at + 3)
+        passes = gl.where(more, passes, 0)
+        tile = pass_over(tile, passes * WARPGROUP, barriers, STAGES)
+        stage, phase = tile % STAGES, tile // STAGES & 1
+        mbarrier.wait(k_ready.index(stage), phase, pred=more)
+        t_s = warpgroup_mma(
+            q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+        )
+        b_acc = warpgroup_mma_wait(1, deps=[t_acc])
+        mbarrier.arrive(v_free.index(last))
+        store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP)
+        b_s = warpgroup_mma_wait(0, deps=[t_s])
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
+def s2_hopper_forward_wide_kernel(
+    d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
+    heads, group, n_slots, s, scale_log2,
+    B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
+    BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
+    HALF: gl.constexpr = d_out.block_type.shape[3]
+    dtype: gl.constexpr = d_q.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HALF], dtype)
+    q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, BLOCK_D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, BLOCK_D], layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [2, 64, HALF], out_layout)
+    q_notes, k_notes = make_notes(8), make_notes(2 * NOTES)
+    q_ready, q_free = make_barriers(2, 1), make_barriers(2, 1)
+    k_ready, k_free = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    v_ready, v_free = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    buffers = (q_bufs, k_bufs, v_bufs, q_notes, k_notes)
+    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
+    tables = (p_items, p_starts, p_table)
+    sizes = (heads, group, n_slots, s, scale_log2)
+    out = (d_out, p_lse, out_bufs)
+    gl.warp_specialize(
+        [
+            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES)),
+            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES)),
+            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )
+
+
+def launch_hopper_forward_wide(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
+    q_heads, k_heads = head_major(q), head_major(k)
+    b, h, s, d = q_heads.shape
+    out = empty_like(q, d)
+    out_heads = head_major(out)
+    half = [1, 1, ROWS, 128]
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    work = query_items(pattern, q_heads, None)
+    s2_hopper_forward_wide_kernel[(work.programs,)](
+        descriptor(q_heads),
+        descriptor(k_heads),
+        descriptor(head_major(v)),
+        TensorDescriptor(
+            out_heads, list(out_heads.shape), tma_strides(out_heads), half, box_layout(128, q.dtype)
+        ),
+        lse,
+        work.items,
+        work.starts,
+        device_table(pattern, q.device),
+        h,
+        h // k_heads.shape[1],
+        work.slots,
+        s,
+        softmax_scale * math.log2(math.e),
+        B=pattern.block_size,
+        N_BANDS=pattern.n_bands,
+        STAGES=STAGES,
+        num_warps=4,
+        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+    )
+    return out, lse
