@@ -108,7 +108,7 @@ class LayerPattern:
     def __hash__(self) -> int:
         return hash(self.key)
 
-    @property
+    @functools.cached_property
     def n_bands(self) -> int:
         return max(len(rule.bands) for rule in self.rules)
 

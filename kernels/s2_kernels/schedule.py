@@ -47,7 +47,7 @@ class Dealt(NamedTuple):
 
     @property
     def programs(self) -> int:
-        return len(self.starts) - 1
+        return self.starts.shape[0] - 1
 
 
 def deal(items: np.ndarray, cost: np.ndarray, programs: int, device: torch.device) -> Dealt:
