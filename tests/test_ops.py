@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from s2_kernels import dense, local_stride, ops, s2_attention, s2_attention_varlen, sliding_window
 from s2_kernels.api import check_triton
+from s2_kernels.launch import takes_descriptor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERN = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=1, stride=2)
@@ -111,6 +112,24 @@ def test_slices_of_one_projection_go_in_without_a_copy():
     out = triton_attention(*(x.transpose(0, 1) for x in (q, k, v)), PATTERN)
     copies = [x.transpose(0, 1).contiguous() for x in (q, k, v)]
     assert torch.equal(out, triton_attention(*copies, PATTERN))
+
+
+@pytest.mark.parametrize(
+    "change, taken",
+    [
+        (lambda x: x, True),
+        (lambda x: x.transpose(0, 1), True),
+        (lambda x: x[:, :, 1:2, 8:24], True),
+        (lambda x: x[..., 4:20], False),  # the address
+        (lambda x: x[..., ::2], False),
+        (lambda x: x.transpose(2, 3), False),
+        (lambda x: x[..., :1].expand(-1, -1, -1, 32), False),
+        (lambda x: x[:1].expand(2, -1, -1, -1), False),
+        (lambda x: x.flatten()[:-4].unfold(0, 36, 36)[None, None, :, :32], False),  # a stride
+    ],
+)
+def test_what_tma_takes(change, taken):
+    assert takes_descriptor(change(torch.zeros(2, 33, 4, 32, dtype=torch.bfloat16))) is taken
 
 
 def test_no_nan_from_rows_that_see_nothing():

@@ -61,13 +61,19 @@ def rows_and_heads(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def takes_descriptor(x: torch.Tensor) -> bool:
-    """TMA wants a base address and strides that are multiples of 16 bytes, and int32 rows.
+    """Whether TMA takes a tensor of 2 or more dimensions, all but the last in any order."""
+    return x.data_ptr() % 16 == 0 and _fits_tma(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _fits_tma(shape: torch.Size, strides: tuple[int, ...], element_size: int) -> bool:
+    """TMA wants a contiguous last dimension, else strides of multiples of 16 bytes, int32 rows.
 
     A stride of 0, which expanded gradients have, is not taken either.
     """
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
-    return aligned and x.data_ptr() % 16 == 0 and all(n < 2**31 for n in x.shape)
+    outer = [stride for size, stride in zip(shape[:-1], strides, strict=False) if size > 1]
+    aligned = all(stride > 0 and stride * element_size % 16 == 0 for stride in outer)
+    return aligned and strides[-1] == 1 and max(shape) < 2**31
 
 
 def tma_strides(x: torch.Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from s2_kernels.launch import Packing, capability, head_major, takes_descriptor
+from s2_kernels.launch import Packing, capability, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
@@ -45,7 +45,7 @@ def why_not(
         return f"{k.shape[1]} keys for {q.shape[1]} queries (as many at least)"
     if packing is not None and packing.cu_k.data_ptr() != packing.cu_q.data_ptr():
         return "packed sequences with cu_seqlens_k of their own"
-    if not all(takes_descriptor(head_major(x)) for x in (q, k, v)):
+    if not (takes_descriptor(q) and takes_descriptor(k) and takes_descriptor(v)):
         return "strides or addresses that TMA does not take (multiples of 16 bytes only)"
     return None
 

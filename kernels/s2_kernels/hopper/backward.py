@@ -14,7 +14,7 @@ from s2_kernels.hopper import WIDEST
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
-from s2_kernels.launch import Packing, empty_like, head_major, takes_descriptor
+from s2_kernels.launch import Packing, empty_like, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
 
@@ -31,7 +31,7 @@ def launch_hopper_backward(
     packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
-    out, dout = (x if takes_descriptor(head_major(x)) else x.contiguous() for x in (out, dout))
+    out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
     if q.shape[-1] > WIDEST:
