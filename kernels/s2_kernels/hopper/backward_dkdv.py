@@ -39,6 +39,7 @@ from s2_kernels.hopper.primitives import (
     ROWS,
     TERM_LAYOUT,
     descriptor,
+    extents,
     load_rows,
     make_barriers,
     make_notes,
@@ -49,7 +50,7 @@ from s2_kernels.hopper.primitives import (
     term_descriptor,
     write,
 )
-from s2_kernels.launch import Packing, concurrent_programs, device_table, head_major, pad
+from s2_kernels.launch import Packing, concurrent_programs, device_table, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import lifetime, load_rule
 from s2_kernels.schedule import column_pairs
@@ -433,9 +434,8 @@ def launch_hopper_dkdv(
     packing: Packing | None = None,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
-    q_heads, k_heads = head_major(q), head_major(k)
-    b, h, s, d = q_heads.shape
-    g = k_heads.shape[1]
+    b, s, h, d, *_ = extents(q)
+    g = k.shape[-2]
     programs = concurrent_programs(q.device, num_warps=8)
     if packing:
         # Pairs of one more class begin anew; blocks of 256 may have a pair past the end.
@@ -446,26 +446,24 @@ def launch_hopper_dkdv(
     else:
         dealt, cut = column_pairs(pattern, s, b, programs, q.device)
         items, starts, n_slots, programs = dealt.items, dealt.starts, 0, dealt.programs
-    shape = (cut.n_slots * b if cut else 0, ROWS, 2 * pad(d))
-    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-    dk_heads, dv_heads = head_major(dk), head_major(dv)
+    partial = lse2.new_empty((cut.n_slots * b if cut else 0, ROWS, 2 * pad(d)))
     s2_hopper_dkdv_kernel[(programs,)](
-        descriptor(q_heads),
-        descriptor(k_heads),
-        descriptor(head_major(v)),
-        descriptor(head_major(dout)),
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(dout),
         term_descriptor(lse2),
         term_descriptor(delta),
-        descriptor(dk_heads),
-        descriptor(dv_heads),
+        descriptor(dk),
+        descriptor(dv),
         dk,
         dv,
         items,
         starts,
         device_table(pattern, q.device),
         partial,
-        strides_and_size(dk_heads),
-        strides_and_size(dv_heads),
+        strides_and_size(dk),
+        strides_and_size(dv),
         b,
         h,
         g,

@@ -43,20 +43,20 @@ from s2_kernels.hopper.primitives import (
     ROWS,
     TERM_LAYOUT,
     descriptor,
+    extents,
     keep_order,
     load_rows,
     make_barriers,
     make_notes,
     read_scalar,
+    strides_and_size,
     term_descriptor,
     write,
 )
 from s2_kernels.launch import (
     concurrent_programs,
     device_table,
-    head_major,
     pad,
-    rows_and_heads,
 )
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import head_offset, load_rule
@@ -358,24 +358,22 @@ def launch_hopper_dkdv_wide(
     softmax_scale: float,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
-    q_heads, k_heads = head_major(q), head_major(k)
-    b, h, s, d = q_heads.shape
-    g, t = k_heads.shape[1:3]
+    b, s, h, d, *_ = extents(q)
+    g, t = k.shape[-2], k.shape[-3]
     slots = concurrent_programs(q.device, num_warps=8)
     dealt, work = single_columns(pattern, s, b, slots, q.device)
-    shape = (work.n_slots * b, ROWS, 2 * pad(d))
-    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
     s2_hopper_dkdv_wide_kernel[(dealt.programs,)](
-        descriptor(q_heads),
-        descriptor(k_heads),
-        descriptor(head_major(v)),
-        descriptor(head_major(dout)),
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(dout),
         term_descriptor(lse2),
         term_descriptor(delta),
         dk,
         dv,
-        rows_and_heads(head_major(dk)),
-        rows_and_heads(head_major(dv)),
+        strides_and_size(dk)[:3],
+        strides_and_size(dv)[:3],
         dealt.items,
         dealt.starts,
         device_table(pattern, q.device),

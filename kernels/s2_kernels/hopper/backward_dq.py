@@ -29,6 +29,7 @@ from s2_kernels.hopper.packed import term_rows
 from s2_kernels.hopper.primitives import (
     count_items,
     descriptor,
+    extents,
     item_at,
     keep_order,
     kept_half,
@@ -44,7 +45,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write,
 )
-from s2_kernels.launch import Packing, device_table, head_major, pad
+from s2_kernels.launch import Packing, device_table, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, block_at
 
@@ -317,19 +318,17 @@ def launch_hopper_dq(
 
     lse, dlse: [b, h, s], or [h, T] packed, contiguous.
     """
-    q_heads, k_heads = head_major(q), head_major(k)
-    b, h, s, d = q_heads.shape
+    b, s, h, d, *_ = extents(q)
     rows = term_rows(s, packing.n_seqs) if packing else -(-s // 4) * 4  # TMA asks for 16 bytes
-    lse2, delta = (torch.empty((b, h, rows), dtype=lse.dtype, device=q.device) for _ in range(2))
-    work = query_items(pattern, q_heads, packing)
-    dq_heads = head_major(dq)
+    lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
+    work = query_items(pattern, q, packing)
     s2_hopper_dq_kernel[(work.programs,)](
-        descriptor(q_heads),
-        descriptor(k_heads),
-        descriptor(head_major(v)),
-        descriptor(head_major(out)),
-        descriptor(head_major(dout)),
-        descriptor(dq_heads),
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(out),
+        descriptor(dout),
+        descriptor(dq),
         dq,
         lse,
         dlse,
@@ -338,9 +337,9 @@ def launch_hopper_dq(
         work.items,
         work.starts,
         device_table(pattern, q.device),
-        strides_and_size(dq_heads),
+        strides_and_size(dq),
         h,
-        h // k_heads.shape[1],
+        h // k.shape[-2],
         work.slots,
         s,
         rows,

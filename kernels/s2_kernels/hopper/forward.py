@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.hopper.primitives import (
     count_items,
     descriptor,
+    extents,
     item_at,
     keep_order,
     kept_half,
@@ -47,7 +48,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write,
 )
-from s2_kernels.launch import Packing, device_table, empty_like, head_major, pad
+from s2_kernels.launch import Packing, device_table, empty_like, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at
 
@@ -393,25 +394,23 @@ def launch_hopper_forward(
     packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
-    q_heads, k_heads = head_major(q), head_major(k)
-    b, h, s, d = q_heads.shape
+    b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
-    out_heads = head_major(out)
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    work = query_items(pattern, q_heads, packing)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
+    work = query_items(pattern, q, packing)
     s2_hopper_forward_kernel[(work.programs,)](
-        descriptor(q_heads),
-        descriptor(k_heads),
-        descriptor(head_major(v)),
-        descriptor(out_heads),
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(out),
         out,
         lse,
         work.items,
         work.starts,
         device_table(pattern, q.device),
-        strides_and_size(out_heads),
+        strides_and_size(out),
         h,
-        h // k_heads.shape[1],
+        h // k.shape[-2],
         work.slots,
         s,
         softmax_scale * math.log2(math.e),

@@ -37,13 +37,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.hopper.primitives import (
-    ROWS,
-    box_layout,
     count_items,
     descriptor,
+    extents,
     item_at,
     keep_order,
     kept_half,
@@ -57,7 +55,7 @@ from s2_kernels.hopper.primitives import (
     read_scalar,
     write,
 )
-from s2_kernels.launch import device_table, empty_like, head_major, tma_strides
+from s2_kernels.launch import device_table, empty_like
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at
 
@@ -335,26 +333,21 @@ def launch_hopper_forward_wide(
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
-    q_heads, k_heads = head_major(q), head_major(k)
-    b, h, s, d = q_heads.shape
+    b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
-    out_heads = head_major(out)
-    half = [1, 1, ROWS, 128]
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
-    work = query_items(pattern, q_heads, None)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
+    work = query_items(pattern, q, None)
     s2_hopper_forward_wide_kernel[(work.programs,)](
-        descriptor(q_heads),
-        descriptor(k_heads),
-        descriptor(head_major(v)),
-        TensorDescriptor(
-            out_heads, list(out_heads.shape), tma_strides(out_heads), half, box_layout(128, q.dtype)
-        ),
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(out, columns=128),
         lse,
         work.items,
         work.starts,
         device_table(pattern, q.device),
         h,
-        h // k_heads.shape[1],
+        h // k.shape[-2],
         work.slots,
         s,
         softmax_scale * math.log2(math.e),

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.hopper.packed import packed_slots
-from s2_kernels.launch import Packing, concurrent_programs, pad, rows_and_heads, tma_strides
+from s2_kernels.launch import Packing, concurrent_programs, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import band_segments, block_at, count_blocks, lifetime, load_rule
 from s2_kernels.schedule import query_tiles
@@ -185,42 +185,82 @@ class QueryItems(NamedTuple):
     programs: int
 
 
-def query_items(
-    pattern: LayerPattern, q_heads: torch.Tensor, packing: Packing | None
-) -> QueryItems:
-    """The query tiles of [b, h, s, d], or of a packed batch [1, h, T, d]."""
-    b, h, s, _ = q_heads.shape
-    programs = concurrent_programs(q_heads.device, num_warps=8)
+def query_items(pattern: LayerPattern, q: torch.Tensor, packing: Packing | None) -> QueryItems:
+    """The query tiles of q [b, s, h, d], or of a packed batch [T, h, d]."""
+    b, s, h, *_ = extents(q)
+    programs = concurrent_programs(q.device, num_warps=8)
     if packing:
         slots, _ = packed_slots(packing.cu_q, s)
         return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
-    dealt = query_tiles(pattern, s, b, programs, q_heads.device)
+    dealt = query_tiles(pattern, s, b, programs, q.device)
     return QueryItems(dealt.items, dealt.starts, -(-s // (2 * ROWS)), dealt.programs)
 
 
+def extents(x: torch.Tensor) -> tuple[int, int, int, int, int, int, int]:
+    """b, s, h, d, and the strides of batch, row and head of [b, s, h, d], or packed [T, h, d]."""
+    if x.dim() == 3:
+        (s, h, d), (by_row, by_head, _) = x.shape, x.stride()
+        return 1, s, h, d, 0, by_row, by_head
+    (b, s, h, d), (by_batch, by_row, by_head, _) = x.shape, x.stride()
+    return b, s, h, d, by_batch, by_row, by_head
+
+
 def strides_and_size(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """What `store_some_rows` takes of [b, h, s, d]: strides of batch, row and head, and d."""
-    return *rows_and_heads(x), x.shape[-1]
+    """What `store_some_rows` takes of a tensor: strides of batch, row and head, and d."""
+    b, s, h, d, by_batch, by_row, by_head = extents(x)
+    return by_batch, by_row, by_head, d
 
 
-def descriptor(x: torch.Tensor) -> TensorDescriptor:
-    """A TMA descriptor over [batch, head, row, d] that moves [1, 1, 64, padded d]."""
-    box = [1, 1, ROWS, pad(x.shape[-1])]
-    return TensorDescriptor(x, list(x.shape), tma_strides(x), box, box_layout(box[-1], x.dtype))
+class HostLayout(gl.NVMMASharedLayout):
+    """A layout whose text, which Triton reads of every descriptor of every launch, is made once."""
+
+    @classmethod
+    def of(cls, layout: gl.NVMMASharedLayout) -> "HostLayout":
+        made = cls(**vars(layout))
+        object.__setattr__(made, "text", repr(layout))  # frozen, as layouts are
+        return made
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class Descriptor(TensorDescriptor):
+    """A TMA descriptor over what `takes_descriptor` has taken: it is not checked a second time."""
+
+    def __post_init__(self):
+        pass
+
+
+def descriptor(x: torch.Tensor, columns: int | None = None) -> Descriptor:
+    """A TMA descriptor over [b, s, h, d], or packed [T, h, d], that moves [1, 1, 64, padded d].
+
+    Or so many columns. In the order [batch, head, row, d]. A dimension of size 1 may have any stride
+    in torch, and gets one that TMA takes.
+    """
+    b, s, h, d, by_batch, by_row, by_head = extents(x)
+    unit = 16 // x.element_size()
+    by_batch, by_head = by_batch if b > 1 else unit, by_head if h > 1 else unit
+    strides = [by_batch, by_head, by_row if s > 1 else unit, 1]
+    return Descriptor(x, [b, h, s, d], strides, *box(columns or d, x.dtype))
 
 
 @functools.cache
-def box_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a box of 64 rows lies in shared memory: swizzled, as the tensor cores read it."""
+def box(d: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """What a descriptor moves, and how that lies in shared memory.
+
+    Swizzled, as the tensor cores read it.
+    """
+    shape = [1, 1, ROWS, pad(d)]
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, columns], dtype)
+    return shape, HostLayout.of(gl.NVMMASharedLayout.get_default_for(shape, dtype))
 
 
 TERM_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 """How the row terms lie in shared memory: plain, [1, 64] float32."""
+TERM_BOX = [1, ROWS], HostLayout.of(TERM_LAYOUT)
 
 
-def term_descriptor(x: torch.Tensor) -> TensorDescriptor:
+def term_descriptor(x: torch.Tensor) -> Descriptor:
     """A TMA descriptor over row terms [batch, head, rows] as [batch * head, rows]: [1, 64]."""
-    flat = x.flatten(0, 1)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, ROWS], TERM_LAYOUT)
+    b, h, rows = x.shape
+    return Descriptor(x, [b * h, rows], [rows, 1], *TERM_BOX)
