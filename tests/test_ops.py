@@ -4,7 +4,11 @@ import functools
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from s2_kernels import dense, local_stride, ops, s2_attention, s2_attention_varlen, sliding_window
 from s2_kernels.api import check_triton
@@ -84,6 +88,32 @@ def test_activation_recompute():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_selective_recompute_sees_the_operators():
+    """Eager mode takes a way of its own, on which dispatch modes must meet the operators."""
+    seen = []
+
+    def keep_attention(ctx, op, *args, **kwargs):
+        seen.append((op, ctx.is_recompute))
+        keep = op is ops.attention
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE
+
+    inputs = tensors(33, 1)
+    expected = torch.autograd.grad(loss_of(*inputs), inputs)
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+    loss = checkpoint(loss_of, *inputs, use_reentrant=False, context_fn=contexts)
+    got = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert (ops.attention, False) in seen and (ops.attention, True) in seen
+
+
+@pytest.mark.parametrize("attend", [ops.attend, ops.attention], ids=["eager", "operator"])
+def test_second_derivatives_are_refused(attend):
+    q, k, v, *rest = arguments(packed=False)
+    (dq,) = torch.autograd.grad(attend(q, k, v, *rest)[0].sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+
+
 def test_export():
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):
@@ -145,7 +175,7 @@ def test_no_nan_from_rows_that_see_nothing():
 
 def test_auto_follows_the_device(monkeypatch):
     called = []
-    monkeypatch.setattr(ops, "attention", lambda *args: called.append(1) or (None, None))
+    monkeypatch.setattr(ops, "attend", lambda *args: called.append(1) or (None, None))
     s2_attention(*tensors(1, 20), PATTERN)
     assert bool(called) == (DEVICE == "cuda")
 

@@ -65,7 +65,7 @@ def s2_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if backend in ON_GPU:
         numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
-        out, lse = ops.attention(q, k, v, None, None, *numbers)
+        out, lse = ops.attend(q, k, v, None, None, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
@@ -116,7 +116,8 @@ def s2_attention_backward(
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
     numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
-    return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *numbers)
+    with torch.no_grad():
+        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *numbers)
 
 
 def s2_attention_varlen(
@@ -173,7 +174,7 @@ def s2_attention_varlen(
         cu_seqlens_k = cu_seqlens_q if alike else cu_seqlens_k.int().contiguous()
         cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
         numbers = (pattern.key, scale, 0, deterministic, backend)
-        out, lse = ops.attention(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
+        out, lse = ops.attend(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = _each_sequence(run, q, k, v, pattern, scale, cu_seqlens_q, cu_seqlens_k)

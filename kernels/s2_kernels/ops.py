@@ -6,6 +6,8 @@ strides, and never look into launchers. The pattern goes in as a string (`LayerP
 Shapes as in forward.py; sequences are packed when cu_seqlens_q is given.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,20 @@ def _packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k) -> Packing | None:
     return None if cu_seqlens_q is None else Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
 
 
-@torch.library.custom_op("s2_kernels::attention", mutates_args=())
+def _operator(function: Callable) -> Callable:
+    """Registers a function that changes no argument as an operator of its name, and returns that.
+
+    As `torch.library.custom_op` does, which also looks for aliases in the results of every call,
+    and whose calls take the host twice as long.
+    """
+    name = f"s2_kernels::{function.__name__}"
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", function)
+    return getattr(torch.ops.s2_kernels, function.__name__).default
+
+
+@_operator
 def attention(
     q: Tensor,
     k: Tensor,
@@ -55,14 +70,14 @@ def attention(
     return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
 
 
-@attention.register_fake
+@torch.library.register_fake("s2_kernels::attention")
 def _(q, k, v, cu_seqlens_q, *rest):
     heads, tokens = q.shape[-2], q.shape[-3]
     lse_shape = (heads, tokens) if q.dim() == 3 else (q.shape[0], heads, tokens)
     return empty_like(q, v.shape[-1]), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("s2_kernels::attention_backward", mutates_args=())
+@_operator
 def attention_backward(
     q: Tensor,
     k: Tensor,
@@ -98,7 +113,7 @@ def attention_backward(
     )
 
 
-@attention_backward.register_fake
+@torch.library.register_fake("s2_kernels::attention_backward")
 def _(q, k, v, *rest):
     return tuple(empty_like(x, x.shape[-1]) for x in (q, k, v))
 
@@ -110,13 +125,50 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+class _Once(torch.autograd.Function):
+    """`attention_backward` under create_graph: it has no gradient itself, and says so."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return attention_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("s2_attention has no second derivative")
+
+
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = attention_backward(
+    grads = (_Once.apply if torch.is_grad_enabled() else attention_backward)(
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
     )
     return *grads, *(None,) * (len(ctx.numbers) + 2)
 
 
-attention.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("s2_kernels::attention", _backward, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """What `register_autograd` makes of `attention`, at a quarter of the host's time."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = attention(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """`attention`, by the way that takes the host the least time.
+
+    torch.compile and export are given the operator with its gradient. Otherwise a plain
+    `autograd.Function` calls the two operators, which dispatch modes (selective recompute, fake
+    tensors) see as well.
+    """
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if needs_grad and not torch.compiler.is_compiling():
+        return _Attention.apply(q, k, v, *rest)
+    return attention(q, k, v, *rest)
