@@ -10,7 +10,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from s2_kernels import dense, local_stride, ops, s2_attention, s2_attention_varlen, sliding_window
+from s2_kernels import (
+    api,
+    dense,
+    local_stride,
+    ops,
+    s2_attention,
+    s2_attention_varlen,
+    sliding_window,
+)
 from s2_kernels.api import check_triton
 from s2_kernels.launch import takes_descriptor
 
@@ -201,7 +209,7 @@ def test_old_gpu(monkeypatch):
     class OnOldGPU:
         is_cuda, device = True, torch.device("cuda")
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(api, "capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"Tesla T4, compute capability 7\.5.*'blocked'"):
         check_triton(OnOldGPU, None, None)

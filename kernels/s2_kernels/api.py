@@ -14,6 +14,7 @@ from s2_kernels.reference import reference_attention
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # only Linux has it
 if HAS_TRITON:
     from s2_kernels import ops
+    from s2_kernels.launch import capability
 
 BACKENDS = ("auto", "hopper", "triton", "blocked", "reference")
 ON_GPU = ("auto", "hopper", "triton")
@@ -280,7 +281,7 @@ def check_triton(
             f"{way_out}"
         )
     if q.is_cuda and not torch.compiler.is_compiling():  # torch.compile cannot trace the question
-        major, minor = torch.cuda.get_device_capability(q.device)
+        major, minor = capability(q.device)
         if (major, minor) < (8, 0):
             raise ValueError(
                 f"q is on {torch.cuda.get_device_name(q.device)}, compute capability "
