@@ -37,6 +37,7 @@ pytestmark = [
 HALVES = [torch.bfloat16, torch.float16]
 BANDS = [(4, 1), (16, 4), (None, 8)]
 
+EDGES = [(2, 1), (7, 3), (20, 6)]
 REAL = [
     Case("plain", _ls(8, 8, 64, 8, 8), 3001, d=128),
     Case("gqa", _ls(16, 4, 64, 4, 8, head_step=2), 2048, d=128, b=2),
@@ -51,6 +52,11 @@ REAL = [
     Case("one_query", _ls(4, 2, 64, 4, 4), 1, t=2500, d=128, q_offset=2499),
     Case("q_longer_than_k", _ls(4, 4, 64, 4, 8), 2000, t=700, d=128),
     *(Case(f"block{n}", _ls(4, 4, n, 4, 4), 2051, d=128) for n in (16, 32, 128, 256)),
+    *(Case(f"one_block_window{d}", _ls(4, 2, 64, 1, 3), 1500, d=d, b=2) for d in (128, 256)),
+    *(
+        Case(f"many_edges{d}", ranges(heads=4, kv_heads=2, block_size=64, bands=EDGES), 3011, d=d)
+        for d in (128, 256)
+    ),
     *(Case(f"head{d}", _ls(4, 2, 64, 4, 4), 1111, d=d) for d in (32, 48, 64, 80, 96, 192, 256)),
 ]
 
@@ -168,13 +174,12 @@ def test_packed(dtype, deterministic):
     test_varlen.check(_ls(8, 2, 64, 4, 4), LENGTHS, LENGTHS, dtype, d=128, **options)
 
 
-BANDS = [(2, 1), (7, 3), (20, 6)]
 PACKED = {
     "gqa": _ls(8, 2, 64, 4, 4),
     "mha": _ls(4, 4, 64, 4, 5),
     "block128": _ls(4, 4, 128, 2, 3),
     "block256": _ls(2, 2, 256, 2, 3),
-    "ranges": ranges(heads=4, kv_heads=2, block_size=64, bands=BANDS),
+    "ranges": ranges(heads=4, kv_heads=2, block_size=64, bands=EDGES),
     "dense_heads": _ls(4, 2, 64, 2, 4, dense_heads=1),
     "one_block": _ls(2, 2, 64, 1, 2),
 }

@@ -70,10 +70,11 @@ def producer(
             item, tables, heads, n_slots, s, PACKED
         )
         i_kv = i_head // group
-        kept, edges, n_kept, n_edges = query_list(i_kv, row, tables, B, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(i_kv, row, tables, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
         write(notes, 0, n_edges)
         write(notes, 1, n_kept)
+        write(notes, 2, unseen)
         ready = q_ready.index(0)
         mbarrier.expect(ready, 2 * d_q.block_type.nbytes + 4 * d_dout.block_type.nbytes)
         for w in gl.static_range(2):
@@ -198,10 +199,11 @@ def consumer(
         b_dq = gl.zeros([64, D], gl.float32, layout)
         begin = done + (n_edges if WARPGROUP == 1 else 0)
         diagonal = done + n_edges + n_kept + WARPGROUP
+        end = diagonal - (read_scalar(notes, 2) if WARPGROUP == 1 else 0)
         pass_over(done, begin, barriers, STAGES)
         done += n_edges + n_kept + 2
         for part in range(2):
-            high = gl.where(part == 0, gl.minimum(begin + 1, diagonal), diagonal)
+            high = gl.where(part == 0, gl.minimum(begin + 1, end), end)
             for p in range(begin + part, high):
                 b_dq = add_tile(
                     b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, p, buffers, barriers, STAGES,
@@ -211,12 +213,13 @@ def consumer(
                 # Not before they are used: a load from shared memory may be on its way until then.
                 # By now dq of the item before has left.
                 tma.store_wait(0)
-                mbarrier.arrive(q_free.index(0), pred=begin < diagonal)
+                mbarrier.arrive(q_free.index(0), pred=begin < end)
+        pass_over(end, diagonal, barriers, STAGES)
         b_dq = add_tile(
             b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, diagonal, buffers, barriers, STAGES,
             True,
         )  # fmt: skip
-        mbarrier.arrive(q_free.index(0), pred=begin == diagonal)
+        mbarrier.arrive(q_free.index(0), pred=begin == end)
         pass_over(diagonal + 1, done, barriers, STAGES)
         i_batch, i_head, row, start, length, at = query_item(
             item, tables, heads, n_slots, s, PACKED
@@ -279,7 +282,7 @@ def s2_hopper_dq_kernel(
     dq_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)  # and O of the next item
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, D], layout)
-    notes = make_notes(2)
+    notes = make_notes(3)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     free = make_barriers(STAGES, 2)

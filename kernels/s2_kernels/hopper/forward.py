@@ -101,12 +101,14 @@ def producer(
         i_batch, i_head, row, start, length, terms = query_item(
             item, tables, heads, n_slots, s, PACKED
         )
-        kept, edges, n_kept, n_edges = query_list(i_head // group, row, tables, B, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(i_head // group, row, tables, B, N_BANDS)
         halves = (row, kept, edges, n_kept, n_edges)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
         write(q_notes, 0, n_kept)
         write(q_notes, 1, n_edges)
         write(q_notes, 2, 64)
+        write(q_notes, 3, gl.where(n_edges > 0, 0, 64))
+        write(q_notes, 4, unseen * 64)
         mbarrier.expect(q_ready.index(0), 2 * d_q.block_type.nbytes)
         for w in gl.static_range(2):
             q_row = start + row + w * 64
@@ -273,7 +275,7 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
     mbarrier.wait(q_ready.index(0), 0)
     b_q = q_bufs.index(WARPGROUP).load(q_layout)
     n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
-    diagonal = read_scalar(q_notes, 2)
+    diagonal, first_column = read_scalar(q_notes, 2), read_scalar(q_notes, 3 + WARPGROUP)
     pass_over(0, WARPGROUP, k_bufs, k_ready, k_free)
     mbarrier.wait(k_ready.index(WARPGROUP), 0)
     b_s = warpgroup_mma(b_q, k_bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
@@ -283,7 +285,6 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         item = item_at(i_round, tables, PACKED)
         mbarrier.arrive(k_free.index((tile + WARPGROUP) % k_bufs.shape[0]))
         pass_over(tile + 1, tile + 2 - WARPGROUP, k_bufs, k_ready, k_free)
-        first_column = gl.where((n_edges == 0) & (WARPGROUP == 0), 64, 0)
         b_s = mask_first(b_s, first_column, diagonal)
         b_m = row_max(b_s, gl.full([64], float("-inf"), gl.float32, row_layout), scale_log2)
         b_p = probabilities(b_s, b_m, scale_log2)
@@ -314,7 +315,7 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
         b_q = q_bufs.index(WARPGROUP).load(q_layout)
         n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
-        diagonal = read_scalar(q_notes, 2)
+        diagonal, first_column = read_scalar(q_notes, 2), read_scalar(q_notes, 3 + WARPGROUP)
         if WARPGROUP == 1:
             k_stage, phase = turn(tile, k_bufs)
             mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
@@ -365,7 +366,7 @@ def s2_hopper_forward_kernel(
     k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 128, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 128, BLOCK_D], layout)
     out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
-    q_notes = make_notes(3)
+    q_notes = make_notes(5)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
     v_ready, v_free = make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2)

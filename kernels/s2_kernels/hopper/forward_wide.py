@@ -93,7 +93,7 @@ def producer(
             item, tables, heads, n_slots, s, False
         )
         i_kv = i_head // group
-        kept, edges, n_kept, n_edges = query_list(i_kv, row, tables, B, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(i_kv, row, tables, B, N_BANDS)
         n_before = n_edges + n_kept
         n = n_before + 2
         for w in gl.static_range(2):
@@ -102,7 +102,7 @@ def producer(
             write(q_notes, w * 4, passes)
             write(q_notes, w * 4 + 1, n - passes)
             write(q_notes, w * 4 + 2, (n_edges - passes) * w)
-            write(q_notes, w * 4 + 3, n_before + w - passes * w)
+            write(q_notes, w * 4 + 3, n_before + (1 - unseen - passes) * w)
             mbarrier.expect(q_ready.index(w), d_q.block_type.nbytes)
             load_rows(d_q, i_batch, i_head, row + w * 64, q_ready.index(w), q_bufs.index(w))
         col = 0
@@ -116,7 +116,8 @@ def producer(
                 mbarrier.wait(k_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
                 write(k_notes, tile % NOTES * 2, gl.where(p < n_before, 64, 0))
-                write(k_notes, tile % NOTES * 2 + 1, gl.where(p < n_edges, -64, (n - 1 - p) * 64))
+                hidden = (p < n_edges) | ((p == n_before) & (unseen > 0))
+                write(k_notes, tile % NOTES * 2 + 1, gl.where(hidden, -64, (n - 1 - p) * 64))
                 load_half_tile(d_k, i_batch, i_kv, col, tile, k_ready, k_bufs, STAGES)
             if p > 0:
                 tile = done + p - 1

@@ -76,9 +76,10 @@ def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
 def query_list(i_kv, row, tables, B: gl.constexpr, N_BANDS: gl.constexpr):
     """The KV half-tiles that a tile of 128 query rows sees, but for the two on its diagonal.
 
-    Returns (kept, edges, n_kept, n_edges): segments of blocks that both halves of the tile see
-    (`kept_half` is their p-th half-tile), of those that only the upper rows still keep (blocks of
-    64, then), and how many half-tiles each list has.
+    Returns (kept, edges, n_kept, n_edges, unseen): segments of blocks that both halves of the tile
+    see (`kept_half` is their p-th half-tile), of those that only the upper rows still keep (blocks
+    of 64, then), how many half-tiles each list has, and 1 if the lower rows do not see the first
+    half-tile on the diagonal (a window of one block of 64), else 0.
     """
     p_items, p_starts, p_table = tables
     rule = load_rule(p_table, i_kv, N_BANDS)
@@ -94,7 +95,8 @@ def query_list(i_kv, row, tables, B: gl.constexpr, N_BANDS: gl.constexpr):
         if j + 1 < N_BANDS:  # heads with fewer bands repeat their last one
             dropped &= reach != rule[3 + 2 * j]
         edges = edges + (block, 1, dropped.to(gl.int32))  # noqa: RUF005 - Triton has no (*a, b)
-    return kept, edges, n_kept, count_blocks(edges, N_BANDS)
+    unseen = ((first < last) & (lifetime(rule, first, N_BANDS) < 2)).to(gl.int32)
+    return kept, edges, n_kept, count_blocks(edges, N_BANDS), unseen
 
 
 @gluon.jit
@@ -234,8 +236,8 @@ class Descriptor(TensorDescriptor):
 def descriptor(x: torch.Tensor, columns: int | None = None) -> Descriptor:
     """A TMA descriptor over [b, s, h, d], or packed [T, h, d], that moves [1, 1, 64, padded d].
 
-    Or so many columns. In the order [batch, head, row, d]. A dimension of size 1 may have any stride
-    in torch, and gets one that TMA takes.
+    Or so many columns. In the order [batch, head, row, d]. A dimension of size 1 may have any
+    stride in torch, and gets one that TMA takes.
     """
     b, s, h, d, by_batch, by_row, by_head = extents(x)
     unit = 16 // x.element_size()
