@@ -48,8 +48,8 @@ def s2_attention(
         backend: "auto" takes "blocked" for tensors that are not on a GPU; else "hopper" where it
             can, saying once where it cannot, and "triton". "triton": head sizes 32 to 256 in
             multiples of 16, bfloat16, float16 and float32, a contiguous last dimension, compute
-            capability 8.0. "hopper": the kernels for compute capability 9.0 (head sizes 48 to 128,
-            blocks from 64 on, 16-bit types, q_offset 0, not packed).
+            capability 8.0. "hopper": the kernels for compute capability 9.0 (head sizes 48 to 256,
+            blocks from 64 on, 16-bit types, q_offset 0, as many keys as queries or more).
             "blocked": PyTorch, any device. "reference": dense mask, for tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
             in an order that varies. The other backends, which always do, do not read it.
@@ -149,7 +149,9 @@ def s2_attention_varlen(
         cu_seqlens_k: the same for k and v; default cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: length of the longest sequence, or more (tokens);
             max_seqlen_k must be given with cu_seqlens_k.
-        softmax_scale, return_lse, backend, deterministic: as in `s2_attention`.
+        softmax_scale, return_lse, backend, deterministic: as in `s2_attention`. "hopper" and "auto"
+            with it take head sizes to 128 and k packed like q; what follows a sequence in q, k, v
+            and the gradient of out must be finite, since its last tile reads on.
 
     Returns:
         out [T, h, dv], or (out, lse) with lse [h, T].
