@@ -270,7 +270,7 @@ def s2_hopper_dq_kernel(
     PACKED: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles, or packed.packed_slots.
+    """Grid: as many programs as fit the GPU. Items: see primitives.QueryItems.
 
     lse2 and delta: [b, h, rows], s rows and padding, which makes their strides fit TMA.
     """

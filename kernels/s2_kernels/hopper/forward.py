@@ -357,7 +357,7 @@ def s2_hopper_forward_kernel(
     K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles, or packed_tiles."""
+    """Grid: as many programs as fit the GPU. Items: see primitives.QueryItems."""
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
