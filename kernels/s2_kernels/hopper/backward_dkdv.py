@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.lists import FAR, column_rows, pair_of_sequence
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.hopper.primitives import (
     ROWS,
@@ -52,67 +53,12 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import Packing, concurrent_programs, device_table, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import lifetime, load_rule
+from s2_kernels.primitives import load_rule
 from s2_kernels.schedule import column_pairs
 
 STAGES = 3
-FAR = gl.constexpr(1 << 30)
-"""A row beyond any sequence: TMA reads zeros there, and writes nothing."""
 NOTES = gl.constexpr(10)
 """How many the producer leaves for each warpgroup of an item."""
-
-
-@gluon.jit
-def column_rows(rule, column, n_rows, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The query half-tiles [column, end) that see a column, a KV half-tile; none without one."""
-    block = column // (B // 64)
-    beyond = (n_rows - 1) // (B // 64) + 1  # keeps the product below inside int32
-    end = gl.minimum(block + lifetime(rule, block, N_BANDS), beyond) * (B // 64)
-    end = gl.where(column < 0, column, gl.minimum(end, n_rows))
-    return gl.maximum(end, column)
-
-
-@gluon.jit
-def class_column(rule, c, j: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The c-th column of those that live as long as band j reaches: wider bands select no other."""
-    stride, first = rule[2 + 2 * j], first_selected(rule, j)
-    i = c // (B // 64)
-    if j + 1 < N_BANDS:
-        period = rule[4 + 2 * j] // stride  # of which one is the wider band's
-        left_out = (first_selected(rule, j + 1) - first) // stride
-        rest = i % gl.maximum(period - 1, 1)
-        i = i // gl.maximum(period - 1, 1) * period + rest + (rest >= left_out).to(gl.int32)
-    return (first + i * stride) * (B // 64) + c % (B // 64)
-
-
-@gluon.jit
-def first_selected(rule, j: gl.constexpr):
-    """The first block that band j selects."""
-    stride = rule[2 + 2 * j]
-    return (stride - rule[0] % stride) % stride
-
-
-@gluon.jit
-def pair_of_sequence(rule, u, length, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The u-th pair of columns of a sequence, those that live longest first; -1: no such column."""
-    n_blocks = (length + B - 1) // B
-    column_0, column_1 = -1 + u * 0, -1 + u * 0
-    n_wider = u * 0
-    for j in gl.static_range(N_BANDS - 1, -1, -1):
-        stride = rule[2 + 2 * j]
-        n_selected = (n_blocks - first_selected(rule, j) + stride - 1) // stride
-        n_selected = gl.maximum(n_selected, 0)
-        n = (n_selected - n_wider) * (B // 64)
-        c = 2 * u
-        column_0 = gl.where((u >= 0) & (c < n), class_column(rule, c, j, B, N_BANDS), column_0)
-        column_1 = gl.where(
-            (u >= 0) & (c + 1 < n), class_column(rule, c + 1, j, B, N_BANDS), column_1
-        )
-        u = gl.where((u >= 0) & (c < n), -1, u - (n + 1) // 2)
-        n_wider = n_selected
-    n_columns = (length + 63) // 64
-    column_0 = gl.where(column_0 < n_columns, column_0, -1)
-    return column_0, gl.where(column_1 < n_columns, column_1, -1)
 
 
 @gluon.jit

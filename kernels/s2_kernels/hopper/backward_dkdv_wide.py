@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
-from s2_kernels.hopper.backward_dkdv import FAR, column_rows
+from s2_kernels.hopper.lists import FAR, column_rows
 from s2_kernels.hopper.primitives import (
     ROWS,
     TERM_LAYOUT,

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.packed import term_rows
 from s2_kernels.hopper.primitives import (
     count_items,
@@ -32,13 +33,11 @@ from s2_kernels.hopper.primitives import (
     extents,
     item_at,
     keep_order,
-    kept_half,
     load_rows,
     make_barriers,
     make_notes,
     query_item,
     query_items,
-    query_list,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -47,7 +46,7 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import Packing, device_table, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LOG2E, block_at
+from s2_kernels.primitives import LOG2E, load_rule
 
 
 @gluon.jit
@@ -60,6 +59,7 @@ def producer(
     The list: what only the upper rows see, what all see, the two half-tiles of the diagonal.
     """
     d_q, d_k, d_v, d_out, d_dout = descs
+    p_items, p_starts, p_table = tables
     q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
     q_ready, q_free, k_ready, v_ready, free = barriers
     heads, group, n_slots, s, rows, scale, scale_log2 = sizes
@@ -70,7 +70,8 @@ def producer(
             item, tables, heads, n_slots, s, PACKED
         )
         i_kv = i_head // group
-        kept, edges, n_kept, n_edges, unseen = query_list(i_kv, row, tables, B, N_BANDS)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
         write(notes, 0, n_edges)
         write(notes, 1, n_kept)
@@ -84,9 +85,7 @@ def producer(
             load_rows(d_out, i_batch, i_head, first, ready, dq_bufs.index(w))
         for p in range(n_edges + n_kept + 2):
             stage, phase = done % STAGES, done // STAGES & 1
-            i_half = kept_half(row, kept, n_kept, p - n_edges, B, N_BANDS)
-            i_half = gl.where(p < n_edges, block_at(edges, p, N_BANDS), i_half)
-            i_half = gl.where(p < n_edges + n_kept, i_half, row // 64 + p - n_edges - n_kept)
+            i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
             column = start + i_half * 64
             mbarrier.wait(free.index(stage), phase ^ 1)
             ready = k_ready.index(stage)

@@ -2,7 +2,7 @@
 
 Persistent programs of three partitions: a producer warp loads by TMA, two consumer warpgroups own
 64 query rows each of a tile of 128. A KV tile has 128 rows: two half-tiles of 64 that lie anywhere,
-the next two entries of the query tile's list of KV blocks (primitives.py), so that the shard, the
+the next two entries of the query tile's list of KV blocks (lists.py), so that the shard, the
 ranges and the window go through one pipeline. The scores of a tile are issued before the previous
 tile's P V, whose tensor-core time hides this tile's softmax.
 
@@ -29,19 +29,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.lists import FAR, paired_row, query_list
 from s2_kernels.hopper.primitives import (
     count_items,
     descriptor,
     extents,
     item_at,
     keep_order,
-    kept_half,
     load_rows,
     make_barriers,
     make_notes,
     query_item,
     query_items,
-    query_list,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -50,10 +49,7 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import Packing, device_table, empty_like, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, block_at
-
-FAR = gl.constexpr(1 << 30)
-"""A row beyond any sequence: TMA reads zeros there."""
+from s2_kernels.primitives import LN2, block_at, load_rule
 
 
 @gluon.jit
@@ -74,23 +70,13 @@ def load_half_tiles(desc, i_batch, i_kv, row_0, row_1, ready, buffer):
 
 
 @gluon.jit
-def half_row(halves, p, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """First row of the p-th half-tile: of those that both warpgroups see, the edges, then FAR."""
-    row, kept, edges, n_kept, n_edges = halves
-    edge = p - n_kept + 1
-    i_half = gl.where(
-        p < n_kept, kept_half(row, kept, n_kept, p, B, N_BANDS), block_at(edges, edge, N_BANDS)
-    )
-    return gl.where((p < n_kept) | (edge < n_edges), i_half * 64, FAR)
-
-
-@gluon.jit
 def producer(
     descs, buffers, barriers, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads Q of every item and the K and V tiles of its list; notes how long the list is."""
     d_q, d_k, d_v = descs
+    p_items, p_starts, p_table = tables
     q_bufs, k_bufs, v_bufs, q_notes = buffers
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     heads, group, n_slots, s, scale_log2 = sizes
@@ -101,8 +87,8 @@ def producer(
         i_batch, i_head, row, start, length, terms = query_item(
             item, tables, heads, n_slots, s, PACKED
         )
-        kept, edges, n_kept, n_edges, unseen = query_list(i_head // group, row, tables, B, N_BANDS)
-        halves = (row, kept, edges, n_kept, n_edges)
+        rule = load_rule(p_table, i_head // group, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
         write(q_notes, 0, n_kept)
         write(q_notes, 1, n_edges)
@@ -119,8 +105,8 @@ def producer(
             if p < 2:
                 row_0, row_1 = gl.where(p == 0, edge, row), row + p * 64
             else:
-                row_0 = half_row(halves, 2 * p - 4, B, N_BANDS)
-                row_1 = half_row(halves, 2 * p - 3, B, N_BANDS)
+                row_0 = paired_row(row, kept, edges, n_kept, n_edges, 2 * p - 4, B, N_BANDS)
+                row_1 = paired_row(row, kept, edges, n_kept, n_edges, 2 * p - 3, B, N_BANDS)
             stage, phase = turn(tile, k_bufs)
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             ready = k_ready.index(stage)

@@ -38,26 +38,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.lists import off_diagonal, query_list
 from s2_kernels.hopper.primitives import (
     count_items,
     descriptor,
     extents,
     item_at,
     keep_order,
-    kept_half,
     load_rows,
     make_barriers,
     make_notes,
     query_item,
     query_items,
-    query_list,
     read,
     read_scalar,
     write,
 )
 from s2_kernels.launch import device_table, empty_like
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, block_at
+from s2_kernels.primitives import LN2, load_rule
 
 STAGES = 2
 NOTES = gl.constexpr(4)
@@ -83,6 +82,7 @@ def producer(
     of these that needs no mask and the first after it that does.
     """
     d_q, d_k, d_v = descs
+    p_items, p_starts, p_table = tables
     q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
     heads, group, n_slots, s, scale_log2 = sizes
@@ -93,7 +93,8 @@ def producer(
             item, tables, heads, n_slots, s, False
         )
         i_kv = i_head // group
-        kept, edges, n_kept, n_edges, unseen = query_list(i_kv, row, tables, B, N_BANDS)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         n_before = n_edges + n_kept
         n = n_before + 2
         for w in gl.static_range(2):
@@ -109,8 +110,7 @@ def producer(
         for p in range(n + 1):
             col_before = col
             if p < n:
-                i_half = kept_half(row, kept, n_kept, p - n_edges, B, N_BANDS)
-                i_half = gl.where(p < n_edges, block_at(edges, p, N_BANDS), i_half)
+                i_half = off_diagonal(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
                 col = gl.where(p < n_before, i_half * 64, row + (p - n_before) * 64)
                 tile = done + p
                 mbarrier.wait(k_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)

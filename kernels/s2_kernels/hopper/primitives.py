@@ -16,7 +16,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import band_segments, block_at, count_blocks, lifetime, load_rule
 from s2_kernels.schedule import query_tiles
 
 ROWS = 64
@@ -70,42 +69,6 @@ def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
     else:
         row, zero = (n_slots - 1 - item % n_slots) * 128, item * 0
         return i_head // heads, i_head % heads, row, zero, s, zero
-
-
-@gluon.jit
-def query_list(i_kv, row, tables, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The KV half-tiles that a tile of 128 query rows sees, but for the two on its diagonal.
-
-    Returns (kept, edges, n_kept, n_edges, unseen): segments of blocks that both halves of the tile
-    see (`kept_half` is their p-th half-tile), of those that only the upper rows still keep (blocks
-    of 64, then), how many half-tiles each list has, and 1 if the lower rows do not see the first
-    half-tile on the diagonal (a window of one block of 64), else 0.
-    """
-    p_items, p_starts, p_table = tables
-    rule = load_rule(p_table, i_kv, N_BANDS)
-    first, last = row // B, (row + 127) // B
-    kept = band_segments(rule, last, last, first, False, N_BANDS)  # before first, seen by last
-    n_kept = count_blocks(kept, N_BANDS) * (B // 64) + row // 64 - first * (B // 64)
-    edges = ()
-    for j in gl.static_range(N_BANDS):  # what first is the last block to see
-        reach = rule[1 + 2 * j]
-        block = first - reach + 1
-        dropped = (block >= 0) & (block < first) & (first < last)
-        dropped &= lifetime(rule, gl.maximum(block, 0), N_BANDS) == reach
-        if j + 1 < N_BANDS:  # heads with fewer bands repeat their last one
-            dropped &= reach != rule[3 + 2 * j]
-        edges = edges + (block, 1, dropped.to(gl.int32))  # noqa: RUF005 - Triton has no (*a, b)
-    unseen = ((first < last) & (lifetime(rule, first, N_BANDS) < 2)).to(gl.int32)
-    return kept, edges, n_kept, count_blocks(edges, N_BANDS), unseen
-
-
-@gluon.jit
-def kept_half(row, kept, n_kept, p, B: gl.constexpr, N_BANDS: gl.constexpr):
-    """The p-th half-tile, in units of 64 rows: of the blocks, then of the diagonal's own block."""
-    block = block_at(kept, p // (B // 64), N_BANDS)
-    i_half = block * (B // 64) + p % (B // 64)
-    before = row // 64 - n_kept + p  # the last ones stand right before the tile
-    return gl.where(before >= row // B * (B // 64), before, i_half)
 
 
 @gluon.jit

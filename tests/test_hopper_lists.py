@@ -1,0 +1,126 @@
+"""The Hopper kernels' lists of KV half-tiles and of columns, by the interpreter: no GPU needed.
+
+What each warpgroup attends to, by the rules in hopper/forward.py and backward_dq.py, against the
+definition: row i of blocks sees block k while 0 <= i - k < lifetime.
+"""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from attention_cases import _ls
+
+from s2_kernels import dense, ranges, sliding_window
+from s2_kernels.hopper.lists import (
+    FAR,
+    column_rows,
+    listed_half,
+    pair_of_sequence,
+    paired_row,
+    query_list,
+)
+from s2_kernels.primitives import load_rule
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+
+PATTERNS = {
+    "plain": _ls(3, 3, 64, 4, 5),
+    "shard_at_the_edge": _ls(4, 4, 64, 4, 4),
+    "one_block_window": _ls(2, 2, 64, 1, 3),
+    "block128": _ls(2, 2, 128, 2, 3),
+    "block256": _ls(2, 2, 256, 2, 3),
+    "many_edges": ranges(heads=3, block_size=64, bands=[(2, 1), (7, 3), (20, 6)]),
+    "three_ranges": ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)]),
+    "dense_heads": _ls(3, 3, 64, 2, 4, dense_heads=1),
+    "window": sliding_window(heads=1, block_size=64, local_blocks=3),
+    "dense": dense(heads=1, block_size=64),
+}
+BLOCKS = 26
+"""Half-tiles of the longest sequence."""
+
+
+@triton.jit
+def lists_kernel(
+    p_table, p_out, row, i_kv, MOST: tl.constexpr, B: tl.constexpr, BANDS: tl.constexpr
+):
+    """n_kept, n_edges, unseen, first edge or FAR; then paired_row and listed_half of 0..MOST-1."""
+    rule = load_rule(p_table, i_kv, BANDS)
+    kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, BANDS)
+    tl.store(p_out, n_kept)
+    tl.store(p_out + 1, n_edges)
+    tl.store(p_out + 2, unseen)
+    for p in range(MOST):
+        i_row = paired_row(row, kept, edges, n_kept, n_edges, p, B, BANDS)
+        i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, BANDS)
+        tl.store(p_out + 3 + p, i_row)
+        tl.store(p_out + 3 + MOST + p, i_half)
+
+
+@triton.jit
+def pairs_kernel(p_table, p_out, n_slots, length, i_kv, B: tl.constexpr, BANDS: tl.constexpr):
+    """Two columns of every slot of a sequence, and where the rows that see them end."""
+    rule = load_rule(p_table, i_kv, BANDS)
+    for u in range(n_slots):
+        column_0, column_1 = pair_of_sequence(rule, u, length, B, BANDS)
+        n_rows = (length + 63) // 64
+        tl.store(p_out + u * 4, column_0)
+        tl.store(p_out + u * 4 + 1, column_1)
+        tl.store(p_out + u * 4 + 2, column_rows(rule, column_0, n_rows, B, BANDS))
+        tl.store(p_out + u * 4 + 3, column_rows(rule, column_1, n_rows, B, BANDS))
+
+
+def seen_by(pattern, head, half):
+    """The KV half-tiles that query half-tile `half` sees, by the definition."""
+    per = pattern.block_size // 64
+    i = half // per
+    return [k for k in range(half + 1) if i - k // per < pattern.lifetime(head, k // per)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_each_warpgroup_attends_to_what_its_rows_see(pattern):
+    table, most = pattern.table(), BLOCKS + 2
+    for head in range(pattern.kv_heads):
+        for row in range(0, BLOCKS * 64, 128):
+            out = torch.zeros(3 + 2 * most, dtype=torch.int32)
+            lists_kernel[(1,)](table, out, row, head, most, pattern.block_size, pattern.n_bands)
+            n_kept, n_edges, unseen, *rest = out.tolist()
+            paired, listed = [x // 64 for x in rest[:most]], rest[most:]
+            upper, lower = seen_by(pattern, head, row // 64), seen_by(pattern, head, row // 64 + 1)
+            kept, others = paired[:n_kept], paired[n_kept : n_kept + max(n_edges - 1, 0)]
+            after = n_kept + len(others)
+            assert paired[after : after + 1] == [FAR.value // 64]
+            # The forward kernel: a diagonal tile each, what both see, the other edges.
+            edge = listed[:1] if n_edges else []
+            assert sorted([*edge, row // 64, *kept, *others]) == upper
+            first = [] if unseen else [row // 64]
+            assert sorted([*first, row // 64 + 1, *kept]) == lower
+            # dq: one list, of which each warpgroup passes over one end.
+            n = n_edges + n_kept + 2
+            assert sorted(listed[: n - 1]) == upper
+            assert sorted([*listed[n_edges : n - 2], *first, listed[n - 1]]) == lower
+            assert listed[n - 2 : n] == [row // 64, row // 64 + 1]
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 700, 1500, BLOCKS * 64])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_every_column_of_a_packed_sequence_once(pattern, length):
+    size = pattern.block_size
+    extra = pattern.n_bands // 2 if size == 64 else size // 256
+    slots, columns = -(-length // 128) + extra, -(-length // 64)
+    for head in range(pattern.kv_heads):
+        out = torch.zeros(slots, 4, dtype=torch.int32)
+        pairs_kernel[(1,)](pattern.table(), out, slots, length, head, size, pattern.n_bands)
+        seen = []
+        for column_0, column_1, end_0, end_1 in out.tolist():
+            lives = {pattern.lifetime(head, c * 64 // size) for c in (column_0, column_1) if c >= 0}
+            assert len(lives) <= 1
+            for column, end in ((column_0, end_0), (column_1, end_1)):
+                if column < 0:
+                    assert end == column  # no rows
+                    continue
+                seen.append(column)
+                block = column * 64 // size
+                rows = [i for i in range(column, columns)
+                        if i * 64 // size - block < pattern.lifetime(head, block)]  # fmt: skip
+                assert list(range(column, end)) == rows
+        assert sorted(seen) == list(range(columns))
