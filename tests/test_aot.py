@@ -15,7 +15,7 @@ PROBE = """
 import json
 import torch
 from aot import compiled, main_loops, usage
-from s2_kernels import backward_dkdv, block_sparse, block_sparse_kernels, local_stride
+from s2_kernels import backward_dkdv, block_sparse, block_sparse_kernels, local_stride, ranges
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
 from s2_kernels.hopper.backward import launch_hopper_backward
@@ -47,8 +47,12 @@ def run_sparse(n):
     block_sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
 
 
-def run_hopper(n, d, pattern, packing=None):
-    q, k, v, dout = tensors(n, d=d) if packing else tensors(1, n, d=d)
+three = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
+
+
+def run_hopper(n, d, pattern, packing=None, dtype=torch.bfloat16):
+    shape = (n,) if packing else (1, n)
+    q, k, v, dout = (x.to(dtype) for x in tensors(*shape, d=d))
     options = (packing,) if d <= 128 else ()
     launch = launch_hopper_forward if d <= 128 else launch_hopper_forward_wide
     out, lse = launch(q, k, v, pattern, 0.1, *options)
@@ -66,6 +70,8 @@ def run_all(n):  # returns how many launches came before those of packed sequenc
     run_sparse(n)
     run_hopper(n, 128, pattern)
     run_hopper(n, 128, local_stride(heads=4, block_size=128, local_blocks=2, stride=4))
+    run_hopper(n, 128, three)
+    run_hopper(n, 128, pattern, dtype=torch.float16)
     run_hopper(n, 64, pattern)
     run_hopper(n, 256, pattern)
     dense = len(kernels)
@@ -109,9 +115,9 @@ WIDE_DKDV_LOOPS = [  # the warpgroup of dv, that of dk
 ]
 KERNELS = dict(  # how many kinds of each: dense and packed; dk and dv also fused with dq
     s2_forward_kernel=2,
-    s2_hopper_forward_kernel=4,  # d = 128, with blocks of 128, packed, d = 64
-    s2_hopper_dkdv_kernel=4,
-    s2_hopper_dq_kernel=4,
+    s2_hopper_forward_kernel=6,  # d = 128, blocks of 128, ranges, float16, packed, d = 64
+    s2_hopper_dkdv_kernel=6,
+    s2_hopper_dq_kernel=6,
     s2_hopper_forward_wide_kernel=1,
     s2_hopper_dkdv_wide_kernel=1,
     s2_packed_slots_kernel=2,  # for queries, for columns

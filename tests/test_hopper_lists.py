@@ -21,7 +21,9 @@ from s2_kernels.hopper.lists import (
 )
 from s2_kernels.primitives import load_rule
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="in the interpreter, which is off with a GPU"
+)
 
 PATTERNS = {
     "plain": _ls(3, 3, 64, 4, 5),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
 from s2_kernels import (
     api,
     dense,
+    hopper,
     local_stride,
     ops,
     s2_attention,
@@ -232,3 +233,29 @@ def test_packing_errors_name_the_argument(change, words):
     good = dict(q=q, k=k, v=v, pattern=PATTERN, max_seqlen_q=15)
     with pytest.raises(ValueError, match=words):
         s2_attention_varlen(**good | dict(cu_seqlens_q=torch.tensor([0, 5, 20])) | change)
+
+
+class OnHopper(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU; the CPU counts as a Hopper."""
+
+    is_cuda = True
+
+
+def test_what_the_hopper_kernels_leave_to_the_portable_ones():
+    """Columns that no query reaches would be left out of dk and dv: not with more keys."""
+    pattern = local_stride(heads=4, kv_heads=2, local_blocks=2, stride=3)
+
+    def on_hopper(n, heads, d=128):
+        return torch.zeros(1, n, heads, d).bfloat16().as_subclass(OnHopper)
+
+    def why(s, t, d=128, **options):
+        q, k = on_hopper(s, 4, d), on_hopper(t, 2, d)
+        return hopper.why_not(q, k, k, pattern, None, **options)
+
+    assert why(200, 200) is None and why(200, 200, d=256) is None
+    assert why(200, 328) == why(200, 100) == "more or fewer keys than queries"
+    assert why(200, 200, q_offset=64) == why(200, 200, q_offset=1) == "a q_offset other than 0"
+    assert "48 to 256" in why(200, 200, d=32)
+    q, k = on_hopper(200, 4), on_hopper(328, 2)
+    with pytest.raises(ValueError, match=r"more or fewer keys .*200.*328.*choose 'auto'"):
+        hopper.takes(q, k, k, pattern, None, 0, "hopper", "forward")

@@ -51,6 +51,7 @@ REAL = [
     Case("q_offset_aligned", _ls(4, 2, 64, 4, 4), 777, t=2500, d=128, q_offset=1728),
     Case("one_query", _ls(4, 2, 64, 4, 4), 1, t=2500, d=128, q_offset=2499),
     Case("q_longer_than_k", _ls(4, 4, 64, 4, 8), 2000, t=700, d=128),
+    Case("k_longer_than_q", _ls(4, 4, 64, 4, 8), 700, t=2000, d=128),
     *(Case(f"block{n}", _ls(4, 4, n, 4, 4), 2051, d=128) for n in (16, 32, 128, 256)),
     *(Case(f"one_block_window{d}", _ls(4, 2, 64, 1, 3), 1500, d=d, b=2) for d in (128, 256)),
     *(
@@ -98,7 +99,7 @@ def test_hopper(case, dtype):
     q, k, v, *_ = make_inputs(case, dtype, "cuda")
     if hopper.why_not(q, k, v, case.pattern, None, case.q_offset):
         small = case.pattern.block_size < 64 or case.d < 48
-        assert small or case.q_offset or case.kv_len < case.s
+        assert small or case.q_offset or case.kv_len != case.s
         with pytest.raises(ValueError, match="backend='hopper' does not take"):
             s2_attention(q, k, v, case.pattern, q_offset=case.q_offset, backend="hopper")
         return

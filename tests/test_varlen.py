@@ -99,7 +99,7 @@ def test_new_lengths_reuse_the_work_list():
     )  # for three documents; 97 and 104 are 100's
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's")
+@pytest.mark.skipif(DEVICE != "cpu", reason="in the interpreter, which is off with a GPU")
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("lengths", [[300, 1, 0, 128, 257], [5], [64] * 150])
 def test_slots_of_packed_sequences(lengths, extra):

@@ -26,7 +26,10 @@ def why_not(
     packing: Packing | None,
     q_offset: int = 0,
 ) -> str | None:
-    """What keeps the Hopper kernels from these inputs; None where they take them."""
+    """What keeps the Hopper kernels from these inputs; None where they take them.
+
+    Without lengths and positions, which change from call to call: it is announced once per text.
+    """
     if not HAS_GLUON:
         return "this Triton has no Gluon for Hopper (3.6 has)"
     if not q.is_cuda or capability(q.device)[0] != 9:
@@ -40,9 +43,9 @@ def why_not(
     if packing is not None and q.shape[-1] > WIDEST:
         return f"packed sequences with head size {q.shape[-1]} (up to {WIDEST})"
     if q_offset:
-        return f"q_offset {q_offset} (0 only)"
-    if packing is None and k.shape[1] < q.shape[1]:
-        return f"{k.shape[1]} keys for {q.shape[1]} queries (as many at least)"
+        return "a q_offset other than 0"
+    if packing is None and k.shape[1] != q.shape[1]:
+        return "more or fewer keys than queries"
     if packing is not None and packing.cu_k.data_ptr() != packing.cu_q.data_ptr():
         return "packed sequences with cu_seqlens_k of their own"
     if not (takes_descriptor(q) and takes_descriptor(k) and takes_descriptor(v)):
@@ -69,7 +72,10 @@ def takes(
         return False
     reason = why_not(q, k, v, pattern, packing, q_offset)
     if reason and backend == "hopper":
-        raise ValueError(f"backend='hopper' does not take {reason}; choose 'auto' or 'triton'")
+        raise ValueError(
+            f"backend='hopper' does not take {reason}: q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"q_offset {q_offset}; choose 'auto' or 'triton'"
+        )
     if reason and q.is_cuda and capability(q.device)[0] == 9:
         announce(which, reason)
     return reason is None

@@ -10,7 +10,7 @@ import torch
 from s2_kernels.backward import row_terms
 from s2_kernels.backward_dq import launch_dq
 from s2_kernels.configs import backward_config, fit
-from s2_kernels.hopper import WIDEST
+from s2_kernels.hopper import WIDEST, announce
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
@@ -35,9 +35,11 @@ def launch_hopper_backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
     if q.shape[-1] > WIDEST:
+        announce("dq", f"head size {q.shape[-1]} (up to {WIDEST})")
         lse2, delta = row_terms(out, lse, dout, dlse)
         inputs = (q, k, v, dout, lse2, delta)
-        config = fit(backward_config("dq", q.shape[-1], q.dtype, (9, 0)), pattern.block_size, True)
+        config = backward_config("dq", q.shape[-1], q.dtype, (9, 0))
+        config = fit(config, pattern.block_size, gather=True)
         launch_dq(*inputs, dq, pattern, softmax_scale, 0, None, config, "ieee")
         launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale)
         return dq, dk, dv
