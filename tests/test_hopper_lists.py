@@ -15,8 +15,8 @@ from s2_kernels.hopper.lists import (
     FAR,
     column_rows,
     listed_half,
+    listed_row,
     pair_of_sequence,
-    paired_row,
     query_list,
 )
 from s2_kernels.primitives import load_rule
@@ -45,14 +45,14 @@ BLOCKS = 26
 def lists_kernel(
     p_table, p_out, row, i_kv, MOST: tl.constexpr, B: tl.constexpr, BANDS: tl.constexpr
 ):
-    """n_kept, n_edges, unseen, first edge or FAR; then paired_row and listed_half of 0..MOST-1."""
+    """n_kept, n_edges, unseen, first edge or FAR; then listed_row and listed_half of 0..MOST-1."""
     rule = load_rule(p_table, i_kv, BANDS)
     kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, BANDS)
     tl.store(p_out, n_kept)
     tl.store(p_out + 1, n_edges)
     tl.store(p_out + 2, unseen)
     for p in range(MOST):
-        i_row = paired_row(row, kept, edges, n_kept, n_edges, p, B, BANDS)
+        i_row = listed_row(row, kept, edges, n_kept, n_edges, p, B, BANDS)
         i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, BANDS)
         tl.store(p_out + 3 + p, i_row)
         tl.store(p_out + 3 + MOST + p, i_half)

@@ -306,6 +306,32 @@ def test_torch_compile():
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_cuda_graph(backend):
+    """A captured call runs again with what its counters and descriptors were made of."""
+    (q, k, v), dout = tensors(2000)
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = s2_attention(*leaves, _ls(8, 8, 64, 4, 8), backend=backend)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        for x in (q, k, v, dout):
+            x.data.normal_()
+        graph.replay()
+        for a, b in zip(captured, run(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("kv_heads", [8, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 def test_the_same_bits_every_time(backend, kv_heads):

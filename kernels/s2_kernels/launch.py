@@ -49,6 +49,28 @@ def concurrent_programs(device: torch.device, num_warps: int) -> int:
     return count * max(1, 8 // num_warps)
 
 
+_COUNTERS: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+"""Counters that no launch has had yet, by device and stream."""
+
+
+def fresh_counter(device: torch.device) -> torch.Tensor:
+    """int32 [1], 0, for one launch on the current stream: persistent programs count items with it.
+
+    Of many that are set to 0 at once: before every launch that would cost microseconds of a GPU
+    that waits. A captured launch runs many times: it has a counter that the graph sets to 0.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    try:
+        return _COUNTERS[key].pop()
+    except (KeyError, IndexError):
+        # 16 bytes apart: Triton compiles once more for another alignment.
+        rows = torch.zeros((256, 4), dtype=torch.int32, device=device).unbind()
+        _COUNTERS[key] = list(rows)
+        return _COUNTERS[key].pop()
+
+
 def head_major(x: torch.Tensor) -> torch.Tensor:
     """[b, s, h, d] or packed [T, h, d] -> the view [b, h, s, d] that descriptors cover."""
     return (x[None] if x.dim() == 3 else x).transpose(1, 2)

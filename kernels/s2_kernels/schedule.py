@@ -18,7 +18,6 @@ from s2_kernels.pattern import LayerPattern
 SHORTEST_PIECE = 32
 """Tiles below which a column is not cut: adding up its pieces would cost more than it saves."""
 
-
 ITEM_OVERHEAD = 1
 """What starting and ending an item takes of a Hopper program, in half-tiles of 64 tokens."""
 
@@ -82,8 +81,8 @@ def query_tiles(
         gone = np.searchsorted(dropped, last, side="right")
         edges = gone - np.searchsorted(dropped, first, side="right")
         kept = (first - gone) * (size // 64) + row // 64 - first * (size // 64)
-        pairs = (kept + np.maximum(edges - 1, 0) + 1) // 2
-        costs.append(np.repeat((2 * pairs + 2 + ITEM_OVERHEAD)[None], group, axis=0))
+        cost = kept + np.maximum(edges - 1, 0) + 2 + ITEM_OVERHEAD
+        costs.append(np.repeat(cost[None], group, axis=0))
     cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
     return deal(np.arange(len(cost)), cost, programs, device)
 
@@ -164,10 +163,23 @@ def column_work(
     )
 
 
+def _in_turn(items: np.ndarray, cost: np.ndarray, n_seqs: int) -> np.ndarray:
+    """Items of n_seqs sequences, in the order to take them; they get the sequence as last column.
+
+    By cost, in powers of two, so that what comes last is short; within one, by sequence and head
+    (the first column): programs work on few heads at a time, whose queries stay in the cache.
+    """
+    sequence = np.tile(np.arange(n_seqs), len(items))
+    items = np.concatenate([np.repeat(items, n_seqs, axis=0), sequence[:, None]], axis=1)
+    cost = np.repeat(cost, n_seqs)
+    power = np.frexp(np.maximum(cost, 1))[1]
+    return items[np.lexsort([-cost, items[:, 0], sequence, -power])]
+
+
 @functools.lru_cache(maxsize=256)
 def column_pairs(
     pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
-) -> tuple[Dealt, ColumnWork]:
+) -> ColumnWork:
     """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
 
     The two columns of a pair live equally long, and are neighbours among those that do. Items,
@@ -194,22 +206,21 @@ def column_pairs(
     first_slot = np.where(is_cut, 2 * (np.cumsum(pieces * is_cut) - pieces), -1)
     slot = np.where(is_cut[item], first_slot[item] + piece, -1)
     items = np.stack([head[item], first[item], second[item], piece, pieces[item], slot], axis=1)
-    items = np.repeat(items, n_seqs, axis=0)
-    sequence = np.tile(np.arange(n_seqs), len(item))[:, None]
-    weight = np.repeat((cost / pieces)[item] + ITEM_OVERHEAD, n_seqs)
     cut = [
         np.stack([head, column, first_slot + w * pieces, pieces], axis=1)[is_cut & (column >= 0)]
         for w, column in enumerate((first, second))
     ]
-    dealt = deal(np.concatenate([items, sequence], axis=1), weight, programs, device)
-    cut = _on_device(np.concatenate(cut), device)
-    return dealt, ColumnWork(dealt.items, cut, 2 * int((pieces * is_cut).sum()))
+    return ColumnWork(
+        _on_device(_in_turn(items, (cost / pieces)[item], n_seqs), device),
+        _on_device(np.concatenate(cut), device),
+        2 * int((pieces * is_cut).sum()),
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def single_columns(
     pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
-) -> tuple[Dealt, ColumnWork]:
+) -> ColumnWork:
     """Columns of 64 tokens, for the Hopper kernel at wide heads; and which of them are cut.
 
     Items, int32 [n_items, 6]: KV head, column, piece, number of pieces, slot of the piece
@@ -222,9 +233,8 @@ def single_columns(
     first_slot = np.where(is_cut, np.cumsum(pieces * is_cut) - pieces, -1)
     slot = np.where(is_cut[item], first_slot[item] + piece, -1)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
-    items = np.repeat(items, n_seqs, axis=0)
-    sequence = np.tile(np.arange(n_seqs), len(item))[:, None]
-    weight = np.repeat((cost / pieces)[item] + ITEM_OVERHEAD, n_seqs)
-    cut = np.stack([head, column, first_slot, pieces], axis=1)[is_cut]
-    dealt = deal(np.concatenate([items, sequence], axis=1), weight, programs, device)
-    return dealt, ColumnWork(dealt.items, _on_device(cut, device), int((pieces * is_cut).sum()))
+    return ColumnWork(
+        _on_device(_in_turn(items, (cost / pieces)[item], n_seqs), device),
+        _on_device(np.stack([head, column, first_slot, pieces], axis=1)[is_cut], device),
+        int((pieces * is_cut).sum()),
+    )

@@ -14,8 +14,9 @@ The diagonal tile, the last one of a column, is the only one with a mask. Rows p
 queries arrive as zeros and add nothing; in a packed batch the next sequence's rows arrive, and
 their terms are replaced by those of rows that see nothing.
 
-The items of a dense batch are dealt on the host. How long packed sequences are, the host does not
-know: programs take the next pair of columns when they are done with one, the shard's first.
+Programs take the next pair of columns when they are done with one, long ones first: those of a
+dense batch from a list made on the host (schedule.py); how long packed sequences are, the host does
+not know, and the pairs are worked out from the sequence's length.
 
 Shapes and formulas as in s2_kernels/backward.py.
 """
@@ -44,6 +45,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    next_item,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -51,7 +53,7 @@ from s2_kernels.hopper.primitives import (
     term_descriptor,
     write,
 )
-from s2_kernels.launch import Packing, concurrent_programs, device_table, pad
+from s2_kernels.launch import Packing, concurrent_programs, device_table, fresh_counter, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import load_rule
 from s2_kernels.schedule import column_pairs
@@ -62,26 +64,13 @@ NOTES = gl.constexpr(10)
 
 
 @gluon.jit
-def next_item(i_round, work, sizes, PACKED: gl.constexpr):
-    """The number of the item to do next, or -1: the next dealt one, or the next that is left."""
-    p_items, p_starts, p_table, p_partial = work
-    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
-    if PACKED:
-        item = gl.atomic_add(p_starts, 1)
-        return gl.where(item < n_slots * kv_heads, item, -1)
-    else:
-        first, end = gl.load(p_starts + gl.program_id(0)), gl.load(p_starts + gl.program_id(0) + 1)
-        return gl.where(first + i_round < end, first + i_round, -1)
-
-
-@gluon.jit
 def column_item(item, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr, PACKED: gl.constexpr):
     """An item's rule, KV head, two columns, piece, number of pieces, slot of its share, sequence.
 
     Of the sequence: i_batch, where it starts, its length, where its row terms start.
     """
-    p_items, p_starts, p_table, p_partial = work
-    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
+    p_items, p_taken, p_table, p_partial = work
+    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
     zero = item * 0
     if PACKED:
         i_kv, p_slot = item % kv_heads, p_items + item // kv_heads * 4
@@ -113,9 +102,9 @@ def producer(
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv = descs
     q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
     q_ready, do_ready, free, kv_ready, kv_free = barriers
-    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
-    done, i_round = 0, 0
-    item = next_item(i_round, work, sizes, PACKED)
+    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
+    p_items, p_taken, p_table, p_partial = work
+    done, i_round, item = 0, 0, gl.program_id(0)
     while item >= 0:
         rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence = column_item(
             item, work, sizes, B, N_BANDS, PACKED
@@ -171,7 +160,7 @@ def producer(
                 )
                 done += 1
         i_round += 1
-        item = next_item(i_round, work, sizes, PACKED)
+        item = next_item(p_taken, n_items)
     for w in gl.static_range(2):
         half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
         mbarrier.wait(kv_free.index(half), turn ^ 1)
@@ -246,8 +235,8 @@ def consumer(
     p_dk, p_dv, strides_dk, strides_dv = stores
     q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
     q_ready, do_ready, free, kv_ready, kv_free = barriers
-    p_items, p_starts, p_table, p_partial = work
-    batch, heads, n_slots, s, scale, scale_log2, kv_heads = sizes
+    p_items, p_taken, p_table, p_partial = work
+    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
     D: gl.constexpr = k_bufs.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     done, i_round = 0, 0
@@ -300,7 +289,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_slots", "s", "kv_heads"])
+@gluon.jit(do_not_specialize=["batch", "heads", "n_items", "s", "kv_heads"])
 def s2_hopper_dkdv_kernel(
     d_q,
     d_k,
@@ -313,7 +302,7 @@ def s2_hopper_dkdv_kernel(
     p_dk,
     p_dv,
     p_items,
-    p_starts,
+    p_taken,
     p_table,
     p_partial,
     strides_dk,
@@ -321,7 +310,7 @@ def s2_hopper_dkdv_kernel(
     batch,
     heads,
     kv_heads,
-    n_slots,
+    n_items,
     s,
     scale,
     scale_log2,
@@ -332,9 +321,9 @@ def s2_hopper_dkdv_kernel(
     PACKED: gl.constexpr,
     TERM_LAYOUT: gl.constexpr,
 ):
-    """Grid: as many programs as fit the GPU. Items: schedule.column_pairs; p_items and p_starts.
+    """Grid: as many programs as fit the GPU. p_items: schedule.column_pairs, p_taken: `next_item`.
 
-    PACKED: p_items is the table of packed.packed_slots, and p_starts its counter.
+    PACKED: p_items is the table of packed.packed_slots.
     """
     D: gl.constexpr = d_k.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
@@ -352,8 +341,8 @@ def s2_hopper_dkdv_kernel(
     notes = make_notes(4 * NOTES)
     buffers = (q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes)
     barriers = (q_ready, do_ready, free, kv_ready, kv_free)
-    sizes = (batch, heads, n_slots, s, scale, scale_log2, kv_heads)
-    work = (p_items, p_starts, p_table, p_partial)
+    sizes = (batch, heads, n_items, s, scale, scale_log2, kv_heads)
+    work = (p_items, p_taken, p_table, p_partial)
     stores = (p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
         [
@@ -386,14 +375,13 @@ def launch_hopper_dkdv(
     if packing:
         # Pairs of one more class begin anew; blocks of 256 may have a pair past the end.
         extra = pattern.n_bands // 2 if pattern.block_size == 64 else pattern.block_size // 256
-        items, starts = packed_slots(packing.cu_q, s, extra)
-        n_slots, cut = len(items), None
-        programs = min(programs, n_slots * g)
+        items = packed_slots(packing.cu_q, s, extra)
+        n_items, n_slots = len(items) * g, 0
     else:
-        dealt, cut = column_pairs(pattern, s, b, programs, q.device)
-        items, starts, n_slots, programs = dealt.items, dealt.starts, 0, dealt.programs
-    partial = lse2.new_empty((cut.n_slots * b if cut else 0, ROWS, 2 * pad(d)))
-    s2_hopper_dkdv_kernel[(programs,)](
+        work = column_pairs(pattern, s, b, programs, q.device)
+        items, n_items, n_slots = work.items, len(work.items), work.n_slots
+    partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
+    s2_hopper_dkdv_kernel[(min(programs, n_items),)](
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -405,7 +393,7 @@ def launch_hopper_dkdv(
         dk,
         dv,
         items,
-        starts,
+        fresh_counter(q.device),
         device_table(pattern, q.device),
         partial,
         strides_and_size(dk),
@@ -413,7 +401,7 @@ def launch_hopper_dkdv(
         b,
         h,
         g,
-        n_slots,
+        n_items,
         s,
         softmax_scale,
         softmax_scale * math.log2(math.e),
@@ -426,5 +414,5 @@ def launch_hopper_dkdv(
         num_warps=4,
         maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
     )
-    if cut:
-        add_pieces(partial, dk, dv, cut, ROWS)
+    if n_slots:
+        add_pieces(partial, dk, dv, work, ROWS)

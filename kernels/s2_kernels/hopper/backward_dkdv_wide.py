@@ -48,6 +48,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    next_item,
     read_scalar,
     strides_and_size,
     term_descriptor,
@@ -56,6 +57,7 @@ from s2_kernels.hopper.primitives import (
 from s2_kernels.launch import (
     concurrent_programs,
     device_table,
+    fresh_counter,
     pad,
 )
 from s2_kernels.pattern import LayerPattern
@@ -110,13 +112,11 @@ def producer(
     d_q, d_k, d_v, d_dout, d_lse2, d_delta = descs
     bufs, term_bufs, k_bufs, v_bufs, notes = buffers
     ready, free, k_ready, k_free, v_ready, v_free = barriers
-    p_items, p_starts, p_table = work
-    heads, n_rows, scale_log2 = sizes
-    first = gl.load(p_starts + gl.program_id(0))
-    n_items = gl.load(p_starts + gl.program_id(0) + 1) - first
-    turn = 0
-    for i_round in range(n_items):
-        p_item = p_items + (first + i_round) * 6
+    p_items, p_taken, p_table = work
+    heads, n_rows, n_items, scale_log2 = sizes
+    turn, i_round, item = 0, 0, gl.program_id(0)
+    while item >= 0:
+        p_item = p_items + item * 6
         i_kv, column, piece = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
         n_pieces, i_batch = gl.load(p_item + 3), gl.load(p_item + 5)
         rule = load_rule(p_table, i_kv, N_BANDS)
@@ -137,6 +137,7 @@ def producer(
                     mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
                     write(notes, 0, n)
                     write(notes, 1, on_diagonal.to(gl.int32))
+                    write(notes, 2, item)
                     load_column(d_k, i_batch, i_kv, column, k_bufs.index(0), k_ready.index(0))
                     mbarrier.wait(v_free.index(0), i_round & 1 ^ 1)
                     load_column(d_v, i_batch, i_kv, column, v_bufs.index(0), v_ready.index(0))
@@ -145,6 +146,11 @@ def producer(
                     free,
                 )  # fmt: skip
                 turn += 2
+        i_round += 1
+        item = next_item(p_taken, n_items)
+    mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
+    write(notes, 2, -1)
+    mbarrier.arrive(k_ready.index(0))
 
 
 @gluon.jit
@@ -280,16 +286,15 @@ def consumer(
     """dv (warpgroup 0) or dk (1) of every item, stored, or as a piece's share in float32."""
     bufs, term_bufs, k_bufs, v_bufs, notes = buffers
     ready, free, k_ready, k_free, v_ready, v_free = barriers
-    p_items, p_starts, p_table = work
-    heads, n_rows, scale_log2 = sizes
+    p_items, p_taken, p_table = work
+    heads, n_rows, n_items, scale_log2 = sizes
     p_out, strides, p_partial, batch, t, scale = out
     BLOCK_D: gl.constexpr = bufs.shape[2]
-    first = gl.load(p_starts + gl.program_id(0))
-    n_items = gl.load(p_starts + gl.program_id(0) + 1) - first
-    turn = 0
-    for i_round in range(n_items):
-        p_item = p_items + (first + i_round) * 6
-        mbarrier.wait(k_ready.index(0), i_round & 1)
+    turn, i_round = 0, 0
+    mbarrier.wait(k_ready.index(0), 0)
+    item = read_scalar(notes, 2)
+    while item >= 0:
+        p_item = p_items + item * 6
         n_member, on_diagonal = read_scalar(notes, 0), read_scalar(notes, 1) > 0
         n = n_member * GROUP
         if WARPGROUP == 0:
@@ -307,12 +312,15 @@ def consumer(
         else:
             at = (slot.to(gl.int64) * batch + i_batch) * 2 + (1 - WARPGROUP)
             store_share(p_partial + at * (64 * BLOCK_D), b_out)
+        i_round += 1
+        mbarrier.wait(k_ready.index(0), i_round & 1)
+        item = read_scalar(notes, 2)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "t"])
+@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "n_items", "t"])
 def s2_hopper_dkdv_wide_kernel(
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, p_dk, p_dv, strides_dk, strides_dv,
-    p_items, p_starts, p_table, p_partial, batch, heads, n_rows, t, scale, scale_log2,
+    p_items, p_taken, p_table, p_partial, batch, heads, n_rows, n_items, t, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
     TERM_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -328,10 +336,10 @@ def s2_hopper_dkdv_wide_kernel(
     k_ready, k_free = make_barriers(1, 1), make_barriers(1, 2)
     v_ready, v_free = make_barriers(1, 1), make_barriers(1, 1)
     descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta)
-    buffers = (bufs, term_bufs, k_bufs, v_bufs, make_notes(2))
+    buffers = (bufs, term_bufs, k_bufs, v_bufs, make_notes(3))
     barriers = (ready, free, k_ready, k_free, v_ready, v_free)
-    work = (p_items, p_starts, p_table)
-    sizes = (heads, n_rows, scale_log2)
+    work = (p_items, p_taken, p_table)
+    sizes = (heads, n_rows, n_items, scale_log2)
     dv_out = (p_dv, strides_dv, p_partial, batch, t, scale)
     dk_out = (p_dk, strides_dk, p_partial, batch, t, scale)
     gl.warp_specialize(
@@ -361,9 +369,9 @@ def launch_hopper_dkdv_wide(
     b, s, h, d, *_ = extents(q)
     g, t = k.shape[-2], k.shape[-3]
     slots = concurrent_programs(q.device, num_warps=8)
-    dealt, work = single_columns(pattern, s, b, slots, q.device)
+    work = single_columns(pattern, s, b, slots, q.device)
     partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
-    s2_hopper_dkdv_wide_kernel[(dealt.programs,)](
+    s2_hopper_dkdv_wide_kernel[(min(slots, len(work.items)),)](
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -374,13 +382,14 @@ def launch_hopper_dkdv_wide(
         dv,
         strides_and_size(dk)[:3],
         strides_and_size(dv)[:3],
-        dealt.items,
-        dealt.starts,
+        work.items,
+        fresh_counter(q.device),
         device_table(pattern, q.device),
         partial,
         b,
         h,
         -(-s // ROWS),
+        len(work.items),
         t,
         softmax_scale,
         softmax_scale * math.log2(math.e),

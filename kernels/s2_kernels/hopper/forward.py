@@ -8,8 +8,8 @@ tile's P V, whose tensor-core time hides this tile's softmax.
 
 An item is a query tile of a head. Its first two KV tiles lie on the diagonal, one for each
 warpgroup: its rows' own half-tile, and the one before it that they see. Then come pairs of
-half-tiles that all rows see, without a mask; then, if they are odd in number, the last of these;
-then what else only the upper rows still see. What it does not see, a warpgroup passes over.
+half-tiles that all rows see, without a mask; then, one by one, the last of these if they are odd in
+number, and what else only the upper rows still see. What it does not see, a warpgroup passes over.
 
 Barriers come in pairs, ready (loaded) and free (read); a warpgroup arrives once.
 
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2_kernels.hopper.lists import FAR, paired_row, query_list
+from s2_kernels.hopper.lists import FAR, listed_row, query_list
 from s2_kernels.hopper.primitives import (
     count_items,
     descriptor,
@@ -101,12 +101,15 @@ def producer(
             load_rows(d_q, i_batch, i_head, q_row, q_ready.index(0), q_bufs.index(w))
         i_kv = i_head // group
         edge = gl.where(n_edges > 0, block_at(edges, 0, N_BANDS) * 64, FAR)
-        for p in range(2 + (n_kept + gl.maximum(n_edges - 1, 0) + 1) // 2):
+        n_paired = 2 + n_kept // 2
+        for p in range(n_paired + n_kept % 2 + gl.maximum(n_edges - 1, 0)):
             if p < 2:
                 row_0, row_1 = gl.where(p == 0, edge, row), row + p * 64
-            else:
-                row_0 = paired_row(row, kept, edges, n_kept, n_edges, 2 * p - 4, B, N_BANDS)
-                row_1 = paired_row(row, kept, edges, n_kept, n_edges, 2 * p - 3, B, N_BANDS)
+            else:  # pairs, then what is left, one by one
+                half = gl.minimum(2 * p, n_paired + p) - 4
+                row_0 = listed_row(row, kept, edges, n_kept, n_edges, half, B, N_BANDS)
+                row_1 = listed_row(row, kept, edges, n_kept, n_edges, half + 1, B, N_BANDS)
+                row_1 = gl.where(p < n_paired, row_1, FAR)
             stage, phase = turn(tile, k_bufs)
             mbarrier.wait(k_free.index(stage), phase ^ 1)
             ready = k_ready.index(stage)
@@ -146,13 +149,13 @@ def mask_first(b_s, first_column, diagonal):
 
 @gluon.jit
 def in_parts(b_x):
-    """[64, 128] as [64, 16, 8]: what is reduced over the 16 stays within a thread."""
-    return gl.reshape(b_x, [64, 16, 8])
+    """[64, N] as [64, N / 8, 8]: what is reduced over the N / 8 stays within a thread."""
+    return gl.reshape(b_x, [64, b_x.shape[1] // 8, 8])
 
 
 @gluon.jit
 def row_sum(b_p):
-    """Sums of the rows of probabilities [64, 128] in four parts, [64, 4], each of one thread."""
+    """Sums of the rows of probabilities [64, N] in four parts, [64, 4], each of one thread."""
     return gl.sum(gl.reshape(gl.sum(in_parts(b_p), 1), [64, 4, 2]), 2)
 
 
@@ -165,7 +168,8 @@ def row_max(b_s, b_m, scale_log2):
 
 @gluon.jit
 def probabilities(b_s, b_m, scale_log2):
-    """Probabilities [64, 128], in base 2."""
+    """Probabilities [64, N], in base 2."""
+    b_m = gl.convert_layout(b_m, gl.SliceLayout(1, b_s.type.layout))
     return gl.exp2(b_s * scale_log2 - b_m[:, None])
 
 
@@ -177,45 +181,42 @@ def scale_rows(b_x, b_factor):
 
 @gluon.jit
 def attend_tiles(
-    low, high, columns, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
-    MASKED: gl.constexpr,
+    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, N: gl.constexpr
 ):  # fmt: skip
     """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
 
     That is tile `last`, whose b_p [64, 128] comes in; the tile that comes out as such has its own.
-    MASKED: of the tile high-1 only so many columns are seen.
+    N: columns of these tiles, 128 or 64; the other columns' probabilities are zeros.
     """
     q_bufs, k_bufs, v_bufs, q_notes = buffers
     q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
     for tile in range(low, high):
         stage, phase = turn(tile, k_bufs)
         before, phase_before = turn(last, v_bufs)
-        zeros = gl.zeros([64, 128], gl.float32, s_layout)
+        zeros = gl.zeros([64, N], gl.float32, s_layout)
+        k_buf = k_bufs.index(stage).slice(0, N, 0)
         mbarrier.wait(k_ready.index(stage), phase)
-        t_s = warpgroup_mma(
-            b_q, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
-        )
+        t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(before), phase_before)
         t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k_free.index(stage))
-        if MASKED:
-            o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, s_layout))
-            sees = o_n < gl.where(tile + 1 == high, columns, 128)
-            b_s = gl.where(sees[None, :], b_s, float("-inf"))
         b_before = b_m
         b_m = row_max(b_s, b_m, scale_log2)
         keep_order(v_ready.index(before), phase_before)  # or ptxas finishes one row, then the next
         b_next = probabilities(b_s, b_m, scale_log2)
         b_rescale = gl.exp2(b_before - b_m)
-        b_l = scale_rows(b_l, b_rescale) + row_sum(b_next)
+        b_l = scale_rows(b_l, b_rescale) + gl.convert_layout(row_sum(b_next), b_l.type.layout)
         keep_order(v_ready.index(before), phase_before)
         b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
         mbarrier.arrive(v_free.index(before))
         b_acc = scale_rows(b_acc, b_rescale)
-        b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
+        b_next = b_next.to(v_bufs.dtype)
+        if N == 64:
+            b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 128])
+        b_p = gl.convert_layout(b_next, p_layout)
         last = tile
     return last, b_p, b_acc, b_m, b_l
 
@@ -280,17 +281,15 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
         pass_over(other, other + 1, v_bufs, v_ready, v_free)
         low, middle = tile + 2, tile + 2 + n_kept // 2
-        tile = middle + (n_kept % 2 + gl.maximum(n_edges - 1, 0) + 1) // 2
         # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
-        rest = n_kept % 2 + (gl.maximum(n_edges - 1, 0) if WARPGROUP == 0 else 0)
-        high = middle + (rest + 1) // 2
+        tile = middle + n_kept % 2 + gl.maximum(n_edges - 1, 0)
+        high = tile if WARPGROUP == 0 else middle + n_kept % 2
         last, b_p, b_acc, b_m, b_l = attend_tiles(
-            low, middle, 128, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, False
+            low, middle, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, 128
         )
         last, b_p, b_acc, b_m, b_l = attend_tiles(
-            middle, high, 128 - rest % 2 * 64, last, b_q, b_p, b_acc, b_m, b_l, scale_log2,
-            buffers, barriers, True,
-        )  # fmt: skip
+            middle, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, 64
+        )
         pass_over(high, tile, k_bufs, k_ready, k_free)
         pass_over(high, tile, v_bufs, v_ready, v_free)
         stage, phase = turn(last, v_bufs)

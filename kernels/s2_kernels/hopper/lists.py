@@ -47,7 +47,7 @@ def kept_half(row, kept, n_kept, p, B: tl.constexpr, N_BANDS: tl.constexpr):
 
 
 @triton.jit
-def paired_row(row, kept, edges, n_kept, n_edges, p, B: tl.constexpr, N_BANDS: tl.constexpr):
+def listed_row(row, kept, edges, n_kept, n_edges, p, B: tl.constexpr, N_BANDS: tl.constexpr):
     """First row of the p-th half-tile after the diagonal: seen by both, other edges, then FAR.
 
     As the forward kernel walks them, which has the first of the edges in the diagonal's tile.

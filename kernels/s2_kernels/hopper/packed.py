@@ -11,9 +11,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["n_seqs", "n_slots"])
-def s2_packed_slots_kernel(
-    p_cu, p_slots, p_counter, n_seqs, n_slots, EXTRA: tl.constexpr, M: tl.constexpr
-):
+def s2_packed_slots_kernel(p_cu, p_slots, n_seqs, n_slots, EXTRA: tl.constexpr, M: tl.constexpr):
     """(number within the sequence, start, length, terms) of each slot. Grid: slots / M."""
     o_slot = tl.program_id(0) * M + tl.arange(0, M)
     b_number, b_start = tl.zeros([M], tl.int32), tl.zeros([M], tl.int32)
@@ -37,8 +35,6 @@ def s2_packed_slots_kernel(
     tl.store(p_slots + o_slot * 4 + 1, b_start, mask=mask)
     tl.store(p_slots + o_slot * 4 + 2, b_length, mask=mask)
     tl.store(p_slots + o_slot * 4 + 3, b_terms, mask=mask)
-    if tl.program_id(0) == 0:
-        tl.store(p_counter, 0)
 
 
 def term_rows(tokens: int, n_seqs: int) -> int:
@@ -46,10 +42,8 @@ def term_rows(tokens: int, n_seqs: int) -> int:
     return (tokens // 4 + n_seqs + 1) * 4
 
 
-def packed_slots(
-    cu_seqlens: torch.Tensor, tokens: int, extra: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots of a packed batch, int32 [n_slots, 4], and a counter, 0.
+def packed_slots(cu_seqlens: torch.Tensor, tokens: int, extra: int = 0) -> torch.Tensor:
+    """Slots of a packed batch, int32 [n_slots, 4].
 
     A slot is (number, start, length, terms): the how-manieth of its sequence, where the sequence
     starts and how long it is (0: an empty slot), and where its row terms start (`term_rows`).
@@ -60,8 +54,7 @@ def packed_slots(
     """
     n_seqs = len(cu_seqlens) - 1
     n_slots = tokens // 128 + n_seqs * (1 + extra)
-    memory = cu_seqlens.new_empty(n_slots * 4 + 1)
-    slots, counter = memory[:-1].view(n_slots, 4), memory[-1:]
+    slots = cu_seqlens.new_empty((n_slots, 4))
     grid = (triton.cdiv(n_slots, 64),)
-    s2_packed_slots_kernel[grid](cu_seqlens, slots, counter, n_seqs, n_slots, EXTRA=extra, M=64)
-    return slots, counter
+    s2_packed_slots_kernel[grid](cu_seqlens, slots, n_seqs, n_slots, EXTRA=extra, M=64)
+    return slots

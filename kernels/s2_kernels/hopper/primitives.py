@@ -53,6 +53,16 @@ def item_at(i_round, tables, PACKED: gl.constexpr):
 
 
 @gluon.jit
+def next_item(p_taken, n_items):
+    """The next item that no program has taken, or -1. p_taken: how many were.
+
+    A program's first item is the one of its own number.
+    """
+    item = gl.num_programs(0) + gl.atomic_add(p_taken, 1, sem="relaxed")
+    return gl.where(item < n_items, item, -1)
+
+
+@gluon.jit
 def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
     """An item over queries: a tile of 128 rows of a head.
 
@@ -155,7 +165,7 @@ def query_items(pattern: LayerPattern, q: torch.Tensor, packing: Packing | None)
     b, s, h, *_ = extents(q)
     programs = concurrent_programs(q.device, num_warps=8)
     if packing:
-        slots, _ = packed_slots(packing.cu_q, s)
+        slots = packed_slots(packing.cu_q, s)
         return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
     dealt = query_tiles(pattern, s, b, programs, q.device)
     return QueryItems(dealt.items, dealt.starts, -(-s // (2 * ROWS)), dealt.programs)
