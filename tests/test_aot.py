@@ -95,7 +95,7 @@ print(json.dumps(dict(usage=used, recompiled=again, loops=loops)))
 # Bytes of stack, KiB of shared memory, and the main loop. In each the exponentials (EX2) stand
 # before the wait for a product that was issued before them: that one's time hides them.
 HOPPER = dict(
-    s2_hopper_forward_kernel=dict(stack=16, shared=225, loop=["HGMMA", "WAIT 1", "EX2", "WAIT 0"]),
+    s2_hopper_forward_kernel=dict(stack=48, shared=225, loop=["HGMMA", "WAIT 1", "EX2", "WAIT 0"]),
     s2_hopper_dkdv_kernel=dict(
         stack=176,
         shared=226.5,

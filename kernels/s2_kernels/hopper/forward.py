@@ -174,6 +174,31 @@ def probabilities(b_s, b_m, scale_log2):
 
 
 @gluon.jit
+def pack(b_x, DTYPE: gl.constexpr):
+    """[64, n] of DTYPE in pairs, int32 [64, n / 2].
+
+    What a loop carries in halves of registers, ptxas carries with the halves exchanged, and puts
+    that right with an instruction for each register before every product.
+    """
+    b_even, b_odd = gl.split(gl.reshape(b_x, [64, b_x.shape[1] // 2, 2]))
+    asm: gl.constexpr = f"cvt.rn.{'bf16' if DTYPE == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(
+        asm, "=r,r,r", [b_even, b_odd], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def unpack(b_x, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """What went into `pack`, rounded to DTYPE."""
+    b_even, b_odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [b_x],
+        dtype=(gl.int16, gl.int16), is_pure=True, pack=1,
+    )  # fmt: skip
+    b_x = gl.reshape(gl.join(b_even, b_odd), [64, 2 * b_x.shape[1]])
+    return gl.convert_layout(b_x.to(DTYPE, bitcast=True), layout)
+
+
+@gluon.jit
 def scale_rows(b_x, b_factor):
     """Every row of b_x [64, n] times its factor [64]."""
     return b_x * gl.convert_layout(b_factor, gl.SliceLayout(1, b_x.type.layout))[:, None]
@@ -197,10 +222,11 @@ def attend_tiles(
         before, phase_before = turn(last, v_bufs)
         zeros = gl.zeros([64, N], gl.float32, s_layout)
         k_buf = k_bufs.index(stage).slice(0, N, 0)
+        b_p16 = unpack(b_p, v_bufs.dtype, p_layout)
         mbarrier.wait(k_ready.index(stage), phase)
         t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_ready.index(before), phase_before)
-        t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
+        t_acc = warpgroup_mma(b_p16, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k_free.index(stage))
         b_before = b_m
@@ -213,10 +239,10 @@ def attend_tiles(
         b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
         mbarrier.arrive(v_free.index(before))
         b_acc = scale_rows(b_acc, b_rescale)
-        b_next = b_next.to(v_bufs.dtype)
+        b_next = pack(b_next, v_bufs.dtype)
         if N == 64:
-            b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 128])
-        b_p = gl.convert_layout(b_next, p_layout)
+            b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 64])
+        b_p = gl.convert_layout(b_next, b_p.type.layout)
         last = tile
     return last, b_p, b_acc, b_m, b_l
 
@@ -276,7 +302,7 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         b_m = row_max(b_s, gl.full([64], float("-inf"), gl.float32, row_layout), scale_log2)
         b_p = probabilities(b_s, b_m, scale_log2)
         b_l = row_sum(b_p)
-        b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
+        b_p = pack(b_p, v_bufs.dtype)
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
         pass_over(other, other + 1, v_bufs, v_ready, v_free)
@@ -294,7 +320,8 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         pass_over(high, tile, v_bufs, v_ready, v_free)
         stage, phase = turn(last, v_bufs)
         mbarrier.wait(v_ready.index(stage), phase)
-        t_acc = warpgroup_mma(b_p, v_bufs.index(stage), b_acc, is_async=True)
+        b_p16 = unpack(b_p, v_bufs.dtype, p_layout)
+        t_acc = warpgroup_mma(b_p16, v_bufs.index(stage), b_acc, is_async=True)
         # Scores of the next item's first tile. After the last item, of whatever lies there.
         more = i_round + 1 < n_items
         mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
