@@ -175,16 +175,17 @@ def probabilities(b_s, b_m, scale_log2):
 
 @gluon.jit
 def pack(b_x, DTYPE: gl.constexpr):
-    """[64, n] of DTYPE in pairs, int32 [64, n / 2].
+    """float32 [64, n], rounded to DTYPE, in pairs: int32 [64, n / 2].
 
     What a loop carries in halves of registers, ptxas carries with the halves exchanged, and puts
     that right with an instruction for each register before every product.
     """
     b_even, b_odd = gl.split(gl.reshape(b_x, [64, b_x.shape[1] // 2, 2]))
-    asm: gl.constexpr = f"cvt.rn.{'bf16' if DTYPE == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    PAIR: gl.constexpr = "bf16x2" if DTYPE.is_bf16() else "f16x2"
     return gl.inline_asm_elementwise(
-        asm, "=r,r,r", [b_even, b_odd], dtype=gl.int32, is_pure=True, pack=1
-    )
+        f"cvt.rn.{PAIR}.f32 $0, $2, $1;", "=r,r,r", [b_even, b_odd],
+        dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
