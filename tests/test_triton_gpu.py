@@ -2,15 +2,10 @@
 
 Needs pytest, torch and triton only:
 
-    python3 -m pytest tests/test_triton_gpu.py
+    python3 -m pytest tests/test_triton_gpu.py tests/test_first_call.py
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import test_block_sparse
@@ -367,46 +362,3 @@ def test_peak_memory(backend, deterministic):
     needed = sum(x.numel() * x.element_size() for x in kept)
     print(f"peak {peak / 2**20:.0f} MiB, needed {needed / 2**20:.0f} MiB: {peak / needed:.3f}")
     assert peak <= 1.05 * needed
-
-
-FIRST_CALL = """
-import json, os, time
-from pathlib import Path
-import torch
-from s2_kernels import local_stride, s2_attention
-
-pattern = local_stride(heads=8, local_blocks=16, stride=8)
-torch.ones(1, device="cuda").sum().item()
-
-
-def run(n):
-    q, k, v = (torch.randn(1, n, 8, 128, device="cuda").bfloat16().requires_grad_() for _ in "qkv")
-    torch.cuda.synchronize()
-    began = time.time()
-    s2_attention(q, k, v, pattern).sum().backward()
-    torch.cuda.synchronize()
-    return time.time() - began
-
-
-def kernels():
-    return len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
-
-
-first, compiled = run(8192), kernels()
-second = [run(n) for n in (8192, 5519, 16384, 100)]
-print(json.dumps(dict(first=first, compiled=compiled, second=second, again=kernels() - compiled)))
-"""
-
-
-def test_first_call_and_no_recompilation(tmp_path):
-    kernels = Path(__file__).parents[1] / "kernels"
-    environment = os.environ | {"PYTHONPATH": str(kernels), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    report = json.loads(done.stdout)
-    assert report["first"] < 15
-    assert report["compiled"] >= 4 and report["again"] == 0
-    assert max(report["second"]) < 1
