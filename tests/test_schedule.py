@@ -6,6 +6,7 @@ import torch
 from attention_cases import _ls
 
 from s2_kernels import dense, ranges
+from s2_kernels.launch import fresh_counter
 from s2_kernels.schedule import column_pairs, deal, query_tiles, single_columns
 
 CPU = torch.device("cpu")
@@ -104,3 +105,12 @@ def test_columns_come_in_turn():
 def test_fewer_items_than_programs():
     dealt = deal(np.arange(3), np.array([5, 1, 1]), 132, CPU)
     assert dealt.programs == 3 and dealt.items.tolist() == [0, 1, 2]
+
+
+def test_every_launch_has_a_counter_of_its_own():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counters = [fresh_counter(device) for _ in range(600)]  # more than are made at once
+    for counter in counters:
+        assert counter.item() == 0 and counter.data_ptr() % 16 == 0
+        counter += 1
+    assert len({counter.data_ptr() for counter in counters}) == 600
