@@ -47,6 +47,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write,
 )
+from s2_kernels.hopper.softmax import first_softmax, pack, rescale, softmax, unpack
 from s2_kernels.launch import Packing, device_table, empty_like, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
@@ -90,11 +91,7 @@ def producer(
         rule = load_rule(p_table, i_head // group, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
-        write(q_notes, 0, n_kept)
-        write(q_notes, 1, n_edges)
-        write(q_notes, 2, 64)
-        write(q_notes, 3, gl.where(n_edges > 0, 0, 64))
-        write(q_notes, 4, unseen * 64)
+        write_item(q_notes, (i_batch, i_head, row, start, length), n_kept, n_edges, unseen)
         mbarrier.expect(q_ready.index(0), 2 * d_q.block_type.nbytes)
         for w in gl.static_range(2):
             q_row = start + row + w * 64
@@ -135,74 +132,53 @@ def pass_over(low, high, buffers, ready, free):
 
 
 @gluon.jit
-def mask_first(b_s, first_column, diagonal):
+def write_item(notes, where, n_kept, n_edges, unseen):
+    """Notes of an item, for `read_item`."""
+    for i in gl.static_range(5):
+        write(notes, i, where[i])
+    write(notes, 5, n_kept)
+    write(notes, 6, n_edges)
+    write(notes, 7, 0)
+    write(notes, 8, gl.where(n_edges > 0, 0, 1))
+    write(notes, 9, unseen)
+
+
+@gluon.jit
+def read_item(notes, WARPGROUP: gl.constexpr):
+    """Where an item lies; half-tiles that all rows see, and others; how its first tile is masked.
+
+    That is by (diagonal, hidden): see `mask_first`.
+    """
+    where = (
+        read_scalar(notes, 0),
+        read_scalar(notes, 1),
+        read_scalar(notes, 2),
+        read_scalar(notes, 3),
+        read_scalar(notes, 4),
+    )
+    masked = read_scalar(notes, 7), read_scalar(notes, 8 + WARPGROUP)
+    return where, read_scalar(notes, 5), read_scalar(notes, 6), masked
+
+
+@gluon.jit
+def mask_first(b_s, masked):
     """Scores [64, 128] of an item's first tile: its second half lies on the diagonal.
 
-    Row m sees the columns from first_column to m + diagonal, which is always 64, but read from a
-    note: of a constant, the compiler would keep the whole mask in registers from item to item.
+    There, row m sees the columns up to m + diagonal, which is always 0, but read from a note: of a
+    constant, the compiler would keep the whole mask in registers from item to item. The first half
+    may be hidden from all rows.
     """
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, b_s.type.layout))
-    o_n = gl.arange(0, 128, layout=gl.SliceLayout(0, b_s.type.layout))
-    sees = (o_n[None, :] <= o_m[:, None] + diagonal) & (o_n >= first_column)[None, :]
-    return gl.where(sees, b_s, float("-inf"))
-
-
-@gluon.jit
-def in_parts(b_x):
-    """[64, N] as [64, N / 8, 8]: what is reduced over the N / 8 stays within a thread."""
-    return gl.reshape(b_x, [64, b_x.shape[1] // 8, 8])
-
-
-@gluon.jit
-def row_sum(b_p):
-    """Sums of the rows of probabilities [64, N] in four parts, [64, 4], each of one thread."""
-    return gl.sum(gl.reshape(gl.sum(in_parts(b_p), 1), [64, 4, 2]), 2)
-
-
-@gluon.jit
-def row_max(b_s, b_m, scale_log2):
-    """The new maximum [64] of the scaled scores, from four chains a thread instead of two."""
-    b_max = gl.max(gl.max(in_parts(b_s), 1), 1)
-    return gl.maximum(b_m, gl.convert_layout(b_max, b_m.type.layout) * scale_log2)
-
-
-@gluon.jit
-def probabilities(b_s, b_m, scale_log2):
-    """Probabilities [64, N], in base 2."""
-    b_m = gl.convert_layout(b_m, gl.SliceLayout(1, b_s.type.layout))
-    return gl.exp2(b_s * scale_log2 - b_m[:, None])
-
-
-@gluon.jit
-def pack(b_x, DTYPE: gl.constexpr):
-    """float32 [64, n], rounded to DTYPE, in pairs: int32 [64, n / 2].
-
-    What a loop carries in halves of registers, ptxas carries with the halves exchanged, and puts
-    that right with an instruction for each register before every product.
-    """
-    b_even, b_odd = gl.split(gl.reshape(b_x, [64, b_x.shape[1] // 2, 2]))
-    PAIR: gl.constexpr = "bf16x2" if DTYPE.is_bf16() else "f16x2"
-    return gl.inline_asm_elementwise(
-        f"cvt.rn.{PAIR}.f32 $0, $2, $1;", "=r,r,r", [b_even, b_odd],
-        dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def unpack(b_x, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """What went into `pack`, rounded to DTYPE."""
-    b_even, b_odd = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [b_x],
-        dtype=(gl.int16, gl.int16), is_pure=True, pack=1,
-    )  # fmt: skip
-    b_x = gl.reshape(gl.join(b_even, b_odd), [64, 2 * b_x.shape[1]])
-    return gl.convert_layout(b_x.to(DTYPE, bitcast=True), layout)
-
-
-@gluon.jit
-def scale_rows(b_x, b_factor):
-    """Every row of b_x [64, n] times its factor [64]."""
-    return b_x * gl.convert_layout(b_factor, gl.SliceLayout(1, b_x.type.layout))[:, None]
+    diagonal, hidden = masked
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_0, b_1 = gl.split(gl.reshape(b_s, [64, 2, 64]).permute([0, 2, 1]))
+    b_0 = gl.where(hidden > 0, float("-inf"), b_0)
+    b_1 = gl.convert_layout(b_1, layout)
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) + diagonal
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    b_1 = gl.where(o_n[None, :] <= o_m[:, None], b_1, float("-inf"))
+    b_1 = gl.convert_layout(b_1, b_0.type.layout)
+    joined = gl.join(b_0, b_1).permute([0, 2, 1]).reshape([64, 128])
+    return gl.convert_layout(joined, b_s.type.layout)
 
 
 @gluon.jit
@@ -230,16 +206,11 @@ def attend_tiles(
         t_acc = warpgroup_mma(b_p16, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k_free.index(stage))
-        b_before = b_m
-        b_m = row_max(b_s, b_m, scale_log2)
-        keep_order(v_ready.index(before), phase_before)  # or ptxas finishes one row, then the next
-        b_next = probabilities(b_s, b_m, scale_log2)
-        b_rescale = gl.exp2(b_before - b_m)
-        b_l = scale_rows(b_l, b_rescale) + gl.convert_layout(row_sum(b_next), b_l.type.layout)
+        b_next, b_m, b_l, b_rescale = softmax(b_s, b_m, b_l, scale_log2)
         keep_order(v_ready.index(before), phase_before)
         b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
         mbarrier.arrive(v_free.index(before))
-        b_acc = scale_rows(b_acc, b_rescale)
+        b_acc = rescale(b_acc, b_rescale)
         b_next = pack(b_next, v_bufs.dtype)
         if N == 64:
             b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 64])
@@ -252,13 +223,14 @@ def attend_tiles(
 def store_tile(b_acc, b_m, b_l, where, s, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
     d_out, p_out, p_lse, out_bufs, strides_out, heads = out
-    i_batch, i_head, row, start, length, terms = where
+    i_batch, i_head, row, start, length = where
     row += WARPGROUP * 64
-    b_sum = gl.convert_layout(gl.sum(b_l, 1), b_m.type.layout)
-    o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
+    b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
+    o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
     p_lse += (i_batch * heads + i_head).to(gl.int64) * s + start
-    gl.store(p_lse + o_lse, b_m * LN2 + gl.log(b_sum), mask=o_lse < length)
-    b_out = scale_rows(b_acc, 1.0 / b_sum).to(out_bufs.dtype)
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < length)
+    b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
+    b_out = (b_acc * b_factor[:, None]).to(out_bufs.dtype)
     if PACKED and row + 64 > length:  # TMA would write over the next sequence
         store_some_rows(b_out, p_out, strides_out, i_batch, i_head, start, row, length)
     else:
@@ -283,26 +255,21 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     zeros = gl.zeros([64, 128], gl.float32, s_layout)
     n_items = count_items(tables, heads * n_slots, PACKED)
     mbarrier.wait(q_ready.index(0), 0)
     b_q = q_bufs.index(WARPGROUP).load(q_layout)
-    n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
-    diagonal, first_column = read_scalar(q_notes, 2), read_scalar(q_notes, 3 + WARPGROUP)
+    where, n_kept, n_edges, masked = read_item(q_notes, WARPGROUP)
     pass_over(0, WARPGROUP, k_bufs, k_ready, k_free)
     mbarrier.wait(k_ready.index(WARPGROUP), 0)
     b_s = warpgroup_mma(b_q, k_bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
     mbarrier.arrive(q_free.index(0))  # not before Q is used: it may be on its way until then
     tile = 0
     for i_round in range(n_items):
-        item = item_at(i_round, tables, PACKED)
         mbarrier.arrive(k_free.index((tile + WARPGROUP) % k_bufs.shape[0]))
         pass_over(tile + 1, tile + 2 - WARPGROUP, k_bufs, k_ready, k_free)
-        b_s = mask_first(b_s, first_column, diagonal)
-        b_m = row_max(b_s, gl.full([64], float("-inf"), gl.float32, row_layout), scale_log2)
-        b_p = probabilities(b_s, b_m, scale_log2)
-        b_l = row_sum(b_p)
+        b_s = mask_first(b_s, masked)
+        b_p, b_m, b_l = first_softmax(b_s, scale_log2)
         b_p = pack(b_p, v_bufs.dtype)
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
@@ -327,8 +294,7 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         more = i_round + 1 < n_items
         mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
         b_q = q_bufs.index(WARPGROUP).load(q_layout)
-        n_kept, n_edges = read_scalar(q_notes, 0), read_scalar(q_notes, 1)
-        diagonal, first_column = read_scalar(q_notes, 2), read_scalar(q_notes, 3 + WARPGROUP)
+        where_next, n_kept, n_edges, masked = read_item(q_notes, WARPGROUP)
         if WARPGROUP == 1:
             k_stage, phase = turn(tile, k_bufs)
             mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
@@ -340,8 +306,8 @@ def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGR
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
         mbarrier.arrive(v_free.index(stage))
-        where = query_item(item, tables, heads, n_slots, s, PACKED)
         store_tile(b_acc, b_m, b_l, where, s, out, PACKED, WARPGROUP)
+        where = where_next
         b_s = warpgroup_mma_wait(0, deps=[t_s])
         mbarrier.arrive(q_free.index(0), pred=more)
     tma.store_wait(0)
@@ -379,7 +345,7 @@ def s2_hopper_forward_kernel(
     k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 128, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 128, BLOCK_D], layout)
     out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
-    q_notes = make_notes(5)
+    q_notes = make_notes(10)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
     v_ready, v_free = make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2)
