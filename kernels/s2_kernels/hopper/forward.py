@@ -35,7 +35,6 @@ from s2_kernels.hopper.primitives import (
     descriptor,
     extents,
     item_at,
-    keep_order,
     load_rows,
     make_barriers,
     make_notes,
@@ -47,7 +46,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write,
 )
-from s2_kernels.hopper.softmax import first_softmax, pack, rescale, softmax, unpack
+from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
 from s2_kernels.launch import Packing, device_table, empty_like, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
@@ -206,11 +205,13 @@ def attend_tiles(
         t_acc = warpgroup_mma(b_p16, v_bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k_free.index(stage))
-        b_next, b_m, b_l, b_rescale = softmax(b_s, b_m, b_l, scale_log2)
-        keep_order(v_ready.index(before), phase_before)
-        b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
+        b_t, b_m, b_rise = exponents(b_s, b_m, scale_log2)
+        b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
         mbarrier.arrive(v_free.index(before))
+        b_rescale = gl.exp2(-b_rise)
         b_acc = rescale(b_acc, b_rescale)
+        b_next = gl.exp2(b_t)
+        b_l = b_l * b_rescale + gl.convert_layout(row_sum(b_next), b_l.type.layout)
         b_next = pack(b_next, v_bufs.dtype)
         if N == 64:
             b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 64])

@@ -81,7 +81,7 @@ def in_parts(b_x):
 
 @gluon.jit
 def spread(b_x, b_like):
-    """[64, 4] to the shape and layout of b_like [64, N]: a thread's number for its part of a row."""
+    """[64, 4], what threads have of a row, in the shape and layout of b_like [64, N]."""
     b_parts = in_parts(b_like)
     layout: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, b_parts.type.layout))
     b_x = gl.convert_layout(b_x, layout).expand_dims(2).expand_dims(1)
@@ -122,10 +122,10 @@ def first_softmax(b_s, scale_log2):
 
 
 @gluon.jit
-def softmax(b_s, b_m, b_l, scale_log2):
-    """Probabilities of scores [64, N]; the rows' maximum and sum [64, 4], the sum brought up to date.
+def exponents(b_s, b_m, scale_log2):
+    """What the probabilities of a tile's scores [64, N] are powers of 2 of; and the new b_m.
 
-    And how much all of before is to be multiplied by, [64, 4]: with `rescale`.
+    The third: by how much that was moved, [64, 4], 0 for most.
     """
     b_t = b_s * scale_log2 - spread(b_m, b_s)
     # The largest, as integers, which the chip compares three at a time. Of negative numbers it is
@@ -135,11 +135,9 @@ def softmax(b_s, b_m, b_l, scale_log2):
         RISE, "=&f,=&f,f,f", [b_top.to(gl.float32, bitcast=True)],
         dtype=gl.float32, is_pure=False, pack=2,
     )  # fmt: skip
-    b_p = gl.exp2(unless_neutral(b_t, b_rise, LOWER))
+    b_t = unless_neutral(b_t, b_rise, LOWER)
     b_rise = gl.convert_layout(b_rise, b_m.type.layout)
-    b_rescale = gl.exp2(-b_rise)
-    b_l = b_l * b_rescale + gl.convert_layout(row_sum(b_p), b_l.type.layout)
-    return b_p, b_m + b_rise, b_l, b_rescale
+    return b_t, b_m + b_rise, b_rise
 
 
 @gluon.jit
