@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def parse(argv=None):
     parser.add_argument("--local", type=int, default=1024, help="window in tokens")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rep", type=int, default=200, help="milliseconds of each measurement")
+    parser.add_argument("--rounds", type=int, default=1, help="medians of so many, to and fro")
     parser.add_argument("--dkernel", metavar="PATH", help="checkout of linxihui/dkernel")
     parser.add_argument("--deadline", type=float, default=math.inf, help="stop after these seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
@@ -98,6 +100,16 @@ def measure(p, provider, a) -> dict:
         peak_gib=peak / 2**30,
         first_s=first_s,
     )
+
+
+def in_rounds(before: dict | None, row: dict) -> dict:
+    """A provider's row with one more round: medians over `rounds`, the rest as in the first."""
+    if before is None or "error" in before or "error" in row:
+        return row | dict(rounds=[row])
+    rounds = [*before["rounds"], row]
+    times = ("forward_ms", "backward_ms", "forward_tf", "backward_tf")
+    medians = {key: statistics.median(x[key] for x in rounds) for key in times}
+    return before | medians | dict(rounds=rounds)
 
 
 def add_ratios(rows) -> None:
@@ -261,23 +273,30 @@ def main():
     name = a.name or f"attention-{slug}-{about['date']}"
     print(about["gpu"], about["versions"], flush=True)
     print(" | ".join(heading for heading, _ in COLUMNS.values()), flush=True)
-    rows = []
-    runs = list(itertools.product(a.cases.split(","), map(int, a.seqlens.split(",")), providers))
-    for case, tokens, provider in runs:
+    rows = {}
+    problems = list(itertools.product(a.cases.split(","), map(int, a.seqlens.split(","))))
+    turns = [
+        (*problem, provider)
+        for problem in problems
+        for i in range(a.rounds)
+        for provider in providers[:: 1 - i % 2 * 2]  # so that none is always the first
+    ]
+    for i, turn in enumerate(turns):
         if time.time() - began > a.deadline:
-            print(f"deadline: {len(runs) - len(rows)} of {len(runs)} measurements left out")
+            print(f"deadline: {len(turns) - i} of {len(turns)} measurements left out")
             break
+        case, tokens, provider = turn
         heads, stride = map(int, case.split(":"))
         p = Problem(heads, a.kv_heads or heads, stride, tokens, a.d, a.block, a.local, a.dtype)
-        row = dict(case=case, tokens=tokens, provider=provider)
         try:
-            row |= measure(p, provider, a)
+            row = measure(p, provider, a)
         except Exception as e:  # a peer that fails is a result: it stays in the table
-            row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-        rows.append(row)
-        add_ratios(rows)
-        print(" | ".join(cells(row)), flush=True)
-        write(a, name, about, rows)
+            row = dict(error=f"{type(e).__name__}: {str(e)[:300]}")
+        row = dict(case=case, tokens=tokens, provider=provider) | row
+        rows[turn] = in_rounds(rows.get(turn), row)
+        add_ratios(rows.values())
+        print(" | ".join(cells(rows[turn])), flush=True)
+        write(a, name, about, list(rows.values()))
         torch.cuda.empty_cache()
     if rows:
         plot(a.out / f"{name}.json", a.peak)

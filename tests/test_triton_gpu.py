@@ -111,6 +111,28 @@ def test_hopper_with_many_items(kv_heads, d, block):
     check_sampled(pattern, 16_000, d, torch.bfloat16, "cuda", backend="hopper")
 
 
+@pytest.mark.parametrize("growth", [20, 600])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_hopper_with_rising_scores(dtype, growth):
+    """Blocks of keys of very different size: a list's maximum is moved again and again.
+
+    Up to 600 times as large: exponents of hundreds, of which float32 has no power.
+    """
+    needs_hopper()
+    case = Case("rising", _ls(4, 4, 64, 4, 4), 1990, d=128)
+    inputs = make_inputs(case, dtype, "cuda")
+    draw = torch.rand(32, generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        inputs[1] *= (growth**-draw).repeat_interleave(64)[: case.s].view(1, -1, 1, 1)
+        inputs[0] *= growth**0.5
+
+    def attend(q, k, v):
+        return s2_attention(q, k, v, case.pattern, return_lse=True, backend="hopper")
+
+    truth, eager = reference_results(case, inputs)
+    assert_as_good_as_eager(run_with_grads(attend, inputs), truth, eager, case)
+
+
 @pytest.mark.parametrize("case", REAL[::4], ids=str)
 def test_float32(case):
     check(case, torch.float32)

@@ -211,13 +211,14 @@ def add_tiles(
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
             o_m = gl.arange(0, 64, layout=term_layout)
             b_s = gl.where(o_n[:, None] <= o_m[None, :], b_s, float("-inf"))
-        b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
+        b_t = b_s * scale_log2 - b_lse2[None, :]
+        b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
+        b_p = gl.exp2(b_t)
         b_p16 = gl.convert_layout(b_p.to(do_bufs.dtype), p_layout)
         t_dv = warpgroup_mma(b_p16, do_buf, b_dv, is_async=True)
         b_delta = delta_bufs.index(stage).reshape([64]).load(term_layout)
         if PACKED:
             b_delta = gl.where(there, b_delta, 0.0)
-        b_dp = warpgroup_mma_wait(1, deps=[t_dp])
         b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(q_bufs.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
         b_dv, b_dk = warpgroup_mma_wait(0, deps=[t_dv, t_dk])

@@ -32,7 +32,6 @@ from s2_kernels.hopper.primitives import (
     descriptor,
     extents,
     item_at,
-    keep_order,
     load_rows,
     make_barriers,
     make_notes,
@@ -159,9 +158,9 @@ def add_tile(
         o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
         o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
         b_s = gl.where(o_n[None, :] <= o_m[:, None], b_s, float("-inf"))
-    b_p = gl.exp2(b_s * scale_log2 - b_lse2[:, None])
-    keep_order(v_ready.index(stage), phase)
-    b_dp, b_p = warpgroup_mma_wait(0, deps=[t_dp, b_p])
+    b_t = b_s * scale_log2 - b_lse2[:, None]
+    b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
+    b_p = gl.exp2(b_t)
     b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(k_bufs.dtype), p_layout)
     b_dq = warpgroup_mma(b_ds, k_buf, b_dq)
     mbarrier.arrive(free.index(stage))
