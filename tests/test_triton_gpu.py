@@ -123,8 +123,8 @@ def test_hopper_with_rising_scores(dtype, growth):
     inputs = make_inputs(case, dtype, "cuda")
     draw = torch.rand(32, generator=torch.Generator().manual_seed(1)).cuda()
     with torch.no_grad():
-        inputs[1] *= (growth**-draw).repeat_interleave(64)[: case.s].view(1, -1, 1, 1)
-        inputs[0] *= growth**0.5
+        inputs[0].mul_(growth**0.5)
+        inputs[1].mul_((growth**-draw).repeat_interleave(64)[: case.s].view(1, -1, 1, 1))
 
     def attend(q, k, v):
         return s2_attention(q, k, v, case.pattern, return_lse=True, backend="hopper")
