@@ -4,7 +4,8 @@ Persistent programs of three partitions: a producer warp loads by TMA, two consu
 64 query rows each of a tile of 128. A KV tile has 128 rows: two half-tiles of 64 that lie anywhere,
 the next two entries of the query tile's list of KV blocks (lists.py), so that the shard, the
 ranges and the window go through one pipeline. The scores of a tile are issued before the previous
-tile's P V, whose tensor-core time hides this tile's softmax.
+tile's P V, whose tensor-core time hides the search for the maximum. The exponentials come after it:
+the other warpgroup has the tensor cores then, and the two take turns by themselves.
 
 An item is a query tile of a head. Its first two KV tiles lie on the diagonal, one for each
 warpgroup: its rows' own half-tile, and the one before it that they see. Then come pairs of
