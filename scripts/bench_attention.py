@@ -62,7 +62,10 @@ def parse(argv=None):
     parser.add_argument("--name", help="of the files; default: attention-GPU-DATE")
     parser.add_argument("--plot-from", type=Path, metavar="JSON", help="only draw the plots")
     parser.add_argument("--peak", type=float, help="TFLOP/s of a matrix product, drawn as a line")
-    return parser.parse_args(argv)
+    a = parser.parse_args(argv)
+    if a.rounds < 1:
+        parser.error(f"--rounds: {a.rounds} measures nothing; give 1 or more")
+    return a
 
 
 def measure(p, provider, a) -> dict:
@@ -100,6 +103,16 @@ def measure(p, provider, a) -> dict:
         peak_gib=peak / 2**30,
         first_s=first_s,
     )
+
+
+def to_and_fro(problems, providers, rounds: int) -> list[tuple[str, int, str]]:
+    """(case, tokens, provider) in the order of measuring: no provider is always the first."""
+    return [
+        (*problem, provider)
+        for problem in problems
+        for i in range(rounds)
+        for provider in providers[:: 1 - i % 2 * 2]
+    ]
 
 
 def in_rounds(before: dict | None, row: dict) -> dict:
@@ -275,12 +288,7 @@ def main():
     print(" | ".join(heading for heading, _ in COLUMNS.values()), flush=True)
     rows = {}
     problems = list(itertools.product(a.cases.split(","), map(int, a.seqlens.split(","))))
-    turns = [
-        (*problem, provider)
-        for problem in problems
-        for i in range(a.rounds)
-        for provider in providers[:: 1 - i % 2 * 2]  # so that none is always the first
-    ]
+    turns = to_and_fro(problems, providers, a.rounds)
     for i, turn in enumerate(turns):
         if time.time() - began > a.deadline:
             print(f"deadline: {len(turns) - i} of {len(turns)} measurements left out")
