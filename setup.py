@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         # numpy: Triton 3.6's interpreter, which CI runs the kernels in, breaks with 2.3
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "numpy<2.3"],
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6", "ruff>=0.9", "numpy<2.3"],
         # transformer-engine-torch builds from source; docs/install.md has the command
         "te": ["transformer-engine[pytorch]>=2.9"],
     },

@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 make_venv "[test]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Two files at a time: many tests wait for processes of their own.
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Two files at a time: many tests wait for processes of their own. In the order of tests/conftest.py.
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
