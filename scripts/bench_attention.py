@@ -116,8 +116,13 @@ def to_and_fro(problems, providers, rounds: int) -> list[tuple[str, int, str]]:
 
 
 def in_rounds(before: dict | None, row: dict) -> dict:
-    """A provider's row with one more round: medians over `rounds`, the rest as in the first."""
-    if before is None or "error" in before or "error" in row:
+    """A provider's row with one more round: medians over `rounds`, the rest as in the first.
+
+    A round that failed stays.
+    """
+    if before is not None and "error" in before:
+        return before
+    if before is None or "error" in row:
         return row | dict(rounds=[row])
     rounds = [*before["rounds"], row]
     times = ("forward_ms", "backward_ms", "forward_tf", "backward_tf")
