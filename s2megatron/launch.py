@@ -107,10 +107,18 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
 
 def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
-    """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs."""
-    ranks = ranks_named_by(load_config(config, overrides))
-    os.environ.setdefault("WORLD_SIZE", str(ranks))  # what torchrun would say
-    return prepare(config, overrides, writers=False)
+    """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs.
+
+    Where WORLD_SIZE is set, that many. It is not left behind: what comes next in this process may
+    be another run.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return prepare(config, overrides, writers=False)
+    os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+    try:
+        return prepare(config, overrides, writers=False)
+    finally:
+        del os.environ["WORLD_SIZE"]
 
 
 def dry_run(config: str, overrides: Sequence[str]) -> str:

@@ -233,7 +233,6 @@ def dry_run_configs() -> dict:
 
     results = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        os.environ.pop("WORLD_SIZE", None)
         extra = ["data.train=[]", "data.valid=[]", "data.mock=true"]
         argv = ["--config", str(path), "--dry-run", *extra]
         results[path.name] = run_command_line(pretrain.main, argv)

@@ -317,9 +317,11 @@ os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 from s2megatron.planner.report import read_run
 read_run("configs/llama_1.3b_32k.yaml", [], 2, local=True)
 print("connections", os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+print("ranks", os.environ.get("WORLD_SIZE"))
 """
     done = command_line("-c", code)
     assert "connections 1" in done.stdout, done.stderr[-2000:]
+    assert "ranks None" in done.stdout  # or the next run file would be read for as many
 
 
 def test_layouts_that_do_not_fit_are_refused_with_the_reason():

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 import warnings
 from dataclasses import replace
 
@@ -25,18 +24,16 @@ NO_CONTEXT_PARALLELISM = (
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
     from s2megatron import environment
-    from s2megatron.config import load_config
-    from s2megatron.launch import prepare, ranks_named_by
+    from s2megatron.launch import prepare_without_launch
 
     environment.apply()  # what Megatron asks for where there are GPUs
 
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
-    os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", message="Could not determine rank")
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare(config, overrides, writers=False)
+        ready = prepare_without_launch(config, overrides)
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 
