@@ -51,7 +51,7 @@ from s2_kernels.hopper.primitives import (
     store_some_rows,
     strides_and_size,
     term_descriptor,
-    write,
+    write_notes,
 )
 from s2_kernels.launch import Packing, concurrent_programs, device_table, fresh_counter, pad
 from s2_kernels.pattern import LayerPattern
@@ -123,18 +123,14 @@ def producer(
             end = gl.minimum(gl.maximum(ends[w], low), high)
             first = gl.minimum(gl.maximum(columns[w], low), end)
             on_diagonal = (first == columns[w]) & (first < end)
-            note = half * NOTES
-            write(notes, note, high - end)
-            write(notes, note + 1, end - first)
-            write(notes, note + 2, end - first - on_diagonal.to(gl.int32))
-            write(notes, note + 3, first - low)
-            write(notes, note + 4, i_batch)
-            write(notes, note + 5, i_kv)
-            write(notes, note + 6, gl.where(slot < 0, slot, slot + w * n_pieces))
+            n_whole = end - first - on_diagonal.to(gl.int32)
+            share = gl.where(slot < 0, slot, slot + w * n_pieces)
             row = gl.where(columns[w] < 0, FAR, start + columns[w] * 64)
-            write(notes, note + 7, row)
-            write(notes, note + 8, gl.where(columns[w] < 0, 64, length - columns[w] * 64))
-            write(notes, note + 9, length - (end - 1) * 64)
+            n_there = gl.where(columns[w] < 0, 64, length - columns[w] * 64)
+            n_left = length - (end - 1) * 64
+            tiles = (high - end, end - first, n_whole, first - low)
+            place = (i_batch, i_kv, share, row, n_there, n_left)
+            write_notes(notes, half * NOTES, tiles + place)
             ready = kv_ready.index(half)
             mbarrier.expect(ready, d_k.block_type.nbytes + d_v.block_type.nbytes)
             load_rows(d_k, i_batch, i_kv, row, ready, k_bufs.index(half))
@@ -164,7 +160,7 @@ def producer(
     for w in gl.static_range(2):
         half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
         mbarrier.wait(kv_free.index(half), turn ^ 1)
-        write(notes, half * NOTES, -1)
+        write_notes(notes, half * NOTES, (-1,))
         mbarrier.arrive(kv_ready.index(half))
 
 

@@ -52,7 +52,7 @@ from s2_kernels.hopper.primitives import (
     read_scalar,
     strides_and_size,
     term_descriptor,
-    write,
+    write_notes,
 )
 from s2_kernels.launch import (
     concurrent_programs,
@@ -135,9 +135,7 @@ def producer(
                 )
                 if (i_member == 0) & (i == 0):
                     mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
-                    write(notes, 0, n)
-                    write(notes, 1, on_diagonal.to(gl.int32))
-                    write(notes, 2, item)
+                    write_notes(notes, 0, (n, on_diagonal.to(gl.int32), item))
                     load_column(d_k, i_batch, i_kv, column, k_bufs.index(0), k_ready.index(0))
                     mbarrier.wait(v_free.index(0), i_round & 1 ^ 1)
                     load_column(d_v, i_batch, i_kv, column, v_bufs.index(0), v_ready.index(0))
@@ -149,7 +147,7 @@ def producer(
         i_round += 1
         item = next_item(p_taken, n_items)
     mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
-    write(notes, 2, -1)
+    write_notes(notes, 2, (-1,))
     mbarrier.arrive(k_ready.index(0))
 
 

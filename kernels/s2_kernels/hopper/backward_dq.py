@@ -41,7 +41,7 @@ from s2_kernels.hopper.primitives import (
     store_rows,
     store_some_rows,
     strides_and_size,
-    write,
+    write_notes,
 )
 from s2_kernels.launch import Packing, device_table, pad
 from s2_kernels.pattern import LayerPattern
@@ -72,9 +72,7 @@ def producer(
         rule = load_rule(p_table, i_kv, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
-        write(notes, 0, n_edges)
-        write(notes, 1, n_kept)
-        write(notes, 2, unseen)
+        write_notes(notes, 0, (n_edges, n_kept, unseen))
         ready = q_ready.index(0)
         mbarrier.expect(ready, 2 * d_q.block_type.nbytes + 4 * d_dout.block_type.nbytes)
         for w in gl.static_range(2):

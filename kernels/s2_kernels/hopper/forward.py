@@ -45,7 +45,7 @@ from s2_kernels.hopper.primitives import (
     store_rows,
     store_some_rows,
     strides_and_size,
-    write,
+    write_notes,
 )
 from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
 from s2_kernels.launch import Packing, device_table, empty_like, pad
@@ -134,13 +134,9 @@ def pass_over(low, high, buffers, ready, free):
 @gluon.jit
 def write_item(notes, where, n_kept, n_edges, unseen):
     """Notes of an item, for `read_item`."""
-    for i in gl.static_range(5):
-        write(notes, i, where[i])
-    write(notes, 5, n_kept)
-    write(notes, 6, n_edges)
-    write(notes, 7, 0)
-    write(notes, 8, gl.where(n_edges > 0, 0, 1))
-    write(notes, 9, unseen)
+    write_notes(notes, 0, where)
+    hidden_0 = gl.where(n_edges > 0, 0, 1)
+    write_notes(notes, 5, (n_kept, n_edges, 0, hidden_0, unseen))
 
 
 @gluon.jit

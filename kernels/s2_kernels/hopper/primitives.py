@@ -100,9 +100,12 @@ def make_notes(N: gl.constexpr):
 
 
 @gluon.jit
-def write(notes, index, value):
+def write_notes(notes, first, values):
+    """Notes first, first + 1, ...: by all lanes of the producer, one of which completes a load."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    notes.index(index).store(gl.full([1], value, gl.int32, layout))
+    for i in gl.static_range(len(values)):
+        notes.index(first + i).store(gl.full([1], values[i], gl.int32, layout))
+    gl.thread_barrier()  # before that lane does so
 
 
 @gluon.jit
