@@ -113,13 +113,14 @@ def test_hopper_with_many_items(kv_heads, d, block):
 
 @pytest.mark.parametrize("growth", [20, 600])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_hopper_with_rising_scores(dtype, growth):
+@pytest.mark.parametrize("d", [128, 256])
+def test_hopper_with_rising_scores(dtype, growth, d):
     """Blocks of keys of very different size: a list's maximum is moved again and again.
 
     Up to 600 times as large: exponents of hundreds, of which float32 has no power.
     """
     needs_hopper()
-    case = Case("rising", _ls(4, 4, 64, 4, 4), 1990, d=128)
+    case = Case("rising", _ls(4, 4, 64, 4, 4), 1990, d=d)
     inputs = make_inputs(case, dtype, "cuda")
     draw = torch.rand(32, generator=torch.Generator().manual_seed(1)).cuda()
     with torch.no_grad():

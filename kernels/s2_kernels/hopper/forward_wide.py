@@ -52,8 +52,9 @@ from s2_kernels.hopper.primitives import (
     query_items,
     read,
     read_scalar,
-    write,
+    write_notes,
 )
+from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
 from s2_kernels.launch import device_table, empty_like
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, load_rule
@@ -100,10 +101,8 @@ def producer(
         for w in gl.static_range(2):
             passes = gl.where(n_edges > 0, 1, 0) if w == 1 else 1
             mbarrier.wait(q_free.index(w), i_round & 1 ^ 1)
-            write(q_notes, w * 4, passes)
-            write(q_notes, w * 4 + 1, n - passes)
-            write(q_notes, w * 4 + 2, (n_edges - passes) * w)
-            write(q_notes, w * 4 + 3, n_before + (1 - unseen - passes) * w)
+            whole_from, whole_to = (n_edges - passes) * w, n_before + (1 - unseen - passes) * w
+            write_notes(q_notes, w * 4, (passes, n - passes, whole_from, whole_to))
             mbarrier.expect(q_ready.index(w), d_q.block_type.nbytes)
             load_rows(d_q, i_batch, i_head, row + w * 64, q_ready.index(w), q_bufs.index(w))
         col = 0
@@ -115,9 +114,9 @@ def producer(
                 tile = done + p
                 mbarrier.wait(k_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
-                write(k_notes, tile % NOTES * 2, gl.where(p < n_before, 64, 0))
                 hidden = (p < n_edges) | ((p == n_before) & (unseen > 0))
-                write(k_notes, tile % NOTES * 2 + 1, gl.where(hidden, -64, (n - 1 - p) * 64))
+                beyond = gl.where(p < n_before, 64, 0), gl.where(hidden, -64, (n - 1 - p) * 64)
+                write_notes(k_notes, tile % NOTES * 2, beyond)
                 load_half_tile(d_k, i_batch, i_kv, col, tile, k_ready, k_bufs, STAGES)
             if p > 0:
                 tile = done + p - 1
@@ -137,16 +136,16 @@ def mask_half_tile(b_s, notes, tile, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(b_s, b_m, b_l, scale_log2):
-    """Probabilities [64, 64] in base 2, the factor for what came before, new maximum and sum.
+def exponents(b_s, b_m, scale_log2):
+    """What probabilities [64, 64] are powers of 2 of, what came before is to be scaled by, too.
 
-    A row that has seen nothing yet has maximum -inf: with 0, exp2 gives 0.
+    And the new b_m, [64, 4] as in softmax.py: it lags behind the maximum by up to LAG. A row that
+    has seen nothing yet has -inf: with 0 instead, exp2 gives 0.
     """
-    b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * scale_log2)
+    b_top = first_max(b_s, scale_log2)
+    b_m_new = gl.where(b_top > b_m + LAG, b_top, b_m)
     b_shift = gl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-    b_rescale = gl.exp2(b_m - b_shift)
-    b_p = gl.exp2(b_s * scale_log2 - b_shift[:, None])
-    return b_p, b_rescale, b_m_new, b_l * b_rescale + gl.sum(b_p, 1)
+    return b_s * scale_log2 - spread(b_shift, b_s), b_m - b_shift, b_m_new
 
 
 @gluon.jit
@@ -192,12 +191,14 @@ def attend_tiles(
             mbarrier.arrive(q_free.index(WARPGROUP))
         if (i < whole_from) | (i >= whole_to):
             b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
-        b_next, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2)
+        b_t, b_fall, b_m = exponents(b_s, b_m, scale_log2)
         keep_order(v_ready.index(before), phase_before)
-        b_acc, b_next = warpgroup_mma_wait(0, deps=[t_acc, b_next])
+        b_acc, b_t, b_fall = warpgroup_mma_wait(0, deps=[t_acc, b_t, b_fall])
         mbarrier.arrive(v_free.index(before))
-        b_rescale = gl.convert_layout(b_rescale, gl.SliceLayout(1, b_acc.type.layout))
-        b_acc = b_acc * b_rescale[:, None]
+        b_rescale = gl.exp2(b_fall)
+        b_acc = rescale(b_acc, b_rescale)
+        b_next = gl.exp2(b_t)
+        b_l = b_l * b_rescale + row_sum(b_next)
         b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
     return b_p, b_acc, b_m, b_l
 
@@ -211,11 +212,12 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     HALF: gl.constexpr = out_bufs.shape[2]
     half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     i_batch, i_head, row, start, length, terms = query_item(item, tables, heads, n_slots, s, False)
-    b_lse = b_m * LN2 + gl.log(b_l)
-    b_inverse = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, layout))
+    b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     row += WARPGROUP * 64
-    o_lse = row + gl.arange(0, 64, layout=b_m.type.layout)
-    gl.store(p_lse + (i_batch * heads + i_head).to(gl.int64) * s + o_lse, b_lse, mask=o_lse < s)
+    o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
+    p_lse += (i_batch * heads + i_head).to(gl.int64) * s
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < s)
+    b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
     out_buf = out_bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out_bufs.dtype)
     halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
@@ -240,7 +242,6 @@ def consumer(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     q_buf = q_bufs.index(WARPGROUP)
     at: gl.constexpr = WARPGROUP * 4
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
@@ -257,9 +258,10 @@ def consumer(
         mbarrier.arrive(k_free.index(tile % STAGES))
         if (whole_from > 0) | (whole_to <= 0):
             b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
-        b_m = gl.full([64], float("-inf"), gl.float32, row_layout)
-        b_l = gl.zeros([64], gl.float32, row_layout)
-        b_p, b_rescale, b_m, b_l = softmax_step(b_s, b_m, b_l, scale_log2)
+        b_m = first_max(b_s, scale_log2)
+        b_t, b_fall, b_m = exponents(b_s, b_m, scale_log2)
+        b_p = gl.exp2(b_t)
+        b_l = row_sum(b_p)
         mbarrier.arrive(q_free.index(WARPGROUP), pred=n == 1)
         b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)

@@ -14,7 +14,7 @@ import struct
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LAG = 8.0
+LAG = gl.constexpr(8.0)
 
 
 def _bits(x: float) -> str:
@@ -38,7 +38,7 @@ def _passed_over(test: list[str], body: list[str]) -> str:
 
 def _rise() -> str:
     """Of $2 and $3, a thread's maxima of its two rows: the rows' maxima, or 0 up to LAG."""
-    lag, body = _bits(LAG), []
+    lag, body = _bits(LAG.value), []
     for out, top in (("$0", "$2"), ("$1", "$3")):
         body += [f"mov.f32 {out}, {top};"]
         for lane in (1, 2):
@@ -92,7 +92,7 @@ def spread(b_x, b_like):
 @gluon.jit
 def unless_neutral(b_x, b_y, ASM: gl.constexpr):
     """b_x [64, N] with b_y [64, 4], by LOWER (minus) or SCALE (times)."""
-    n: gl.constexpr = b_x.shape[1] // 2
+    n: gl.constexpr = min(b_x.shape[1] // 2, 64)
     asm: gl.constexpr = ASM[n]
     operands: gl.constexpr = IN_PLACE[n]
     return gl.inline_asm_elementwise(
