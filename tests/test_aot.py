@@ -103,6 +103,7 @@ HOPPER = dict(
     s2_hopper_forward_wide_kernel=dict(
         stack=16, shared=225, loop=["HGMMA", "WAIT 1", "WAIT 0", "EX2"]
     ),
+    s2_hopper_dq_wide_kernel=dict(stack=0, shared=225, loop=BACKWARD_LOOP),
     s2_hopper_dkdv_wide_kernel=dict(stack=8, shared=226, loop=None),  # two, see below
 )
 WIDE_DKDV_LOOPS = [  # the warpgroup of dv, that of dk
@@ -115,10 +116,11 @@ KERNELS = dict(  # how many kinds of each: dense and packed; dk and dv also fuse
     s2_hopper_dkdv_kernel=6,
     s2_hopper_dq_kernel=6,
     s2_hopper_forward_wide_kernel=1,
+    s2_hopper_dq_wide_kernel=1,
     s2_hopper_dkdv_wide_kernel=1,
     s2_packed_slots_kernel=2,  # for queries, for columns
     s2_dkdv_kernel=3,
-    s2_dq_kernel=3,  # d = 256 in the Hopper backward pass, too
+    s2_dq_kernel=2,
     s2_row_terms_kernel=2,  # d = 128, 256
     s2_add_pieces_kernel=2,
     s2_sparse_forward_kernel=1,

@@ -2,18 +2,17 @@
 
 Seven matrix products where five would do: dq is not added up across programs, so that the same bits
 come out every time and no float32 copy of dq is needed. docs/kernels.md has the comparison. Head
-sizes above 128 have a dk/dv kernel of their own, and the portable kernels for the rest.
+sizes above 128 have kernels of their own, which take the row terms from the portable one.
 """
 
 import torch
 
 from s2_kernels.backward import row_terms
-from s2_kernels.backward_dq import launch_dq
-from s2_kernels.configs import backward_config, fit
-from s2_kernels.hopper import WIDEST, announce
+from s2_kernels.hopper import WIDEST
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
+from s2_kernels.hopper.backward_dq_wide import launch_hopper_dq_wide
 from s2_kernels.launch import Packing, empty_like, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
@@ -35,12 +34,8 @@ def launch_hopper_backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
     if q.shape[-1] > WIDEST:
-        announce("dq", f"head size {q.shape[-1]} (up to {WIDEST})")
-        lse2, delta = row_terms(out, lse, dout, dlse)
-        inputs = (q, k, v, dout, lse2, delta)
-        config = backward_config("dq", q.shape[-1], q.dtype, (9, 0))
-        config = fit(config, pattern.block_size, gather=True)
-        launch_dq(*inputs, dq, pattern, softmax_scale, 0, None, config, "ieee")
+        inputs = (q, k, v, dout, *row_terms(out, lse, dout, dlse))
+        launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale)
         launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale)
         return dq, dk, dv
     common = (pattern, softmax_scale, packing)

@@ -1,0 +1,280 @@
+"""dq on Hopper at head sizes above 128, padded to 256: Q and dO stay in shared memory.
+
+The walk of backward_dq.py, a half-tile of KV at a time, for two warpgroups of 64 query rows each.
+dq of 64 rows takes 128 registers a thread, and Q and dO of both warpgroups 128 KiB of the shared
+memory, which leaves room for two half-tiles of K and one of V. That is enough: V is free after dP,
+long before K, so that the next one arrives under dq += dS K, and K of the next tile is there.
+
+    S = Q K^T | dP = dO V^T under the exponents | dq += dS K
+
+dq leaves from registers.
+
+Barriers, by what completes a phase of them; a warpgroup arrives once, whatever its number of warps:
+
+    q_ready [2]        the producer's loads of Q and dO of one warpgroup    the notes with them
+    q_free [2]         that warpgroup, after the last dP of an item
+    k_ready [K_STAGES] the load of K of a half-tile
+    k_free [K_STAGES]  both warpgroups, after dq or passing over
+    v_ready, v_free    the load of V; both warpgroups, after dP or passing over
+
+Shapes and formulas as in s2_kernels/backward.py.
+"""
+
+import math
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from s2_kernels.hopper.backward_dkdv_wide import store_sum
+from s2_kernels.hopper.lists import listed_half, query_list
+from s2_kernels.hopper.primitives import (
+    count_items,
+    descriptor,
+    extents,
+    item_at,
+    load_rows,
+    make_barriers,
+    make_notes,
+    query_item,
+    query_items,
+    read_scalar,
+    strides_and_size,
+    write_notes,
+)
+from s2_kernels.launch import device_table
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import head_offset, load_rule
+
+K_STAGES = gl.constexpr(2)
+
+
+@gluon.jit
+def producer(
+    descs, buffers, barriers, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr
+):  # fmt: skip
+    """Loads Q and dO of every item, then the K and V half-tiles of its list; notes its length.
+
+    The list: what only the upper rows see, what all see, the two half-tiles of the diagonal.
+    """
+    d_q, d_k, d_v, d_dout = descs
+    p_items, p_starts, p_table = tables
+    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
+    done = 0
+    for i_round in range(count_items(tables, heads * n_slots, False)):
+        item = item_at(i_round, tables, False)
+        i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, False)
+        i_kv = i_head // group
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        for w in gl.static_range(2):
+            ready = q_ready.index(w)
+            mbarrier.wait(q_free.index(w), i_round & 1 ^ 1)
+            write_notes(notes, w * 3, (n_edges, n_kept, unseen))
+            mbarrier.expect(ready, d_q.block_type.nbytes + d_dout.block_type.nbytes)
+            load_rows(d_q, i_batch, i_head, row + w * 64, ready, q_bufs.index(w))
+            load_rows(d_dout, i_batch, i_head, row + w * 64, ready, do_bufs.index(w))
+        for p in range(n_edges + n_kept + 2):
+            column = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS) * 64
+            stage, phase = done % K_STAGES, done // K_STAGES & 1
+            mbarrier.wait(k_free.index(stage), phase ^ 1)
+            mbarrier.expect(k_ready.index(stage), d_k.block_type.nbytes)
+            load_rows(d_k, i_batch, i_kv, column, k_ready.index(stage), k_bufs.index(stage))
+            mbarrier.wait(v_free.index(0), done & 1 ^ 1)
+            mbarrier.expect(v_ready.index(0), d_v.block_type.nbytes)
+            load_rows(d_v, i_batch, i_kv, column, v_ready.index(0), v_bufs.index(0))
+            done += 1
+
+
+@gluon.jit
+def pass_over(low, high, barriers):
+    """Leaves the half-tiles low..high-1, counted over all items, to the other warpgroup."""
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    for done in range(low, high):
+        stage, phase = done % K_STAGES, done // K_STAGES & 1
+        mbarrier.wait(k_ready.index(stage), phase)
+        mbarrier.arrive(k_free.index(stage))
+        mbarrier.wait(v_ready.index(0), done & 1)
+        mbarrier.arrive(v_free.index(0))
+
+
+@gluon.jit
+def load_terms(p_lse2, p_delta, item, tables, sizes, layout: gl.constexpr, WARPGROUP: gl.constexpr):
+    """lse2 and delta [64] of a warpgroup's rows of an item; of a row that is not there, inf and 0.
+
+    With them its probabilities come out as 0.
+    """
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
+    i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, False)
+    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (i_batch * heads + i_head).to(gl.int64) * rows
+    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < s, other=float("inf"))
+    return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < s, other=0.0)
+
+
+@gluon.jit
+def add_tile(
+    b_dq, b_lse2, b_delta, scale_log2, done, last, buffers, barriers,
+    MASKED: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """dq [64, D] / scale with the share of half-tile `done`; after `last`, Q and dO are free."""
+    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
+    stage, phase = done % K_STAGES, done // K_STAGES & 1
+    k_buf = k_bufs.index(stage)
+    # 0, which no compiler can tell: addresses would be worked out before the loop, and spill.
+    zero = done >> 30
+    q_buf, do_buf = q_bufs.index(WARPGROUP + zero), do_bufs.index(WARPGROUP + zero)
+    zeros = gl.zeros([64, 64], gl.float32, s_layout)
+    mbarrier.wait(k_ready.index(stage), phase)
+    t_s = warpgroup_mma(q_buf, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(0), done & 1)
+    v_buf = v_bufs.index(zero)
+    t_dp = warpgroup_mma(do_buf, v_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[t_s])
+    if MASKED:
+        o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+        o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, s_layout))
+        b_s = gl.where(o_n[None, :] <= o_m[:, None], b_s, float("-inf"))
+    b_t = b_s * scale_log2 - b_lse2[:, None]
+    b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
+    mbarrier.arrive(v_free.index(0))
+    mbarrier.arrive(q_free.index(WARPGROUP), pred=done == last)
+    b_p = gl.exp2(b_t)
+    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(k_bufs.dtype), p_layout)
+    b_dq = warpgroup_mma(b_ds, k_buf, b_dq)
+    mbarrier.arrive(k_free.index(stage))
+    return b_dq
+
+
+@gluon.jit
+def consumer(
+    out, buffers, barriers, terms, tables, sizes, D: gl.constexpr, WARPGROUP: gl.constexpr
+):  # fmt: skip
+    """dq of 64 query rows of every item, stored."""
+    p_dq, strides = out
+    p_lse2, p_delta = terms
+    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
+    BLOCK_D: gl.constexpr = k_bufs.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    at: gl.constexpr = WARPGROUP * 3
+    done = 0
+    for i_round in range(count_items(tables, heads * n_slots, False)):
+        item = item_at(i_round, tables, False)
+        b_lse2, b_delta = load_terms(p_lse2, p_delta, item, tables, sizes, row_layout, WARPGROUP)
+        mbarrier.wait(q_ready.index(WARPGROUP), i_round & 1)
+        n_edges, n_kept = read_scalar(notes, at), read_scalar(notes, at + 1)
+        b_dq = gl.zeros([64, BLOCK_D], gl.float32, layout)
+        begin = done + (n_edges if WARPGROUP == 1 else 0)
+        diagonal = done + n_edges + n_kept + WARPGROUP
+        end = diagonal - (read_scalar(notes, at + 2) if WARPGROUP == 1 else 0)
+        pass_over(done, begin, barriers)
+        done += n_edges + n_kept + 2
+        for p in range(begin, end):
+            b_dq = add_tile(
+                b_dq, b_lse2, b_delta, scale_log2, p, diagonal, buffers, barriers, False,
+                WARPGROUP,
+            )  # fmt: skip
+        pass_over(end, diagonal, barriers)
+        b_dq = add_tile(
+            b_dq, b_lse2, b_delta, scale_log2, diagonal, diagonal, buffers, barriers, True,
+            WARPGROUP,
+        )  # fmt: skip
+        pass_over(diagonal + 1, done, barriers)
+        i_batch, i_head, row, start, length, term = query_item(
+            item, tables, heads, n_slots, s, False
+        )
+        row += WARPGROUP * 64
+        p_tile = p_dq + head_offset(strides, i_batch, i_head, row)
+        store_sum(p_tile, strides[1], s - row, (b_dq * scale).to(k_bufs.dtype), D)
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
+def s2_hopper_dq_wide_kernel(
+    d_q, d_k, d_v, d_dout, p_dq, p_lse2, p_delta, p_items, p_starts, p_table, strides_dq,
+    heads, group, n_slots, s, rows, scale, scale_log2,
+    D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as fit the GPU. Items: schedule.query_tiles.
+
+    lse2 and delta: [b, h, rows], s rows and padding.
+    """
+    BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
+    dtype: gl.constexpr = d_q.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], layout)
+    do_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 64, BLOCK_D], layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], layout)
+    q_ready, q_free = make_barriers(2, 1), make_barriers(2, 1)
+    k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
+    v_ready, v_free = make_barriers(1, 1), make_barriers(1, 2)
+    descs = (d_q, d_k, d_v, d_dout)
+    buffers = (q_bufs, do_bufs, k_bufs, v_bufs, make_notes(6))
+    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
+    tables = (p_items, p_starts, p_table)
+    sizes = (heads, group, n_slots, s, rows, scale, scale_log2)
+    out, terms = (p_dq, strides_dq), (p_lse2, p_delta)
+    gl.warp_specialize(
+        [
+            (consumer, (out, buffers, barriers, terms, tables, sizes, D, 0)),
+            (consumer, (out, buffers, barriers, terms, tables, sizes, D, 1)),
+            (producer, (descs, buffers, barriers, tables, sizes, B, N_BANDS)),
+        ],
+        [4, 1],
+        [232, 40],
+    )
+
+
+def launch_hopper_dq_wide(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    dq: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+) -> None:
+    """Writes dq, as s2_kernels.backward_dq.launch_dq."""
+    b, s, h, d, *_ = extents(q)
+    work = query_items(pattern, q, None)
+    s2_hopper_dq_wide_kernel[(work.programs,)](
+        descriptor(q),
+        descriptor(k),
+        descriptor(v),
+        descriptor(dout),
+        dq,
+        lse2,
+        delta,
+        work.items,
+        work.starts,
+        device_table(pattern, q.device),
+        strides_and_size(dq)[:3],
+        h,
+        h // k.shape[-2],
+        work.slots,
+        s,
+        lse2.shape[-1],
+        softmax_scale,
+        softmax_scale * math.log2(math.e),
+        D=d,
+        B=pattern.block_size,
+        N_BANDS=pattern.n_bands,
+        num_warps=4,
+        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+    )
