@@ -1,0 +1,114 @@
+"""The Hopper kernels on the CPU (gluon_emulator): what they compute, and that they wait for it.
+
+The same rule as on a GPU: float64, twice the error of eager at the same precision.
+"""
+
+import dataclasses
+
+import gluon_emulator
+import pytest
+import test_varlen
+import torch
+from attention_cases import (
+    Case,
+    _ls,
+    assert_as_good_as_eager,
+    make_inputs,
+    reference_results,
+    run_with_grads,
+)
+
+from s2_kernels import hopper, ranges, s2_attention, sliding_window
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="plain Triton beside it needs the interpreter"
+)
+
+EDGES = [(2, 1), (7, 3), (20, 6)]
+CASES = [
+    Case("gqa", _ls(4, 2, 64, 2, 3), 393, d=128),
+    Case("batch_of_one_block", _ls(2, 2, 64, 1, 3), 150, d=64, b=2),
+    Case("block128", _ls(2, 1, 128, 1, 2), 391, d=128),
+    Case("many_edges", ranges(heads=2, kv_heads=1, block_size=64, bands=EDGES), 1411, d=64),
+    Case("one_token", _ls(2, 2, 64, 2, 3), 1, d=128),
+    Case("head96", sliding_window(heads=1, block_size=64, local_blocks=2), 200, d=96),
+    Case("wide_gqa", _ls(4, 2, 64, 2, 3), 393, d=256),
+    Case("wide_batch_of_one_block", _ls(2, 1, 64, 1, 3), 270, d=192, b=2),
+    Case("wide_block128", _ls(2, 1, 128, 1, 2), 391, d=192),
+    Case("wide_many_edges", ranges(heads=1, block_size=64, bands=EDGES), 1411, d=256),
+    Case("wide_one_token", _ls(2, 2, 64, 2, 3), 1, d=256),
+]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """The Hopper kernels take CPU tensors; memory that nobody has written holds NaN."""
+    monkeypatch.setattr(hopper, "takes", lambda *problem: True)
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 20)
+    torch.use_deterministic_algorithms(True)
+    with gluon_emulator.emulated():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(case, dtype=torch.bfloat16, change=lambda inputs: None):
+    inputs = make_inputs(case, dtype)
+    with torch.no_grad():
+        change(inputs)
+
+    def attend(q, k, v):
+        return s2_attention(q, k, v, case.pattern, return_lse=True, backend="hopper")
+
+    truth, eager = reference_results(case, inputs)
+    assert_as_good_as_eager(run_with_grads(attend, inputs), truth, eager, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_the_reference(case):
+    check(case)
+
+
+@pytest.mark.parametrize("d", [128, 256])
+def test_float16_and_scores_that_rise(d):
+    """The keys grow from block to block, so that the maximum of a row moves again and again."""
+
+    def grow(inputs):
+        q, k, *_ = inputs
+        k.mul_((torch.arange(k.shape[1]) // 64 + 1).view(1, -1, 1, 1) * 2)
+
+    check(Case("rising", _ls(2, 2, 64, 3, 4), 450, d=d), torch.float16, grow)
+
+
+@pytest.mark.parametrize("pattern", [_ls(2, 1, 64, 2, 3), _ls(2, 2, 128, 1, 2)], ids=str)
+def test_packed(pattern):
+    lengths = [37, 1, 0, 299, 64]
+    test_varlen.check(pattern, lengths, lengths, torch.bfloat16, d=64, backend="hopper")
+
+
+BROKEN = {
+    "no_wait": (gluon_emulator.mbarrier, "wait", lambda *barrier, **pred: None),
+    "no_expected_bytes": (
+        gluon_emulator.mbarrier, "expect", lambda barrier, nbytes: barrier.add(1, 0)
+    ),
+    "no_arrival": (gluon_emulator.mbarrier, "arrive", lambda *barrier, **pred: None),
+    "store_not_waited_for": (gluon_emulator.tma, "store_wait", lambda pendings: None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_is_broken_is_found(broken, monkeypatch):
+    where, name, function = BROKEN[broken]
+    monkeypatch.setattr(where, name, staticmethod(function))
+    monkeypatch.setattr(gluon_emulator, "SECONDS", 1)
+    case = Case("broken", _ls(2, 2, 64, 2, 3), 700, d=128)
+    with pytest.raises((AssertionError, RuntimeError, TimeoutError)):
+        check(case)
+
+
+def test_a_kernel_is_not_changed_by_it():
+    """Kernels' own functions and names are left as they were."""
+    from s2_kernels.hopper import forward
+
+    before = dict(vars(forward))
+    check(dataclasses.replace(CASES[4], d=64))
+    assert vars(forward) == before
