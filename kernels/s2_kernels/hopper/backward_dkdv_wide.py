@@ -1,23 +1,26 @@
 """dk and dv on Hopper at head sizes above 128, padded to 256: a warpgroup for each.
 
 dk and dv of a column of 64 tokens take 128 registers a thread each, one more than a warpgroup has
-room for. An item is one column: warpgroup 0 adds up dv, warpgroup 1 dk. Both compute S^T = K Q^T,
-so that nothing passes between them: five products where four would do.
+room for. An item is one column: warpgroup 0 adds up dv, warpgroup 1 dk. The first computes the
+probabilities, and hands them to the second through shared memory, in float32: each thread of the
+second takes what the thread of the same number has left.
 
-    warpgroup 0   S^T of a tile | dv += P^T dO of the tile before, under the exponentials
-    warpgroup 1   S^T, dP^T = V dO^T under the exponentials | dk += dS^T Q
+    warpgroup 0   exp, hand over P^T | dv += P^T dO, S^T = K Q^T of the next tile
+    warpgroup 1   dP^T = V dO^T, take P^T | dk += dS^T Q
 
-Q and dO half-tiles take turns in a ring of five places, so that warpgroup 0 can be a tile ahead.
-K and V have one place each, which is free again with the last scores of an item: the next item's
-arrive while this one's dk and dv leave, from registers.
+Q and dO half-tiles take turns in a ring of four places, P^T in one of two, so that warpgroup 0 can
+be a tile ahead. K and V have one place each, which is free again with the last S^T and dP^T of an
+item: the next item's arrive while this one's dk and dv leave, from registers.
 
 Barriers, by what completes a phase of them; a warpgroup arrives once, whatever its number of warps:
 
     ready [PLACES]   the producer's load of Q and lse, or of dO and delta
-    free [PLACES]    both warpgroups: of Q, after S^T (0), dk (1); of dO, after dv (0), dS (1)
+    free [PLACES]    both warpgroups: of Q, after P^T (0), dk (1); of dO, after dv (0), dS (1)
     k_ready, v_ready the load of K, of V of an item            the notes on it with K
-    k_free           both warpgroups, after the last S^T of an item
+    k_free           warpgroup 0, after the last S^T of an item; warpgroup 1, with its notes read
     v_free           warpgroup 1, after the last dP^T of an item
+    p_ready [2]      warpgroup 0, with P^T of a tile there
+    p_free [2]       warpgroup 1, after dS
 
 The diagonal tile, the last one of a column, is the only one with a mask. Rows past the end of the
 queries arrive as zeros, and add nothing.
@@ -44,7 +47,6 @@ from s2_kernels.hopper.primitives import (
     TERM_LAYOUT,
     descriptor,
     extents,
-    keep_order,
     load_rows,
     make_barriers,
     make_notes,
@@ -64,8 +66,10 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import head_offset, load_rule
 from s2_kernels.schedule import single_columns
 
-PLACES = gl.constexpr(5)
-"""Half-tiles of Q and dO at a time: with K and V, what fits 227 KiB of shared memory."""
+PLACES = gl.constexpr(4)
+"""Half-tiles of Q and dO at a time: with K, V and P^T, what fits 227 KiB of shared memory."""
+P_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+"""How P^T lies in shared memory: without bank conflicts, as the tensor cores leave it."""
 STORE_LAYOUT = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64], [0, 128]],
@@ -110,8 +114,8 @@ def producer(
     sees the column it loads one of zeros, so that every item has work.
     """
     d_q, d_k, d_v, d_dout, d_lse2, d_delta = descs
-    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
     p_items, p_taken, p_table = work
     heads, n_rows, n_items, scale_log2 = sizes
     turn, i_round, item = 0, 0, gl.program_id(0)
@@ -155,7 +159,7 @@ def producer(
 def probabilities(b_s, b_lse2, scale_log2, masked, zero):
     """P^T [64, 64] of scores S^T: of a tile on the diagonal, if masked.
 
-    zero: i >> 30 inside a loop, see add_dk: it keeps the mask's indices out of registers.
+    zero: i >> 30 inside a loop, see add_dv: it keeps the mask's indices out of registers.
     """
     if masked:
         o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, b_s.type.layout))
@@ -165,13 +169,22 @@ def probabilities(b_s, b_lse2, scale_log2, masked, zero):
 
 
 @gluon.jit
+def hand_over(b_p, turn, p_bufs, p_ready, p_free):
+    """P^T [64, 64] of a tile, in float32, for the other warpgroup."""
+    place, phase = turn // 2 % 2, turn // 4 & 1
+    mbarrier.wait(p_free.index(place), phase ^ 1)
+    p_bufs.index(place).store(b_p)
+    mbarrier.arrive(p_ready.index(place))
+
+
+@gluon.jit
 def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers, barriers):
     """dv [64, D] of a column from n half-tiles of queries, n_member of each query head.
 
-    The scores of one are issued before P^T dO of the one before, whose time hides the exponentials.
+    The scores of one are issued with P^T dO of the one before.
     """
-    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -181,76 +194,74 @@ def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers,
     mbarrier.wait(ready.index(place), turn // PLACES & 1)
     b_s = warpgroup_mma(k_bufs.index(0), bufs.index(place).permute([1, 0]), zeros, use_acc=False)
     b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
-    b_p = probabilities(b_s, b_lse2, scale_log2, (n_member == 1) & on_diagonal, 0)
-    b_p = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
-    mbarrier.arrive(free.index(place))
     if n == 1:
         mbarrier.arrive(k_free.index(0))
     b_dv = gl.zeros([64, D], gl.float32, layout)
     left = n_member - 1  # of this query head
     for i in range(1, n):
-        turn += 2
+        b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
+        hand_over(b_p, turn, p_bufs, p_ready, p_free)
+        mbarrier.arrive(free.index(turn % PLACES))  # not before lse2 was used, see log.md
         left = gl.where(left == 0, n_member, left) - 1
-        place, before, phase = turn % PLACES, (turn - 1) % PLACES, (turn - 1) // PLACES & 1
+        before, phase = (turn + 1) % PLACES, (turn + 1) // PLACES & 1
+        mbarrier.wait(ready.index(before), phase)
+        b_p16 = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
+        t_dv = warpgroup_mma(b_p16, bufs.index(before), b_dv, is_async=True)
+        turn += 2
+        place = turn % PLACES
         mbarrier.wait(ready.index(place), turn // PLACES & 1)
-        k_buf = k_bufs.index(i >> 30)  # 0, as in add_dk
+        # 0, which no compiler can tell: the addresses of K, 16 of them, would be worked out before
+        # the loop, and spill.
+        k_buf = k_bufs.index(i >> 30)
         t_s = warpgroup_mma(
             k_buf, bufs.index(place).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        mbarrier.wait(ready.index(before), phase)
-        t_dv = warpgroup_mma(b_p, bufs.index(before), b_dv, is_async=True)
         b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
-        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        b_dv = warpgroup_mma_wait(1, deps=[t_dv])
+        mbarrier.arrive(free.index(before))
+        b_s = warpgroup_mma_wait(0, deps=[t_s])
         if i == n - 1:
             mbarrier.arrive(k_free.index(0))
-        b_next = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
-        keep_order(ready.index(before), phase)
-        b_dv, b_next = warpgroup_mma_wait(0, deps=[t_dv, b_next])
-        mbarrier.arrive(free.index(before))
-        mbarrier.arrive(free.index(place))
-        b_p = gl.convert_layout(b_next.to(bufs.dtype), p_layout)
+    b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, 0)
+    hand_over(b_p, turn, p_bufs, p_ready, p_free)
+    mbarrier.arrive(free.index(turn % PLACES))
+    b_p16 = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
     turn += 1
     place = turn % PLACES
     mbarrier.wait(ready.index(place), turn // PLACES & 1)
-    b_dv = warpgroup_mma(b_p, bufs.index(place), b_dv)
+    b_dv = warpgroup_mma(b_p16, bufs.index(place), b_dv)
     mbarrier.arrive(free.index(place))
     return b_dv
 
 
 @gluon.jit
-def add_dk(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers, barriers):
-    """dk [64, D] / scale of a column from n half-tiles of queries, n_member of each query head."""
-    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free = barriers
+def add_dk(turn, n, D: gl.constexpr, buffers, barriers):
+    """dk [64, D] / scale of a column from n half-tiles of queries."""
+    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     term_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
     b_dk = gl.zeros([64, D], gl.float32, layout)
-    left = n_member  # of this query head
     for i in range(n):
-        left = gl.where(left == 0, n_member, left) - 1
         q_place, do_place, phase = turn % PLACES, (turn + 1) % PLACES, (turn + 1) // PLACES & 1
+        p_place, p_phase = turn // 2 % 2, turn // 4 & 1
         q_buf, do_buf = bufs.index(q_place), bufs.index(do_place)
-        mbarrier.wait(ready.index(q_place), turn // PLACES & 1)
-        # 0, which no compiler can tell: the addresses of K and V, 32 of them, would be worked out
-        # before the loop, and spill.
-        k_buf, v_buf = k_bufs.index(i >> 30), v_bufs.index(i >> 30)
-        t_s = warpgroup_mma(k_buf, q_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
         mbarrier.wait(ready.index(do_place), phase)
+        v_buf = v_bufs.index(i >> 30)  # 0, as in add_dv
         t_dp = warpgroup_mma(v_buf, do_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        b_lse2 = term_bufs.index(q_place).reshape([64]).load(term_layout)
-        b_s = warpgroup_mma_wait(1, deps=[t_s])
-        b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
         b_delta = term_bufs.index(do_place).reshape([64]).load(term_layout)
-        keep_order(ready.index(do_place), phase)
-        b_dp, b_p = warpgroup_mma_wait(0, deps=[t_dp, b_p])
+        mbarrier.wait(p_ready.index(p_place), p_phase)
+        b_p = p_bufs.index(p_place).load(s_layout)
+        b_dp = warpgroup_mma_wait(0, deps=[t_dp])
         if i == n - 1:
-            mbarrier.arrive(k_free.index(0))
             mbarrier.arrive(v_free.index(0))
+        mbarrier.wait(ready.index(q_place), turn // PLACES & 1)
         b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(bufs.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
+        mbarrier.arrive(p_free.index(p_place))  # not before P^T and delta were used
         mbarrier.arrive(free.index(do_place))
         b_dk = warpgroup_mma_wait(0, deps=[t_dk])
         mbarrier.arrive(free.index(q_place))
@@ -282,8 +293,8 @@ def consumer(
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """dv (warpgroup 0) or dk (1) of every item, stored, or as a piece's share in float32."""
-    bufs, term_bufs, k_bufs, v_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free = barriers
+    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
+    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
     p_items, p_taken, p_table = work
     heads, n_rows, n_items, scale_log2 = sizes
     p_out, strides, p_partial, batch, t, scale = out
@@ -299,7 +310,8 @@ def consumer(
             b_out = add_dv(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
         else:
             mbarrier.wait(v_ready.index(0), i_round & 1)
-            b_out = add_dk(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
+            mbarrier.arrive(k_free.index(0))  # for the notes, which were read
+            b_out = add_dk(turn, n, BLOCK_D, buffers, barriers)
             b_out *= scale
         turn += 2 * n
         i_kv, column = gl.load(p_item), gl.load(p_item + 1)
@@ -330,12 +342,14 @@ def s2_hopper_dkdv_wide_kernel(
     term_bufs = gl.allocate_shared_memory(gl.float32, [PLACES, 1, 64], TERM_LAYOUT)
     k_bufs = gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], layout)
+    p_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, 64], P_LAYOUT)
     ready, free = make_barriers(PLACES, 1), make_barriers(PLACES, 2)
     k_ready, k_free = make_barriers(1, 1), make_barriers(1, 2)
     v_ready, v_free = make_barriers(1, 1), make_barriers(1, 1)
     descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta)
-    buffers = (bufs, term_bufs, k_bufs, v_bufs, make_notes(3))
-    barriers = (ready, free, k_ready, k_free, v_ready, v_free)
+    p_ready, p_free = make_barriers(2, 1), make_barriers(2, 1)
+    buffers = (bufs, term_bufs, k_bufs, v_bufs, p_bufs, make_notes(3))
+    barriers = (ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free)
     work = (p_items, p_taken, p_table)
     sizes = (heads, n_rows, n_items, scale_log2)
     dv_out = (p_dv, strides_dv, p_partial, batch, t, scale)
