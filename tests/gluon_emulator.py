@@ -23,6 +23,7 @@ from gluon_language import (
     DTYPES,
     FUNCTIONS,
     Int,
+    Loaded,
     Pointer,
     Tile,
     dtype_of,
@@ -123,7 +124,7 @@ class Shared:
         return Shared(self.data.permute(order))
 
     def load(self, layout):
-        return tile(self.data.clone())
+        return Loaded.of(self.data)
 
     def store(self, x):
         assert x.dtype == self.data.dtype
@@ -257,7 +258,7 @@ def start(launch, program, programs, dice, function, arguments):
         try:
             function(*arguments)
             assert not here.products, "a product is not waited for"
-            tma.store_wait(0)
+            assert not here.stores, "a store is not waited for"
         except BaseException as error:
             launch.fail(error)
 

@@ -75,6 +75,24 @@ def tile(x: torch.Tensor) -> Tile:
     return x.as_subclass(Tile)
 
 
+class Loaded(Tile):
+    """What was loaded from shared memory: it is read when it is first used."""
+
+    @classmethod
+    def of(cls, source: torch.Tensor):
+        loaded = torch.empty(source.shape, dtype=source.dtype).as_subclass(cls)
+        loaded.source = source
+        return loaded
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, arguments=(), options=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            for x in arguments:
+                if isinstance(x, Loaded) and x.__dict__.get("source") is not None:
+                    x.copy_(x.__dict__.pop("source"))
+        return Tile.__torch_function__.__func__(Tile, function, (), arguments, options or {})
+
+
 class Pointer:
     """Into the memory of a tensor."""
 

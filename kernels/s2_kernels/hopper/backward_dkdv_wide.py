@@ -15,12 +15,12 @@ item: the next item's arrive while this one's dk and dv leave, from registers.
 Barriers, by what completes a phase of them; a warpgroup arrives once, whatever its number of warps:
 
     ready [PLACES]   the producer's load of Q and lse, or of dO and delta
-    free [PLACES]    both warpgroups: of Q, after P^T (0), dk (1); of dO, after dv (0), dS (1)
+    free [PLACES]    both warpgroups: of Q, after S^T (0), dk (1); of dO, after dv (0), dS (1)
     k_ready, v_ready the load of K, of V of an item            the notes on it with K
     k_free           warpgroup 0, after the last S^T of an item; warpgroup 1, with its notes read
     v_free           warpgroup 1, after the last dP^T of an item
     p_ready [2]      warpgroup 0, with P^T of a tile there
-    p_free [2]       warpgroup 1, after dS
+    p_free [2]       warpgroup 1, with it read
 
 The diagonal tile, the last one of a column, is the only one with a mask. Rows past the end of the
 queries arrive as zeros, and add nothing.
@@ -194,6 +194,7 @@ def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers,
     mbarrier.wait(ready.index(place), turn // PLACES & 1)
     b_s = warpgroup_mma(k_bufs.index(0), bufs.index(place).permute([1, 0]), zeros, use_acc=False)
     b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
+    mbarrier.arrive(free.index(place))  # warpgroup 1 keeps it until P^T is there
     if n == 1:
         mbarrier.arrive(k_free.index(0))
     b_dv = gl.zeros([64, D], gl.float32, layout)
@@ -201,7 +202,6 @@ def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers,
     for i in range(1, n):
         b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
         hand_over(b_p, turn, p_bufs, p_ready, p_free)
-        mbarrier.arrive(free.index(turn % PLACES))  # not before lse2 was used, see log.md
         left = gl.where(left == 0, n_member, left) - 1
         before, phase = (turn + 1) % PLACES, (turn + 1) // PLACES & 1
         mbarrier.wait(ready.index(before), phase)
@@ -220,11 +220,11 @@ def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers,
         b_dv = warpgroup_mma_wait(1, deps=[t_dv])
         mbarrier.arrive(free.index(before))
         b_s = warpgroup_mma_wait(0, deps=[t_s])
+        mbarrier.arrive(free.index(place))
         if i == n - 1:
             mbarrier.arrive(k_free.index(0))
     b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, 0)
     hand_over(b_p, turn, p_bufs, p_ready, p_free)
-    mbarrier.arrive(free.index(turn % PLACES))
     b_p16 = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
     turn += 1
     place = turn % PLACES
@@ -255,13 +255,13 @@ def add_dk(turn, n, D: gl.constexpr, buffers, barriers):
         b_delta = term_bufs.index(do_place).reshape([64]).load(term_layout)
         mbarrier.wait(p_ready.index(p_place), p_phase)
         b_p = p_bufs.index(p_place).load(s_layout)
+        mbarrier.arrive(p_free.index(p_place))
         b_dp = warpgroup_mma_wait(0, deps=[t_dp])
         if i == n - 1:
             mbarrier.arrive(v_free.index(0))
         mbarrier.wait(ready.index(q_place), turn // PLACES & 1)
         b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(bufs.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
-        mbarrier.arrive(p_free.index(p_place))  # not before P^T and delta were used
         mbarrier.arrive(free.index(do_place))
         b_dk = warpgroup_mma_wait(0, deps=[t_dk])
         mbarrier.arrive(free.index(q_place))
@@ -309,8 +309,8 @@ def consumer(
         if WARPGROUP == 0:
             b_out = add_dv(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
         else:
-            mbarrier.wait(v_ready.index(0), i_round & 1)
             mbarrier.arrive(k_free.index(0))  # for the notes, which were read
+            mbarrier.wait(v_ready.index(0), i_round & 1)
             b_out = add_dk(turn, n, BLOCK_D, buffers, barriers)
             b_out *= scale
         turn += 2 * n
