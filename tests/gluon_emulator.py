@@ -12,6 +12,7 @@ replaced by what it computes (gluon_language.inline_asm).
 """
 
 import contextlib
+import heapq
 import queue
 import random
 import threading
@@ -55,17 +56,19 @@ class Launch:
             self.changed.notify_all()
 
     def run_loads(self):
-        """TMA: what was asked for arrives after a moment, in any order. Until a None."""
-        dice = random.Random(0)
-        while (load := self.loads.get()) is not None:
-            time.sleep(dice.random() * 1e-3)
-            waiting = [load]
-            while not self.loads.empty() and self.loads.queue[0] is not None:
-                waiting.append(self.loads.get())
-            dice.shuffle(waiting)
+        """TMA: what was asked for arrives later, some of it much later, in any order."""
+        dice, waiting, asked = random.Random(0), [], 0
+        while waiting or asked is not None:
+            due = max(0, waiting[0][0] - time.monotonic()) if waiting else None
+            with contextlib.suppress(queue.Empty):
+                load = self.loads.get(timeout=due)
+                asked = None if load is None else asked + 1
+                if load:
+                    delay = dice.random() ** 4 * 8e-3
+                    heapq.heappush(waiting, (time.monotonic() + delay, asked, load))
+                continue
             try:
-                for load in waiting:
-                    load()
+                heapq.heappop(waiting)[2]()
             except AssertionError as error:
                 self.fail(error)
 
