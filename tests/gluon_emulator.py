@@ -104,7 +104,7 @@ class Barrier:
         if launch.error:
             raise RuntimeError("another partition failed") from launch.error
         if here.dice.random() < 0.02:
-            time.sleep(1e-3)
+            time.sleep(here.dice.random() * 10e-3)
 
 
 class Shared:
