@@ -15,7 +15,7 @@ from s2_kernels.pattern import LayerPattern
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
 
 WIDEST = 128
-"""Head size above which other kernels run: forward_wide and backward_dkdv_wide."""
+"""Head size above which other kernels run: forward_wide, backward_dq_wide, backward_dkdv_wide."""
 
 
 def why_not(
