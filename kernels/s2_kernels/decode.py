@@ -440,7 +440,9 @@ def write_kernel(
 def decode_config(d: int, dv: int, rows: int, dtype: torch.dtype) -> DecodeConfig:
     """Tiles of 32 KiB of K and V, three in flight, two programs on a multiprocessor."""
     block_n = 32768 // (dtype.itemsize * (pad(d) + pad(dv)))
-    return DecodeConfig(min(max(block_n, 16), 128 if rows <= 16 else 64), 4, 3, 2)
+    return DecodeConfig(
+        min(max(block_n, 16), 128 if rows <= 16 else 64), 4, 4 if rows <= 16 else 3, 2
+    )
 
 
 @functools.cache
