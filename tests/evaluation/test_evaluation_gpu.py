@@ -55,7 +55,7 @@ def test_long_windows_and_documents_fit(folder, attention):
 
 @pytest.mark.parametrize("attention", ["s2", "dense"])
 def test_the_gpu_computes_what_the_cpu_does(folder, attention):
-    tokens = torch.randint(0, VOCAB, (2, 2049), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, VOCAB, (1, 1025), generator=torch.Generator().manual_seed(1))
     losses = [
         load_network(folder, attention, device=device, dtype=dtype).token_losses(tokens)
         for device, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"))
