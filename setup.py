@@ -15,6 +15,7 @@ setup(
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
     packages=[
         "s2_kernels",
+        "s2_kernels.block_sparse",
         "s2_kernels.hopper",
         *find_packages(include=["s2megatron*"]),
     ],

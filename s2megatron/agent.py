@@ -30,12 +30,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from s2megatron import environment
-from s2megatron.checkpoint.folder import TRACKER, resume_point
+from s2megatron.cluster import environment
+from s2megatron.cluster.orphans import adopt_orphans, end_children
+from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
 from s2megatron.config import RunConfig, load_config
 from s2megatron.errors import ConfigError
-from s2megatron.orphans import adopt_orphans, end_children
-from s2megatron.rollcall import Nodes, Watch, call_roll, open_store
+from s2megatron.training.checkpoint_folder import TRACKER, resume_point
 
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
 WORKER = "s2megatron.pretrain"

@@ -83,7 +83,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options) -> None:
-    from s2megatron.checkpoint.to_hf import to_hugging_face
+    from s2megatron.convert.to_hf import to_hugging_face
 
     report = to_hugging_face(
         options.checkpoint,
@@ -104,10 +104,10 @@ def _to_hf(options) -> None:
 
 def _to_megatron(options) -> None:
     if not _has_cuda():
-        from s2megatron import cpu_runtime
+        from s2megatron.training import cpu_runtime
 
         cpu_runtime.prepare_environment()
-    from s2megatron.checkpoint.to_megatron import to_megatron
+    from s2megatron.convert.to_megatron import to_megatron
 
     report = to_megatron(options.source, options.out, options.config, tuple(options.overrides))
     print("\n".join(report.notes))
@@ -125,7 +125,7 @@ def _has_cuda() -> bool:
 
 
 def _inspect(options) -> None:
-    from s2megatron.checkpoint.inspect import inspect
+    from s2megatron.convert.inspect import inspect
 
     print(inspect(options.checkpoint, options.step))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from s2megatron.data_options import BYTE_VOCAB
 from s2megatron.errors import ConfigError
+from s2megatron.training.data_options import BYTE_VOCAB
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".cu", ".json", ".html", ".tex")
 

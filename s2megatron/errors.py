@@ -1,13 +1,25 @@
 """What a user of the command line is meant to read, and what not."""
 
+import contextlib
 import difflib
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class ConfigError(ValueError):
     """A run cannot start as configured. The message names the field, the value and the way out."""
+
+
+@contextlib.contextmanager
+def as_config_error(where: str) -> Iterator[None]:
+    """A ValueError raised within becomes a ConfigError that says where it came from."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

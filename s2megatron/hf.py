@@ -20,8 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
-from s2megatron.checkpoint.record import read_record
-from s2megatron.errors import ConfigError
+from s2_kernels.record import read_record
+from s2megatron.errors import ConfigError, as_config_error
 
 NAME = "s2"
 
@@ -106,7 +106,8 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
                 "attention 's2': config.json has no 's2' key, so the sparsity is not known; "
                 "convert the checkpoint with `s2megatron convert to-hf`, or load it dense"
             )
-        pattern = module.__dict__["_s2_pattern"] = read_record(record)[module.layer_idx]
+        with as_config_error("config.json"):
+            pattern = module.__dict__["_s2_pattern"] = read_record(record)[module.layer_idx]
     return pattern
 
 

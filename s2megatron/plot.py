@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from s2_kernels import LayerPattern
-from s2megatron.checkpoint.record import describe
+from s2_kernels.record import describe
 
 _COLOURS = ("#f4f4f1", "#2f6db5", "#f0a63a", "#444444")
 _LABELS = ("not attended to", "shard (kept)", "local window", "diagonal (token-causal)")

@@ -16,9 +16,9 @@ import traceback
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from s2megatron import environment
+from s2megatron.cluster import environment
+from s2megatron.cluster.orphans import die_with_parent, end_children
 from s2megatron.errors import ConfigError, hide_import_warnings
-from s2megatron.orphans import die_with_parent, end_children
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,16 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         die_with_parent()
     environment.apply()
     if not torch.cuda.is_available():
-        from s2megatron import cpu_runtime
+        from s2megatron.training import cpu_runtime
 
         cpu_runtime.prepare_environment()
     try:
         if options.dry_run:
-            from s2megatron.launch import dry_run
+            from s2megatron.training.prepare import dry_run
 
             print(dry_run(options.config, options.overrides))
         else:
-            from s2megatron.launch import train
+            from s2megatron.training.train import train
 
             train(options.config, options.overrides)
     except ConfigError as error:

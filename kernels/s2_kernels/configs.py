@@ -1,7 +1,7 @@
 """Tile sizes, warps and stages: one small table, chosen by measurement, nothing tuned at run time.
 
 A configuration is looked up by compute capability, head size and dtype. Launchers take one
-explicitly as well, which is how scripts/tune_attention.py measures candidates.
+explicitly as well, which is how scripts/bench/tune_attention.py measures candidates.
 """
 
 import re

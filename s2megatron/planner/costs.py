@@ -7,9 +7,9 @@ parallelism the parts between the matrix products hold T / t tokens.
 from dataclasses import dataclass, field
 
 from s2_kernels import LayerPattern
+from s2megatron.accounting import ModelShape
 from s2megatron.planner.constants import Machine, Network
 from s2megatron.planner.layout import Layout
-from s2megatron.planning import ModelShape
 
 BF16, FP32 = 2, 4
 

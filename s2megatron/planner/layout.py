@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from s2megatron.accounting import ModelShape
 from s2megatron.errors import ConfigError
-from s2megatron.planning import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Measured runs beside predicted ones: the arithmetic and the tables of scripts/scaling_test.py."""
+"""Measured runs beside predicted ones: arithmetic and tables of scripts/bench/scaling_test.py."""
 
 import gzip
 import json

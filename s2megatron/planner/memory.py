@@ -6,9 +6,9 @@ that a matrix product, a norm, RoPE or SwiGLU saves for its backward.
 
 from dataclasses import dataclass
 
+from s2megatron.accounting import ModelShape
 from s2megatron.planner.costs import BF16, FP32, Model, layer_rank_parameters
 from s2megatron.planner.layout import Layout
-from s2megatron.planning import ModelShape
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
 
 
 def kept_attention_output(model: Model, layout: Layout, layer: int) -> float:
-    """Bytes of out and lse that a recomputed sparse layer keeps (s2megatron/recompute.py)."""
+    """Bytes of out and lse that a recomputed sparse layer keeps (attention/recompute.py)."""
     if not layout.keep_attention_output or model.patterns[layer].is_dense:
         return 0.0
     heads = model.shape.heads / layout.tp

@@ -6,7 +6,7 @@ import logging
 import warnings
 from dataclasses import replace
 
-from s2megatron.checkpoint.record import describe
+from s2_kernels.record import describe
 from s2megatron.errors import ConfigError
 from s2megatron.planner.constants import Machine, load_machine
 from s2megatron.planner.costs import Model
@@ -23,8 +23,8 @@ NO_CONTEXT_PARALLELISM = (
 
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
-    from s2megatron import environment
-    from s2megatron.launch import prepare_without_launch
+    from s2megatron.cluster import environment
+    from s2megatron.training.prepare import prepare_without_launch
 
     environment.apply()  # what Megatron asks for where there are GPUs
 

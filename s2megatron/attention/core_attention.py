@@ -1,0 +1,220 @@
+"""Megatron core attention: S2 for sparse layers, torch SDPA for dense ones without TE.
+
+Contract (Megatron Core 0.19, megatron/core/transformer/attention.py): q is [s, b, h, d] and k, v
+are [s, b, g, d] for this tensor-parallel rank's heads, positions already rotated, sequence
+parallelism already gathered; the result is [s, b, h * d]. Packed documents (THD): q is [t, h, d],
+k and v are [t, g, d], and the result is [t, h * d].
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from s2_kernels import LayerPattern, s2_attention, s2_attention_varlen
+from s2_kernels import dense as dense_pattern
+from s2megatron.attention.recompute import OutputKeeper
+
+
+def build_core_attention(
+    *,
+    patterns: tuple[LayerPattern, ...],
+    dense: Callable,
+    keep_output: bool,
+    config: TransformerConfig,
+    layer_number: int,
+    **contract,
+) -> MegatronModule:
+    """The core attention of one layer, chosen by its global number.
+
+    One uniform layer spec serves all layers, so pipeline stages need no slicing and checkpoints
+    stay homogeneous.
+
+    Args:
+        patterns: one per layer of the whole model, for global head counts.
+        dense: builds the core attention of the layers whose pattern is dense.
+        keep_output: of sparse layers, see S2CoreAttention.
+        layer_number: global and 1-based.
+        contract: Megatron's other keywords, handed on.
+    """
+    pattern = patterns[layer_number - 1]
+    if pattern.is_dense:
+        return dense(config=config, layer_number=layer_number, **contract)
+    return S2CoreAttention(
+        config=config,
+        layer_number=layer_number,
+        pattern=pattern,
+        keep_output=keep_output,
+        **contract,
+    )
+
+
+def let_go(value: Tensor, query: Tensor) -> Tensor:
+    """`value`, as a copy where keeping it for the backward pass would keep more than itself.
+
+    Megatron cuts q, k and v out of one projection. Rotated q and k are new tensors, v is a view of
+    all three, and would hold them: 3 GiB of 42 in a 1.3B model at 32k tokens on two GPUs, 12 of 133
+    at 128k. The copy is 0.2% of a step's time.
+    """
+    shared = value.untyped_storage()
+    whole = shared.nbytes() > value.numel() * value.element_size()
+    pinned_anyway = query.untyped_storage().data_ptr() == shared.data_ptr()
+    return value.contiguous() if whole and not pinned_anyway else value
+
+
+class _CausalCoreAttention(MegatronModule):
+    """What the two attentions here share: the contract. No parameters, no buffers.
+
+    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d], and
+    `_packed_pattern`: what the heads at hand keep of each document.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._require(attention_type == "self", f"attention_type={attention_type!r}", "'self' only")
+        self._require(
+            attn_mask_type == AttnMaskType.causal, f"attn_mask_type={attn_mask_type}", "causal only"
+        )
+        self._require(dropout == 0, f"attention_dropout={dropout}", "set attention_dropout to 0")
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self._require(
+            groups.cp.size() == 1,
+            f"context_parallel_size={groups.cp.size()}",
+            "context parallelism is not supported yet; use tensor or pipeline parallelism",
+        )
+        self.tp_group = groups.tp
+        recomputed = config.recompute_granularity == "full" or (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self.keeps_inputs = not recomputed
+
+    def _require(self, holds: bool, found: str, way_out: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"{type(self).__name__}, layer {self.layer_number}: {found}: {way_out}"
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """q [s, b, h, d], k and v [s, b, g, d] -> [s, b, h * d], for this rank's heads.
+
+        Packed: [t, h, d], [t, g, d] -> [t, h * d]; positions and blocks start afresh in each
+        document.
+        """
+        self._require(attention_bias is None, "attention_bias", "is not supported")
+        self._require(
+            attn_mask_type in (None, AttnMaskType.causal),
+            f"attn_mask_type={attn_mask_type}",
+            "causal only",
+        )
+        self._require(
+            attention_mask is None,
+            "attention_mask",
+            "the causal mask is built in and no other is applied; give "
+            "--no-create-attention-mask-in-dataloader",
+        )
+        self._require(
+            query.shape[0] == key.shape[0],
+            f"{query.shape[0]} queries against {key.shape[0]} keys",
+            "inference with a KV cache is not supported yet",
+        )
+        if self.keeps_inputs and torch.is_grad_enabled():
+            value = let_go(value, query)
+        if packed_seq_params is not None:
+            return self._attend_packed(query, key, value, packed_seq_params).flatten(1)
+        out = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
+        return out.transpose(0, 1).flatten(2)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
+        """[t, h, d] and [t, g, d] -> [t, h, d]: attention within each document."""
+        self._require(packed.qkv_format == "thd", f"qkv_format={packed.qkv_format!r}", "'thd' only")
+        return s2_attention_varlen(
+            q,
+            k,
+            v,
+            self._packed_pattern(q, k),
+            cu_seqlens_q=packed.cu_seqlens_q,
+            cu_seqlens_k=packed.cu_seqlens_kv,
+            max_seqlen_q=packed.max_seqlen_q,
+            max_seqlen_k=packed.max_seqlen_kv,
+            softmax_scale=self.softmax_scale,
+        )
+
+
+class S2CoreAttention(_CausalCoreAttention):
+    """Sparsely-Sharded attention of one layer, for the heads of this tensor-parallel rank.
+
+    Args:
+        config, layer_number, ...: Megatron's core-attention contract.
+        pattern: the layer's lifetimes, for the model's global head counts. The slice of this rank
+            is taken here, and nowhere else.
+        keep_output: under full activation recompute, keep the output instead of computing it again
+            (recompute.py).
+
+    Raises:
+        ValueError: heads do not divide over the ranks, or the layer asks for what S2 attention
+            does not do (dropout, masks, context parallelism, a KV cache).
+    """
+
+    def __init__(self, *args, pattern: LayerPattern, keep_output: bool = False, **contract):
+        super().__init__(*args, **contract)
+        self.pattern = pattern.shard(self.tp_group.rank(), self.tp_group.size())
+        keep = keep_output and self.config.recompute_granularity == "full"
+        self.keeper = OutputKeeper(self.pattern, self.softmax_scale) if keep else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.keeper and self.training:
+            return self.keeper.attend(q, k, v)
+        return s2_attention(q, k, v, self.pattern, softmax_scale=self.softmax_scale)
+
+    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
+        return self.pattern
+
+
+class TorchDenseAttention(_CausalCoreAttention):
+    """Dense causal attention by torch SDPA, for layers that the configuration calls dense.
+
+    Megatron's own local attention holds all s x s scores; this one does not. Packed documents go
+    to the S2 kernels, with a pattern that keeps everything: SDPA knows no documents.
+    """
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2)
+
+    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
+        return dense_pattern(heads=q.shape[1], kv_heads=k.shape[1])

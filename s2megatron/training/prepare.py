@@ -1,0 +1,142 @@
+"""From a run file to a run that passed every check which needs no process group."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from s2_kernels import LayerPattern
+from s2megatron.accounting import ModelShape
+from s2megatron.config import RunConfig, load_config
+from s2megatron.errors import ConfigError
+from s2megatron.layer_table import layer_table
+from s2megatron.training import data_options, output
+from s2megatron.training.backends import Backends, default_options, find_backends
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check that needs no process group and no GPU memory."""
+
+    run: RunConfig
+    backends: Backends
+    args: object
+    """Megatron's arguments, validated."""
+    model_config: object
+    """Megatron's GPTModelConfig, with our layer spec and model check."""
+    patterns: tuple[LayerPattern, ...]
+    shape: ModelShape
+    output: output.Output | None
+    """Its folder, where the run file names one."""
+
+
+def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
+    """Everything up to the start of the process group.
+
+    Args:
+        writers: let Megatron open its TensorBoard and wandb writers.
+
+    Raises:
+        ConfigError: what is wrong, where, and the way out.
+    """
+    run = load_config(config, overrides)
+    backends = find_backends()
+    if not backends.cuda:
+        from s2megatron.training import cpu_runtime
+
+        cpu_runtime.install()
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from s2megatron.attention.checks import check_run_options
+    from s2megatron.attention.megatron_fixes import skip_missing_makefile
+    from s2megatron.training.attach import attach
+    from s2megatron.training.megatron_options import to_argv
+
+    skip_missing_makefile()
+    options = default_options(backends, run.megatron)
+    options = data_options.resolve(run.data, options)
+    place = output.resolve(run.output, options)
+    options = place.options if place else options
+    if not writers:
+        options |= {"tensorboard_dir": None, "wandb_project": None}
+    # Megatron's parser reads the command line: from here on it is the run file's.
+    argv, parsed = to_argv(options)
+    check_run_options(parsed)
+    sys.argv = [sys.argv[0], *argv]
+    try:
+        args = parse_and_validate_args()
+    except (AssertionError, TypeError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"Megatron refuses these options: {str(error) or where.line}\n"
+            f"({where.filename}:{where.lineno})"
+        ) from error
+    model_config = gpt_config_from_args(args)
+    patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
+    shape = ModelShape.from_megatron(model_config.transformer, args)
+    return Prepared(run, backends, args, model_config, patterns, shape, place)
+
+
+def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
+    """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs.
+
+    Where WORLD_SIZE is set, that many. It is not left behind: what comes next in this process may
+    be another run.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return prepare(config, overrides, writers=False)
+    os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+    try:
+        return prepare(config, overrides, writers=False)
+    finally:
+        del os.environ["WORLD_SIZE"]
+
+
+def dry_run(config: str, overrides: Sequence[str]) -> str:
+    """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
+        ready = prepare_without_launch(config, overrides)
+    return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
+
+
+def ranks_named_by(run: RunConfig) -> int:
+    """The fewest ranks that the run file's layout needs."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    ranks = 1
+    for name in sizes:
+        size = run.megatron.get(name) or 1
+        ranks *= size if isinstance(size, int) and size > 0 else 1
+    return ranks
+
+
+def summary(ready: Prepared, lines: list[str]) -> list[str]:
+    """What the start table says of a run, above `lines`."""
+    args, shape = ready.args, ready.shape
+    sparse = shape.flops_per_sequence(ready.patterns) * args.global_batch_size
+    attention = shape.attention_flops(ready.patterns) * args.global_batch_size
+    dense = shape.dense_attention_flops() * args.global_batch_size
+    stages = args.virtual_pipeline_model_parallel_size
+    experts = args.expert_model_parallel_size
+    layout = (
+        f"TP {args.tensor_model_parallel_size}"
+        f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}"
+        f"{f' x {stages} virtual stages' if stages else ''}, DP {args.data_parallel_size}"
+        f"{f', EP {experts}' if experts > 1 else ''}"
+    )
+    packed = args.dataloader_inter_document_masking
+    assumed = "; if every sequence were one document: the log counts documents" if packed else ""
+    return [
+        *ready.backends.lines(args),
+        f"{'layout':<16} {layout}: {args.world_size} rank(s)",
+        f"{'parameters':<16} {shape.parameters():,}",
+        f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
+        f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
+        f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
+        *lines,
+    ]

@@ -1,0 +1,112 @@
+"""A prepared run, handed to Megatron's `pretrain()`."""
+
+import errno
+import json
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from s2megatron.training import output
+from s2megatron.training.checkpoint_folder import Keeper
+from s2megatron.training.prepare import Prepared, prepare, summary
+from s2megatron.training.run_lock import RunLock
+
+
+def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
+    """Locks the output folder and checks what is in it; for one rank. Raises ConfigError."""
+    place = ready.output
+    lock = RunLock(place.folder)
+    place.checkpoints.mkdir(exist_ok=True)
+    output.check_undamaged(place)
+    for note in [lock.note, *place.notes]:
+        if note:
+            print(f"s2megatron: {note}", flush=True)
+    keeper = Keeper(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
+    return lock, keeper
+
+
+def _summarize() -> None:
+    """One line for programs, at the end of a run: peak memory per rank (0 on a CPU)."""
+    if not torch.distributed.is_initialized():
+        return
+    peaks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(peaks, torch.cuda.max_memory_allocated() / 2**30)
+    if torch.distributed.get_rank() == 0:
+        peaks = [round(peak, 3) for peak in peaks]
+        print(f"s2megatron summary {json.dumps({'peak_gib': peaks})}", flush=True)
+
+
+def train(config: str, overrides: Sequence[str]) -> None:
+    """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
+    ready = prepare(config, overrides)
+    from megatron.core.enums import ModelType
+    from megatron.training import get_tensorboard_writer, is_last_rank, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from s2megatron.training.gpt_loop import datasets_provider, make_forward_step
+    from s2megatron.training.throughput import ThroughputMeter, peak_tflops
+
+    args = ready.args
+    lock, keeper = None, None
+    if args.rank == 0:
+        print("\n".join(summary(ready, [])), flush=True)
+        if ready.output:
+            lock, keeper = _take_output(ready)
+
+    def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
+        if is_last_rank():
+            print(text, flush=True)
+        if writer := get_tensorboard_writer():
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, iteration)
+
+    peak = None
+    if ready.backends.cuda:
+        torch.cuda.set_device(args.local_rank)  # or the question would wake GPU 0
+        peak = peak_tflops(torch.cuda.get_device_name())
+    meter = ThroughputMeter(
+        ready.shape,
+        ready.patterns,
+        sequences=args.global_batch_size,
+        gpus=args.world_size,
+        log_interval=args.log_interval,
+        peak=peak,
+        save_interval=args.save_interval if args.save else None,
+        report=report,
+        all_data=_over_data_parallel_ranks,
+    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, ready.model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            make_forward_step(meter, keeper.after if keeper else None),
+        )
+    except SystemExit as stop:  # Megatron's way out after a signal, a duration, exit_interval
+        if stop.code:
+            raise
+    except CheckpointException as error:  # a BaseException, which error reports pass over
+        raise RuntimeError(output.save_failed(args.save, error)) from error
+    except OSError as error:  # a full disk may meet TensorBoard's writer first
+        if error.errno != errno.ENOSPC or not args.save:
+            raise
+        raise RuntimeError(output.save_failed(args.save, error)) from error
+    finally:
+        if lock:
+            lock.release()
+    # Only after success: with a peer gone this can wait for ever.
+    if keeper:
+        keeper.close()
+    _summarize()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _over_data_parallel_ranks(number: float) -> float:
+    """Its sum over the data-parallel ranks, which call this at the same point of a step."""
+    from megatron.core import mpu
+
+    total = torch.tensor(number, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    return total.item()

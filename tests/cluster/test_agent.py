@@ -1,0 +1,265 @@
+"""What goes wrong before and between launches: nodes, ports, locks, half-written checkpoints."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launches import ROOT, TINY, write_run_file
+
+from s2megatron.cluster import environment, rollcall
+from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
+from s2megatron.config import OutputConfig
+from s2megatron.errors import ConfigError
+from s2megatron.training import output, run_lock
+from s2megatron.training.checkpoint_folder import Keeper, resume_point
+from s2megatron.training.run_lock import RunLock
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def report(count: int, ranks: list[int], same: list[dict], wait: float = 10.0) -> list[str]:
+    """'' or the error of each of the nodes that come."""
+    port, stores = free_port(), []  # kept to the end, as an agent keeps its own
+
+    def node(place: int) -> str:
+        nodes = Nodes(count=count, rank=ranks[place], addr="127.0.0.1", port=port)
+        try:
+            store = open_store(nodes, wait)
+            stores.append(store)
+            call_roll(store, nodes, wait, same=same[place], say=print)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(node, range(len(ranks))))
+
+
+def test_nodes_that_do_not_come_are_named_to_all_that_did():
+    for said in report(4, [0, 2], [{}, {}], wait=1.0):
+        assert "2 of 4 nodes came within 1 s" in said and "missing: node 1, 3" in said
+
+
+def test_nodes_that_differ_are_told_in_what():
+    assert report(2, [0, 1], [{"torch": "2.11"}] * 2) == ["", ""]
+    for said in report(2, [0, 1], [{"torch": "2.11"}, {"torch": "2.10"}]):
+        assert "nodes differ in torch" in said and "2.11" in said and "2.10" in said
+
+
+def test_one_rank_claimed_twice():
+    said = "".join(report(3, [0, 1, 1], [{}] * 3, wait=1.0))
+    assert "NODE_RANK=1 is claimed by" in said and "from 0 to 2" in said
+
+
+def test_port_in_use_and_foreign_address():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        nodes = Nodes(count=2, rank=0, addr="127.0.0.1", port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="another process listens there; set MASTER_PORT"):
+            open_store(nodes, 1.0)
+    with pytest.raises(ConfigError, match="must be node 0's own"):
+        open_store(Nodes(count=2, rank=0, addr="192.0.2.1", port=29500), 1.0)
+
+
+def test_node_zero_that_does_not_answer():
+    nodes = Nodes(count=2, rank=1, addr="127.0.0.1", port=free_port())
+    with pytest.raises(ConfigError, match=r"could not reach node 0 at 127.0.0.1:\d+ within 1 s"):
+        open_store(nodes, 1.0)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Two nodes' watches, and what each was told."""
+    monkeypatch.setattr(rollcall, "SIGN_OF_LIFE_S", 0.05)
+    port, told, watches = free_port(), [[], []], []
+    places = [Nodes(count=2, rank=r, addr="127.0.0.1", port=port) for r in (0, 1)]
+    store = open_store(places[0], 5.0)
+    for place in places:
+        store.set(f"hello/{place.rank}", json.dumps({"host": f"host{place.rank}"}))
+        heard = threading.Event()
+        said = told[place.rank]
+
+        def hear(reason, heard=heard, said=said):
+            said.append(reason)
+            heard.set()
+
+        watches.append((Watch(place, hear, silent_s=0.5), heard, said))
+    yield watches
+    for watch, _, _ in reversed(watches):
+        watch.leave()
+
+
+def test_failure_of_one_node_is_told_to_the_other(watched):
+    (_, heard, said), (other, _, _) = watched
+    other.leave("node 1 (host1): rank 3 failed: out of memory")
+    assert heard.wait(5) and said == ["node 1 (host1): rank 3 failed: out of memory"]
+
+
+def test_silent_node_is_named(watched):
+    (_, heard, said), (other, _, _) = watched
+    other._leaving.set()  # as if its machine lost power: no farewell
+    assert heard.wait(5) and "node 1 (host1) has given no sign of life" in said[0]
+
+
+def agent(*arguments, config, **env):
+    command = [sys.executable, "-m", "s2megatron.agent", *arguments, "--", "--config", str(config)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **env}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=env)
+
+
+def test_agent_refuses_with_status_2(tmp_path):
+    run = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
+    done = agent("--nnodes", "2", "--node-rank", "2", config=run)
+    assert done.returncode == 2 and "NODE_RANK=2: with NNODES=2" in done.stderr
+    wait = ["--nnodes", "2", "--master-port", str(free_port()), "--wait", "0.5"]
+    done = agent(*wait, config=run)
+    assert done.returncode == 2 and "missing: node 1 (NODE_RANK)" in done.stderr
+
+
+def test_scripts_name_what_is_missing(tmp_path):
+    def script(name, *arguments, **env):
+        command = ["bash", f"scripts/{name}", *arguments]
+        env = {"PATH": os.environ["PATH"]} | env
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+        return done.returncode, done.stderr
+
+    assert script("train.sh") == (2, script("train.sh")[1])
+    assert "scripts/train.sh CONFIG" in script("train.sh")[1]
+    code, said = script("train_multinode.sh", "x.yaml", NNODES="2", NODE_RANK="0")
+    assert code == 2 and "MASTER_ADDR is not set" in said
+    code, said = script("slurm/train.sbatch", "x.yaml", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert code == 2 and "submit from the repository" in said
+    code, said = script("train.sh", "x.yaml", PYTHON="/nowhere/python")
+    assert code == 1 and "/nowhere/python cannot import s2megatron" in said
+
+
+# --- the lock of an output folder
+
+
+def test_second_run_in_a_folder_is_refused_and_told_by_whom(tmp_path):
+    held = RunLock(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        RunLock(tmp_path)
+    said = str(refused.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}" in said
+    assert "folder of its own" in said and str(tmp_path / "run.lock") in said
+    held.release()
+    RunLock(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def leave_lock(folder, **fields) -> None:
+    holder = {"host": "elsewhere", "pid": 1, "job": "", "restart": "0", "since": "yesterday"}
+    (folder / "run.lock").write_text(json.dumps(holder | fields))
+
+
+def test_lock_of_a_run_that_is_gone_is_taken_over(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                           capture_output=True, text=True)  # fmt: skip
+    leave_lock(tmp_path, host=socket.gethostname(), pid=int(ended.stdout))
+    lock = RunLock(tmp_path, {})
+    assert "of this host is gone" in lock.note
+    lock.release()
+
+    leave_lock(tmp_path, job="7")
+    with pytest.raises(ConfigError, match="SLURM job 7"):
+        RunLock(tmp_path, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"})
+    lock = RunLock(tmp_path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    assert "requeued" in lock.note
+    lock.release()
+
+    leave_lock(tmp_path)
+    with pytest.raises(ConfigError, match="on elsewhere"):
+        RunLock(tmp_path, {})
+    old = os.stat(tmp_path / "run.lock").st_mtime - run_lock.SILENT_S - 10
+    os.utime(tmp_path / "run.lock", (old, old))
+    lock = RunLock(tmp_path, {})
+    assert "no sign of life from elsewhere" in lock.note
+    lock.release()
+
+
+# --- checkpoints
+
+
+def checkpoint(folder, number: int, *, complete: bool = True):
+    path = folder / f"iter_{number:07d}"
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", *((".metadata", "metadata.json") if complete else ())):
+        (path / name).write_text("x")
+    return path
+
+
+def track(folder, text: str) -> None:
+    (folder / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert resume_point(tmp_path) == (None, [])
+    checkpoint(tmp_path, 5, complete=False)  # the first save was cut off
+    assert resume_point(tmp_path) == (None, [])
+    checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 20)
+    checkpoint(tmp_path, 30, complete=False)
+    track(tmp_path, "20")
+    assert resume_point(tmp_path) == (20, [])
+    track(tmp_path, "")  # the machine stopped while it was written
+    number, notes = resume_point(tmp_path)
+    assert number == 20 and "is damaged" in notes[0] and "iter_0000030 is incomplete" in notes[1]
+    track(tmp_path, "30")
+    assert resume_point(tmp_path)[0] == 20
+    track(tmp_path, "4")
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        resume_point(tmp_path)
+
+
+def test_keeper_keeps_the_newest_complete_ones(tmp_path):
+    for number in (10, 20, 30, 40):
+        checkpoint(tmp_path, number)
+    checkpoint(tmp_path, 50, complete=False)  # being written
+    (tmp_path / ".deleting-iter_0000001").mkdir()  # a deletion that was cut off
+    track(tmp_path, "40")
+    keeper = Keeper(tmp_path, 2, save_interval=10)
+    keeper.after(9)
+    assert (tmp_path / "iter_0000010").exists()
+    keeper.after(51)
+    keeper.close()
+    left = sorted(path.name for path in tmp_path.glob("*iter_*"))
+    assert left == ["iter_0000030", "iter_0000040", "iter_0000050"]
+
+
+def test_output_folder_resumes_and_drops_what_is_for_the_first_start(tmp_path):
+    section = OutputConfig(folder=str(tmp_path))
+    begin = {"load": "elsewhere", "finetune": True, "no_load_optim": True, "lr": 1e-4}
+    first = output.resolve(section, begin)
+    assert first.options["load"] == "elsewhere" and first.options["finetune"] is True
+    assert first.options["async_save"] and first.options["exit_signal_handler"]
+    checkpoint(tmp_path / "checkpoints", 20)
+    checkpoint(tmp_path / "checkpoints", 30, complete=False)
+    track(tmp_path / "checkpoints", "20")
+    again = output.resolve(section, begin)
+    assert again.options["load"] == str(tmp_path / "checkpoints") and again.options["lr"] == 1e-4
+    assert "finetune" not in again.options and "ckpt_step" not in again.options
+    assert any("megatron.finetune" in note and "left out now" in note for note in again.notes)
+    track(tmp_path / "checkpoints", "30")
+    assert output.resolve(section, begin).options["ckpt_step"] == 20
+    with pytest.raises(ConfigError, match="which decides where"):
+        output.resolve(section, {"save": "x"})
+    assert output.resolve(OutputConfig(), begin) is None
+
+
+def test_environment_leaves_what_is_set():
+    environ = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    added = environment.apply(environ)
+    assert environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environ and "TORCH_NCCL_DUMP_ON_TIMEOUT" in added
+    assert all(reason for _, reason in environment.DEFAULTS.values())

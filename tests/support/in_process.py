@@ -1,0 +1,92 @@
+"""Runs many small cases in one fresh interpreter, because the CPU runtime changes the process.
+
+python in_process.py MODULE FUNCTION   -> prints FUNCTION()'s JSON result as the last line
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launches import ON_CPU
+
+HERE = Path(__file__).resolve().parent
+
+
+def call(module: str, function: str, *arguments: str, env: dict | None = None):
+    """The JSON result of a function, run in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "in_process.py"), module, function, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parents[1],
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2", **(env or {})},
+    )
+    assert done.returncode == 0, done.stderr[-2500:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> list:
+    """The JSON results of a function that torchrun runs on ranks of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+         str(HERE / "in_process.py"), module, function, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=HERE.parents[1],
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2500:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def run_command_line(main, argv: list[str]) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a `main(argv)`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def forget_megatron() -> None:
+    """Megatron keeps its arguments in globals that may be set once."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import unset_global_variables
+
+    unset_global_variables()
+    unset_num_microbatches_calculator()
+
+
+def build_model(config: str, *overrides: str):
+    """A run file's model, built on one rank by Megatron's own builder: (prepared run, chunks)."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+
+    from s2megatron.training.prepare import prepare
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    ready = prepare(config, overrides, writers=False)
+    training.initialize_megatron(skip_mpu_initialization=False)
+    builder = ready.model_config.get_builder_cls()(ready.model_config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ready, builder.build_distributed_models(groups, wrap_with_ddp=False)
+
+
+if __name__ == "__main__":
+    rooms = (room for room in HERE.parent.iterdir() if room.is_dir())  # their cases, by name
+    sys.path[:0] = [str(HERE), *map(str, rooms)]
+    module, function, *arguments = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    print("\n" + json.dumps(getattr(importlib.import_module(module), function)(*arguments)))

@@ -1,0 +1,79 @@
+"""Starts real runs under torchrun on the CPU, as a user would, and reads their losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from s2megatron.plot import read_scalars
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # these runs are small and in float32: no GPU is needed
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = {
+    "sparsity": {
+        "block_size": 16,
+        "default": {"local_blocks": 2, "stride": 4},
+        "layers": [{"layers": [1], "kind": "dense"}],
+    },
+    "megatron": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": True,
+        "seq_length": 128,
+        "max_position_embeddings": 128,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "train_iters": 20,
+        "lr": 0.003,
+        "min_lr": 0.0003,
+        "lr_decay_style": "cosine",
+        "lr_warmup_iters": 2,
+        "clip_grad": 1.0,
+        "log_interval": 1,
+        "eval_iters": 0,
+        "ckpt_format": "torch_dist",
+        "tensorboard_log_interval": 1,
+        "log_throughput": True,
+    },
+    "data": {"tokenizer": "bytes"},
+}
+
+
+def write_run_file(path: Path, tree: dict) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(config: Path, *overrides: str, ranks: int = 1, env: dict | None = None):
+    """One torchrun launch on loopback and a free port; returns the finished process."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "-m", "s2megatron.pretrain", "--config", str(config), *overrides,
+    ]  # fmt: skip
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+def losses(config: Path, folder: Path, *overrides: str, ranks: int = 1) -> dict[int, float]:
+    """Trains, writing TensorBoard events into `folder`; training loss per iteration."""
+    done = start(config, f"megatron.tensorboard_dir={folder}", *overrides, ranks=ranks)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return dict(read_scalars(folder)["lm loss"])

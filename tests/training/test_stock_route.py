@@ -1,0 +1,81 @@
+"""`pretrain_gpt.py --spec s2megatron.layer_spec s2_layer_spec`: the same losses as our launcher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launches import ON_CPU, ROOT, TINY, losses, write_run_file
+
+from s2megatron.plot import read_scalars
+from s2megatron.training.backends import Backends, default_options
+from s2megatron.training.megatron_options import to_argv
+
+NO_BACKENDS = Backends(
+    cuda=False,
+    transformer_engine=None,
+    te_fails=False,
+    fused_adam=None,
+    gradient_accumulation_fusion=False,
+)
+
+
+def stock(folder: Path, options: dict, config: Path | None, spec=("layer_spec", "s2_layer_spec")):
+    """A launch with Megatron's own command line; returns the finished process."""
+    options = options | {"tensorboard_dir": str(folder)}
+    argv, _ = to_argv(options)
+    module, function = spec
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2"}
+    if config:
+        env["S2MEGATRON_CONFIG"] = str(config)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+         str(ROOT / "tests/support/stock_route.py"), *argv,
+         "--spec", f"s2megatron.{module}", function],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env=env,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def route(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    tree = TINY | {"data": {"mock": True}}
+    tree["megatron"] = tree["megatron"] | {"train_iters": 4, "lr_decay_iters": 20}
+    config = write_run_file(folder / "run.yaml", tree)
+    options = default_options(NO_BACKENDS, tree["megatron"])
+    options |= {"mock_data": True, "tokenizer_type": "NullTokenizer", "vocab_size": 257}
+    return folder, config, options
+
+
+def test_stock_route_trains_as_the_launcher_does(route):
+    folder, config, options = route
+    done = stock(folder / "stock", options, config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "S2CoreAttention" in done.stdout
+    assert "its megatron: and data: sections are not used" in done.stdout
+    ours = losses(config, folder / "ours")
+    assert dict(read_scalars(folder / "stock")["lm loss"]) == pytest.approx(ours, abs=1e-6)
+
+
+def test_stock_route_without_a_run_file_stops(route):
+    folder, _, options = route
+    done = stock(folder / "none", options, None)
+    assert done.returncode != 0 and "S2MEGATRON_CONFIG is not set" in done.stderr
+
+
+def test_stock_route_with_dropout_stops(route):
+    folder, config, options = route
+    done = stock(folder / "dropout", options | {"attention_dropout": 0.1}, config)
+    assert done.returncode != 0 and "attention_dropout=0.1" in done.stderr
+
+
+def test_wrong_function_name_stops(route):
+    folder, config, options = route
+    done = stock(folder / "name", options, config, ("layer_spec", "s2_layer_specs"))
+    assert done.returncode != 0 and "KeyError: 's2_layer_specs'" in done.stderr
