@@ -4,13 +4,18 @@
         --filler CODE_PREFIX --seed 1
 
 Every document of the dataset has exactly `--length` tokens, so Megatron's samples of that length
-begin where a document begins. It is filled with documents of s2megatron.evaluation.retrieval, each
-with its end-of-text token: short ones first of all, since a model learns to look up a key among
-eight before it learns it among hundreds. Most are records without filler, where half of the tokens
-are questions and every second token of a question is an answer.
+begin where a document begins. It is filled with shorter documents, each with its end-of-text token:
+a model learns to look up a key among four before it learns it among hundreds. There are three kinds:
+
+- repeats: a few records again and again in new orders, nothing else. Nearly every value can be
+  looked up close by, and frequent keys and values are met early: this is what looking up is
+  learnt from.
+- records: many records, each asked for once, without filler. Half of the values are answers.
+- tasks: the tasks of s2megatron.evaluation.retrieval in both styles, planted in filler.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -21,9 +26,13 @@ import numpy
 from transformers import PreTrainedTokenizerFast
 
 from s2megatron.evaluation.retrieval import make_document
+from s2megatron.evaluation.words import LETTER_KEYS
 
 SHORTEST = 32
 """Tokens of the shortest document."""
+
+TASKS_FROM = 256
+"""Tokens of the shortest document that has filler."""
 
 RECORD = 4
 """Tokens of a record, and of a question about it, with the study's tokenizer: @key 123 4 end."""
@@ -40,13 +49,12 @@ class Recipe:
     """What the documents are like.
 
     Args:
-        records: share of tokens in plain records without filler; the others are of all tasks, in
-            both styles, planted in filler.
-        shortest: tokens of the shortest document.
+        repeats: share of the documents that are repeats.
+        records: share of the other documents that are records; what is left are tasks.
     """
 
+    repeats: float = 0.5
     records: float = 0.6
-    shortest: int = SHORTEST
 
 
 class Maker:
@@ -80,15 +88,17 @@ class Maker:
 
     def document_length(self, rng: random.Random, room: int) -> int:
         """A power of two times 32, shorter ones more often; the room left where less would stay."""
-        lengths = [self.recipe.shortest]
+        lengths = [SHORTEST]
         while lengths[-1] * 2 <= self.length:
             lengths.append(lengths[-1] * 2)
         length = rng.choice(lengths)
-        return room if room - length < self.recipe.shortest else length
+        return room if room - length < SHORTEST else length
 
     def document(self, rng: random.Random, length: int) -> list[int]:
+        if rng.random() < self.recipe.repeats:
+            return self.repeats(rng, length)
         most = max(1, min(MOST_RECORDS, length // (2 * RECORD)))
-        if length < 256 or rng.random() < self.recipe.records:
+        if length < TASKS_FROM or rng.random() < self.recipe.records:
             records = max(1, rng.randint(most // 2, most))
             made = make_document(
                 "multi_key", self.encode, length, rng, queries=records, records=records,
@@ -106,11 +116,28 @@ class Maker:
         )  # fmt: skip
         return made.tokens
 
+    def repeats(self, rng: random.Random, length: int) -> list[int]:
+        """Records of a few keys, all of them again in every round, each round in a new order."""
+        records = int(min(2 ** rng.uniform(1, 7), length // RECORD))
+        keys = rng.sample(LETTER_KEYS[: max(records, frequent(rng, len(LETTER_KEYS)))], records)
+        values = range(1000, 1000 + 10 * frequent(rng, 900))
+        lines = [self.encode(f"@{key}{rng.choice(values)}\n") for key in keys]
+        tokens: list[int] = []
+        while len(tokens) < length:
+            for line in rng.sample(lines, len(lines)):
+                tokens += line
+        return tokens[:length]
+
     def filler(self, rng: random.Random, length: int) -> list[int] | None:
         if self.text is None:
             return None
         start = rng.randrange(len(self.text) - length)
         return [token or 1 for token in self.text[start : start + length].tolist()]
+
+
+def frequent(rng: random.Random, most: int) -> int:
+    """How many of `most` symbols a document draws from: the first ones are met more often."""
+    return int(2 ** rng.uniform(3, math.log2(most)))
 
 
 _maker: Maker | None = None
@@ -160,10 +187,11 @@ def main():
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--filler", metavar="PREFIX")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--repeats", type=float, default=Recipe.repeats)
     parser.add_argument("--records", type=float, default=Recipe.records)
     parser.add_argument("--processes", type=int)
     a = parser.parse_args()
-    recipe = Recipe(records=a.records)
+    recipe = Recipe(repeats=a.repeats, records=a.records)
     write(a.out, a.sequences, a.tokenizer, a.filler, a.length, a.seed, recipe, a.processes)
 
 
