@@ -1,8 +1,9 @@
-"""`s2megatron`: look at a run file, make a dataset, plan a run, convert checkpoints."""
+"""`s2megatron`: look at a run file, make a dataset, plan a run, convert checkpoints, evaluate."""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from s2megatron.errors import ConfigError, hide_import_warnings
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     _add_planner(commands)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
+    _add_evaluate(commands)
 
     options, rest = parser.parse_known_args(argv)
     # argparse takes key.path=value only beside the other positional arguments; let it stand last.
@@ -80,6 +82,37 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     look.add_argument("checkpoint", metavar="CKPT_DIR")
     look.add_argument("--step", type=int, help="iteration (default: the latest)")
     look.set_defaults(run=_inspect)
+
+
+def _add_evaluate(commands) -> None:
+    from s2megatron.evaluation.options import add_arguments
+
+    add_arguments(
+        commands.add_parser("evaluate", help="loss and retrieval of a Hugging Face model")
+    )
+    commands.choices["evaluate"].set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="what one evaluation does better than another")
+    compare.add_argument("first", metavar="A", help="folder that `evaluate` wrote")
+    compare.add_argument("second", metavar="B", help="another, of the same options")
+    compare.add_argument("--out", metavar="FILE.md", help="write it there too")
+    compare.set_defaults(run=_compare)
+
+
+def _evaluate(options) -> None:
+    from s2megatron.evaluation.command import run
+
+    out = run(options)
+    print(f"{out}: evaluation.md, evaluation.json, rows.json and pictures")
+
+
+def _compare(options) -> None:
+    from s2megatron.evaluation.compare import compare
+
+    text = compare(options.first, options.second)
+    if options.out:
+        Path(options.out).write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 def _to_hf(options) -> None:

@@ -1,9 +1,6 @@
 """Hugging Face folder -> Megatron torch_dist checkpoint, ready for `s2megatron.pretrain`."""
 
-import contextlib
 import copy
-import io
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,12 +107,7 @@ def read_run(config: str, overrides: tuple[str, ...]):
         "megatron.save=null",
         "megatron.pretrained_checkpoint=null",
     )
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-            ready = prepare_without_launch(config, (*overrides, *unused))
-    finally:
-        logging.disable(logging.NOTSET)
+    ready = prepare_without_launch(config, (*overrides, *unused))
     return ready.args, ready.patterns, ready.run.sparsity.on_resume
 
 

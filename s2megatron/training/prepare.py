@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
@@ -86,22 +87,34 @@ def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
     """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs.
 
     Where WORLD_SIZE is set, that many. It is not left behind: what comes next in this process may
-    be another run.
+    be another run. What Megatron prints and warns of on the way is not shown.
     """
-    if "WORLD_SIZE" in os.environ:
-        return prepare(config, overrides, writers=False)
-    os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+    with _quiet_megatron():
+        if "WORLD_SIZE" in os.environ:
+            return prepare(config, overrides, writers=False)
+        os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+        try:
+            return prepare(config, overrides, writers=False)
+        finally:
+            del os.environ["WORLD_SIZE"]
+
+
+@contextlib.contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Without Megatron's 900 lines of arguments, its log and its word on the missing launch."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        return prepare(config, overrides, writers=False)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.filterwarnings("ignore", message="Could not determine rank")
+            yield
     finally:
-        del os.environ["WORLD_SIZE"]
+        logging.disable(disabled)
 
 
 def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
-    logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare_without_launch(config, overrides)
+    ready = prepare_without_launch(config, overrides)
     return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 
