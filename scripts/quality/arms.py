@@ -32,7 +32,9 @@ MODEL = {
     "rotary_base": 500000,
     "init_method_std": 0.02,
     "bf16": True,
-    "cross_entropy_loss_fusion": True,
+    # An arm trains for minutes: compiling these at every start does not pay.
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
     "clip_grad": 1.0,

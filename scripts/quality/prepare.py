@@ -3,8 +3,8 @@
     python scripts/quality/prepare.py PIECES DATA --recipe configs/quality/recipe.yaml
 
 PIECES holds what corpus.py made, train-*.u16 and valid.u16 or the same packed (`xz`), and
-tokenizer/. DATA gets Megatron datasets: text, valid, valid-small, retrieval-N and
-retrieval-valid-N for phase N. What is there is kept.
+tokenizer/. DATA gets Megatron datasets: text, valid, retrieval documents for every phase, and a few
+of each to watch in training. What is there is kept. Several recipes may share a folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import documents
 import numpy
-from recipe import Recipe, load_recipe
+from recipe import Phase, Recipe, load_recipe
 from transformers import PreTrainedTokenizerFast
 
 from s2megatron.errors import ConfigError
@@ -58,19 +58,21 @@ def write_dataset(prefix: Path, tokens: numpy.ndarray, end: int) -> None:
     os.replace(f"{part}.idx", f"{prefix}.idx")
 
 
-def write_retrieval(data: Path, number: int, recipe: Recipe, processes: int | None) -> None:
-    """The retrieval documents of a phase, and a few more to look at on the way."""
-    phase, seed = recipe.phases[number], recipe.seed
-    tokenizer, filler = str(data / "tokenizer"), str(data / "text")
+def write_retrieval(data: Path, phase: Phase, recipe: Recipe, processes: int | None) -> None:
+    """The retrieval documents of a phase, and records of its length to look at on the way."""
+    name = phase.documents_name(recipe.documents_seed)
     kind = documents.Recipe(records=phase.records, repeats=phase.repeats)
-    wanted = int(phase.steps * phase.sequences * phase.retrieval * 1.02) + 8
-    small = max(1, recipe.watch_tokens // phase.length)
-    for name, sequences, salt in (("retrieval", wanted, 0), ("retrieval-valid", small, 1)):
-        prefix = data / f"{name}-{number}"
-        if not Path(f"{prefix}.idx").is_file():
+    watched = documents.Recipe(records=1.0, repeats=0.0)
+    few = max(1, recipe.watch_tokens // phase.length)
+    jobs = (
+        (name, int(name.split("-")[-1]), 2 * recipe.documents_seed, kind),
+        (f"watch-{phase.length}-of-{few}", few, 1, watched),
+    )
+    for name, sequences, seed, kind in jobs:
+        if not (data / f"{name}.idx").is_file():
             documents.write(
-                str(prefix), sequences, tokenizer, filler, phase.length, 2 * seed + salt, kind,
-                processes,
+                str(data / name), sequences, str(data / "tokenizer"), str(data / "text"),
+                phase.length, seed, kind, processes,
             )  # fmt: skip
 
 
@@ -78,10 +80,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pieces", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, action="append", required=True)
     parser.add_argument("--processes", type=int)
     a = parser.parse_args()
-    recipe = load_recipe(a.recipe)
+    recipes = [load_recipe(path) for path in a.recipe]
     a.data.mkdir(parents=True, exist_ok=True)
     if not (a.data / "tokenizer").is_dir():
         shutil.copytree(a.pieces / "tokenizer", a.data / "tokenizer")
@@ -92,9 +94,11 @@ def main():
         write_dataset(a.data / "text", text, end)
     valid = read_piece(pieces(a.pieces, "valid")[0])
     write_dataset(a.data / "valid", valid, end)
-    write_dataset(a.data / "valid-small", valid[: recipe.watch_tokens], end)
-    for number in range(len(recipe.phases)):
-        write_retrieval(a.data, number, recipe, a.processes)
+    for recipe in recipes:
+        few = recipe.watch_tokens
+        write_dataset(a.data / f"watch-text-of-{few}", valid[:few], end)
+        for phase in recipe.phases:
+            write_retrieval(a.data, phase, recipe, a.processes)
     sizes = {p.stem: p.stat().st_size // 2 for p in sorted(a.data.glob("*.bin"))}
     (a.data / "tokens.json").write_text(json.dumps(sizes) + "\n")
     print("tokens:", ", ".join(f"{name} {count:,}" for name, count in sizes.items()))

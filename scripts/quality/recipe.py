@@ -60,6 +60,12 @@ class Phase(_Checked):
         """Of a step."""
         return self.batch_tokens // self.length
 
+    def documents_name(self, seed: int) -> str:
+        """Of the dataset of its retrieval documents; recipes that want the same ones share it."""
+        wanted = int(self.steps * self.sequences * self.retrieval * 1.02) + 8
+        kind = f"{self.records:g}-{self.repeats:g}"
+        return f"retrieval-{self.length}-{kind}-seed-{seed}-of-{wanted}"
+
     @property
     def micro_batch(self) -> int:
         """Sequences of a forward pass: the largest divisor of `sequences` that is allowed."""
@@ -88,7 +94,9 @@ class Examination(_Checked):
 
 class Recipe(_Checked):
     seed: int = 1
-    """Of weights, order and retrieval documents."""
+    """Of weights and order."""
+    documents_seed: int = 1
+    """Of the retrieval documents: runs with other seeds see the same ones in another order."""
     phases: list[Phase] = Field(min_length=1)
     examination: Examination
     watch_tokens: int = 262_144

@@ -64,10 +64,12 @@ class Arm:
 def options(arm: Arm, number: int) -> list[str]:
     """Overrides of phase `number` (from 0) over the arm's run file."""
     phase, recipe, out = arm.recipe.phases[number], arm.recipe, arm.out / f"phase-{number}"
-    text, documents = arm.data / "text", arm.data / f"retrieval-{number}"
-    sets = [f"{1 - phase.retrieval:g} {text}", f"{phase.retrieval:g} {documents}"]
+    documents = arm.data / phase.documents_name(recipe.documents_seed)
+    sets = [f"{1 - phase.retrieval:g} {arm.data / 'text'}", f"{phase.retrieval:g} {documents}"]
     sets = [entry for entry in sets if not entry.startswith("0 ")]
-    valid = [str(arm.data / "valid-small"), str(arm.data / f"retrieval-valid-{number}")]
+    few = recipe.watch_tokens
+    watched = f"watch-{phase.length}-of-{max(1, few // phase.length)}"
+    valid = [str(arm.data / f"watch-text-of-{few}"), str(arm.data / watched)]
     longest = max(p.length for p in recipe.phases)
     megatron = {
         "seed": recipe.seed,
@@ -210,9 +212,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="made by prepare.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copy", type=Path, help="write result.json here, too")
+    parser.add_argument("--seed", type=int, help="in place of the recipe's")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     a = parser.parse_intermixed_args()
     recipe = load_recipe(a.recipe)
+    if a.seed is not None:
+        recipe = recipe.model_copy(update={"seed": a.seed})
     paths = (path.resolve() for path in (a.config, a.data, a.out))
     config, data, out = paths
     os.environ.setdefault("OMP_NUM_THREADS", "4")
