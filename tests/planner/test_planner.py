@@ -199,7 +199,7 @@ def test_measured_runs_that_set_no_constant(tokens, recompute, ms):
 
 
 # Layers dense, ms, GiB: the same model with this plugin at 131,072 tokens, full recompute
-# (docs/benchmarks/raw/megatron-h200x2-2026-11-22.md: kernels of that day). They set no constant either.
+# (docs/benchmarks/raw/megatron-h200x2-2026-11-22.md: kernels of that day). Set no constant either.
 OURS = [(0, 2163, 36.3), (24, 8664, 30.2)]
 
 
