@@ -73,9 +73,7 @@ def held_out(sizes: dict[str, int], share: float) -> set[str]:
         chosen.append(top)
         found += totals[top]
     return {
-        name
-        for name in sizes
-        if any(str(p) in chosen for p in (Path(name), *Path(name).parents))
+        name for name in sizes if any(str(p) in chosen for p in (Path(name), *Path(name).parents))
     }
 
 

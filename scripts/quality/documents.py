@@ -5,7 +5,8 @@
 
 Every document of the dataset has exactly `--length` tokens, so Megatron's samples of that length
 begin where a document begins. It is filled with shorter documents, each with its end-of-text token:
-a model learns to look up a key among four before it learns it among hundreds. There are three kinds:
+a model learns to look up a key among four before it learns it among hundreds. There are three
+kinds:
 
 - repeats: a few records again and again in new orders, nothing else. Nearly every value can be
   looked up close by, and frequent keys and values are met early: this is what looking up is
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy
 from transformers import PreTrainedTokenizerFast
 
-from s2megatron.evaluation.retrieval import make_document
+from s2megatron.evaluation.retrieval import TASKS, make_document
 from s2megatron.evaluation.words import LETTER_KEYS
 
 SHORTEST = 32
@@ -106,7 +107,7 @@ class Maker:
             )  # fmt: skip
             return made.tokens
         style = rng.choice(("records", "records", "sentences"))
-        task = rng.choice(("single", "multi_key", "multi_key", "multi_value", "multi_query", "tracking"))
+        task = rng.choice(TASKS)
         size = RECORD if style == "records" else 40
         records = max(4, min(rng.randint(4, 64), length // (3 * size)))
         queries = None if task == "single" else rng.randint(2, max(2, records // 2))
@@ -167,6 +168,7 @@ def write(
 
     jobs = [(i, min(CHUNK, sequences - i * CHUNK)) for i in range(-(-sequences // CHUNK))]
     arguments = (tokenizer, filler, length, seed, recipe)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each worker has one thread
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part-{os.getpid()}"
     builder = IndexedDatasetBuilder(f"{part}.bin", dtype=DType.optimal_dtype(16384))
