@@ -1,6 +1,7 @@
 """`s2megatron evaluate`: a Hugging Face folder in; JSON, markdown and pictures out."""
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -26,8 +27,6 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
         raise ConfigError("--tasks none, and no --data: nothing is left to evaluate")
     extra = tuple(map(parse_grid, options.grid))
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; name a folder")
     encode, tokenizer = _tokenizer(options) if tasks else (None, None)
     network = load_network(
         options.folder, options.attention, device=options.device, dtype=options.dtype
@@ -39,6 +38,7 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
     if tasks and options.filler:
         stock = Documents(options.filler, network.vocab_size, "--filler")
         filler = stock.stretch
+    _make(out)  # it fails now or not at all
     about = {
         "model": str(options.folder),
         "data": options.data,
@@ -58,10 +58,20 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
         extra_grids=extra,
         batch_tokens=options.batch_tokens,
         say=say,
+        keep=lambda part: part.write(out),
     )
-    found.write(out)
     write_report(found.summary(), out)
     return out
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    if not writable:
+        raise ConfigError(f"--out {out}: cannot be written to; name another folder")
 
 
 def _tokenizer(options) -> tuple[Encode, str]:

@@ -1,6 +1,7 @@
 """Loss and retrieval of a model that is already there: for programs, and for `command.py`."""
 
 import datetime
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
@@ -45,6 +46,7 @@ def evaluate(
     extra_grids: tuple[Grid, ...] = (),
     batch_tokens: int | None = None,
     say: Say = print,
+    keep: Callable[[Evaluation], None] = lambda part: None,
 ) -> Evaluation:
     """Loss and retrieval of a model that is already there.
 
@@ -54,6 +56,7 @@ def evaluate(
         retrieval, encode: both, for retrieval; `filler` as in `evaluate_retrieval`.
         extra_grids: block grids to count answers by, beside those of the model's own patterns.
         batch_tokens: tokens in one forward pass; left out: BATCH_TOKENS of the device.
+        keep: is given what there is so far after every length of the loss, and all at the end.
 
     Raises:
         ConfigError: lengths, tokens or documents that do not fit.
@@ -70,20 +73,6 @@ def evaluate(
             for length in retrieval.lengths:
                 for task in retrieval.tasks:
                     _check_tokens(network, retrieval.document(task, length, 0, encode, filler))
-    losses = []
-    if loss is not None:
-        for length in loss.lengths:
-            losses.append(
-                evaluate_loss(
-                    network, documents, length, windows=loss.windows, packed=loss.packed,
-                    batch_tokens=size, say=say,
-                )
-            )  # fmt: skip
-    answers = None
-    if retrieval is not None:
-        answers = evaluate_retrieval(
-            network, encode, retrieval, filler=filler, batch_tokens=size, say=say
-        )
     about = {
         "attention": network.attention,
         **about,
@@ -91,7 +80,22 @@ def evaluate(
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    return Evaluation(about, losses, answers, sorted({*grids(network.patterns), *extra_grids}))
+    counted_by = sorted({*grids(network.patterns), *extra_grids})
+    found = Evaluation(about, [], None, counted_by)
+    for length in loss.lengths if loss else ():
+        losses = evaluate_loss(
+            network, documents, length, windows=loss.windows, packed=loss.packed,
+            batch_tokens=size, say=say,
+        )  # fmt: skip
+        found = Evaluation(about, [*found.losses, losses], None, counted_by)
+        keep(found)
+    if retrieval is not None:
+        answers = evaluate_retrieval(
+            network, encode, retrieval, filler=filler, batch_tokens=size, say=say
+        )
+        found = Evaluation(about, found.losses, answers, counted_by)
+        keep(found)
+    return found
 
 
 def machine(device: torch.device) -> str:

@@ -50,7 +50,9 @@ def table(head: list, rows: list[list]) -> str:
 
 
 def _loss_part(losses: dict) -> list[str]:
-    names = dict.fromkeys(name for columns in losses.values() for name in columns)
+    names = dict.fromkeys(  # the longest windows have all positions
+        name for length in sorted(losses, key=int, reverse=True) for name in losses[length]
+    )
     rows = [[name, *(_nats(found.get(name)) for found in losses.values())] for name in names]
     return [
         "## Loss, nats a token",
@@ -124,7 +126,9 @@ def draw_retrieval(retrieval: dict, path: Path, *, title: str) -> None:
         image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for (row, column), value in numpy.ndenumerate(shares):
             if not numpy.isnan(value):
-                axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7)
+                colour = "black" if 0.15 < value < 0.9 else "white"
+                axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center",
+                          fontsize=7, color=colour)  # fmt: skip
         axis.set_title(task, fontsize=9)
         axis.set_xticks(range(len(found["by length"])), [_short(n) for n in found["by length"]])
         axis.set_yticks(range(10), [f"{10 * i}%" for i in range(10)])

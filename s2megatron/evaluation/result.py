@@ -50,7 +50,9 @@ class Evaluation:
         return {
             "by length": lengths,
             "by distance": _plain(result.by_distance(task)),
-            "by shard": {str(g): _plain(result.by_shard(task, g)) for g in self.grids},
+            "by shard": {
+                str(g): _plain(result.by_shard(task, g)) for g in self.grids if g.period > 1
+            },
             "by block edge": {str(g): _plain(result.by_edge(task, g)) for g in self.grids},
         }
 

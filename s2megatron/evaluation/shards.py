@@ -31,7 +31,8 @@ class Grid:
     """Blocks; 1 where no head keeps only some blocks forever."""
 
     def __str__(self) -> str:
-        return f"blocks of {self.block_size}, {self.period} shards"
+        shards = f", {self.period} shards" if self.period > 1 else ""
+        return f"blocks of {self.block_size}{shards}"
 
     def shard(self, position: int) -> int:
         """0 to period - 1."""

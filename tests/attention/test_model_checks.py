@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from in_process import call
-from launches import ON_CPU, ROOT, TINY, start, write_run_file
+from launches import ON_CPU, ROOT, TINY, torchrun, write_run_file
 
 from s2megatron import stock
 
@@ -285,7 +285,7 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
     (tmp_path / "apex" / "__init__.py").write_text("'a web framework'")
     config = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
     short = ["megatron.train_iters=2", "megatron.lr_decay_iters=20"]
-    done = start(config, *short, env={"PYTHONPATH": str(tmp_path)})
+    done = torchrun(config, *short, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-4000:]
     for words in ("torch AdamW", "off (NVIDIA Apex not found)", "(Transformer Engine: not found)"):
         assert words in done.stdout
