@@ -146,7 +146,7 @@ def test_from_a_source_tree_to_the_report(tree):
     arm = "turned-dense-head"
     env = os.environ | ON_CPU | {
         "STUDY": str(tree / "study"), "PIECES": str(tree / "pieces"), "PYTHON": sys.executable,
-        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "2",
+        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts/quality/run.sh"), arm]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
