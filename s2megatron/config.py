@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from s2_kernels import pattern as patterns
 from s2_kernels.pattern import LayerPattern
 from s2megatron.errors import ConfigError, did_you_mean
+from s2megatron.paths import user_path
 
 
 class _Checked(BaseModel):
@@ -207,7 +208,7 @@ class DataConfig(_Checked):
     """Where the tokens come from. Paths are prefixes of Megatron's PREFIX.bin and PREFIX.idx."""
 
     train: list[str] = Field(default_factory=list)
-    """Dataset prefixes, or "WEIGHT PREFIX" to blend."""
+    """Dataset prefixes, or "WEIGHT PREFIX" to blend; a prefix may hold spaces."""
     valid: list[str] = Field(default_factory=list)
     test: list[str] = Field(default_factory=list)
     tokenizer: str = "bytes"
@@ -221,12 +222,19 @@ class DataConfig(_Checked):
     @field_validator("tokenizer")
     @classmethod
     def _known_tokenizer(cls, value: str) -> str:
-        if value in ("bytes", "megatron") or re.fullmatch(r"(huggingface|sentencepiece):.+", value):
+        if value in ("bytes", "megatron"):
             return value
+        if match := re.fullmatch(r"(huggingface|sentencepiece):(.+)", value):
+            return f"{match[1]}:{user_path(match[2])}"
         raise ValueError(
             f"{value!r}: must be 'bytes', 'huggingface:NAME_OR_DIR', 'sentencepiece:FILE' or "
             "'megatron'"
         )
+
+    @field_validator("cache")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and user_path(value)
 
     @field_validator("train", "valid", "test", mode="before")
     @classmethod
@@ -241,6 +249,11 @@ class OutputConfig(_Checked):
     """Gets checkpoints/, tensorboard/ and a lock; left out: `megatron.save` and the like decide."""
     keep: int = Field(default=3, ge=1)
     """So many of the newest complete checkpoints stay; older ones are deleted."""
+
+    @field_validator("folder")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and user_path(value)
 
 
 class RunConfig(_Checked):
@@ -258,7 +271,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value does not fit.
     """
-    path = Path(path)
+    path = Path(user_path(str(path)))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.compat import async_store
 from s2_kernels.hopper.lists import off_diagonal, query_list
 from s2_kernels.hopper.primitives import (
     count_items,
@@ -226,7 +227,7 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
         out_buf.store(gl.convert_layout(halves[i], half_layout))
         fence_async_shared()
         at = [i_batch, i_head, row, i * HALF]
-        tma.async_copy_shared_to_global(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
+        async_store(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
 @gluon.jit
