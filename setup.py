@@ -1,29 +1,27 @@
 """Two packages: s2_kernels (torch and triton only) and s2megatron (the Megatron Core plugin)."""
 
+import tomllib
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+KERNELS = tomllib.loads((HERE / "kernels/pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 setup(
     name="s2megatron",
     version="0.1.0",
     description="Sparsely-Sharded (S2) attention for pretraining with Megatron-LM",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
-    packages=[
-        "s2_kernels",
-        "s2_kernels.block_sparse",
-        "s2_kernels.hopper",
-        *find_packages(include=["s2megatron*"]),
-    ],
+    packages=[*find_packages("kernels"), *find_packages(include=["s2megatron*"])],
     package_dir={"s2_kernels": "kernels/s2_kernels"},
     package_data={"s2megatron.planner": ["gpus/*.yaml"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        *KERNELS["dependencies"],
         "numpy",
         "megatron-core>=0.19,<0.20",
         "omegaconf>=2.3",  # megatron.training imports it without asking for it
@@ -35,11 +33,19 @@ setup(
         "transformers>=4.50",
         "safetensors>=0.8",  # 0.8 reads tensors without mapping the file into memory
         "sentencepiece",
+        "zstandard",  # reads .zst; Python has it from 3.14 on
         "matplotlib>=3.8",
     ],
     extras_require={
         # numpy: Triton 3.6's interpreter, which CI runs the kernels in, breaks with 2.3
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6", "ruff>=0.9", "numpy<2.3"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.7",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "import-linter>=2",
+            "numpy<2.3",
+        ],
         # transformer-engine-torch builds from source; docs/install.md has the command
         "te": ["transformer-engine[pytorch]>=2.9"],
     },

@@ -22,11 +22,11 @@ find_python() {
 }
 
 # make_venv EXTRAS: .venv with the package (editable) and its EXTRAS, e.g. "" or "[test]". Installs
-# again only when setup.py or constraints.txt changed.
+# again only when setup.py, kernels/pyproject.toml or constraints.txt changed.
 make_venv() {
     local extras=$1 python stamp want
     stamp=".venv/installed$(echo "$extras" | tr -d '[]' | tr ',' '-')"
-    want=$(cat setup.py constraints.txt | cksum)
+    want=$(cat setup.py kernels/pyproject.toml constraints.txt | cksum)
     if ! .venv/bin/python -c '' 2>/dev/null; then
         python=$(find_python) || return 1
         echo "== making .venv with $("$python" --version)"

@@ -1,6 +1,5 @@
 """`s2_attention` and `s2_attention_varlen`: check the inputs and choose a backend."""
 
-import importlib.util
 import itertools
 import math
 import os
@@ -10,9 +9,9 @@ import torch
 from s2_kernels.blocked import blocked_attention, blocked_backward
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import reference_attention
+from s2_kernels.versions import NO_TRITON
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # only Linux has it
-if HAS_TRITON:
+if NO_TRITON is None:
     from s2_kernels import ops
     from s2_kernels.launch import capability
 
@@ -275,8 +274,8 @@ def check_triton(
     way_out: str = "backend='blocked' (PyTorch, any device) takes it",
 ) -> None:
     """Raises ValueError, with the argument, its value and the way out, where Triton cannot run."""
-    if not HAS_TRITON:
-        raise ValueError(f"triton is not installed; {way_out}")
+    if NO_TRITON:
+        raise ValueError(f"{NO_TRITON}; {way_out}")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"q is on {q.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1, to debug); "

@@ -1,9 +1,5 @@
 """`s2megatron plan`: a run file, a number of GPUs, and what it would cost."""
 
-import contextlib
-import io
-import logging
-import warnings
 from dataclasses import replace
 
 from s2_kernels.record import describe
@@ -30,10 +26,7 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
 
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", message="Could not determine rank")
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare_without_launch(config, overrides)
+    ready = prepare_without_launch(config, overrides)
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
@@ -16,6 +17,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
+from s2megatron.training.schedule import check_schedule
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
-    from s2megatron.training.megatron_options import to_argv
+    from s2megatron.training.megatron_options import canonical, check_required, to_argv
 
     skip_missing_makefile()
-    options = default_options(backends, run.megatron)
+    options = default_options(backends, canonical(run.megatron))
     options = data_options.resolve(run.data, options)
+    check_required(options)
     place = output.resolve(run.output, options)
     options = place.options if place else options
     if not writers:
@@ -86,22 +89,35 @@ def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
     """`prepare` outside torchrun, for the fewest ranks that the run file's layout needs.
 
     Where WORLD_SIZE is set, that many. It is not left behind: what comes next in this process may
-    be another run.
+    be another run. What Megatron prints and warns of on the way is not shown.
     """
-    if "WORLD_SIZE" in os.environ:
-        return prepare(config, overrides, writers=False)
-    os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+    with _quiet_megatron():
+        if "WORLD_SIZE" in os.environ:
+            return prepare(config, overrides, writers=False)
+        os.environ["WORLD_SIZE"] = str(ranks_named_by(load_config(config, overrides)))
+        try:
+            return prepare(config, overrides, writers=False)
+        finally:
+            del os.environ["WORLD_SIZE"]
+
+
+@contextlib.contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Without Megatron's 900 lines of arguments, its log and its word on the missing launch."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        return prepare(config, overrides, writers=False)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.filterwarnings("ignore", message="Could not determine rank")
+            yield
     finally:
-        del os.environ["WORLD_SIZE"]
+        logging.disable(disabled)
 
 
 def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
-    logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's 900 lines of arguments
-        ready = prepare_without_launch(config, overrides)
+    ready = prepare_without_launch(config, overrides)
+    check_schedule(ready.args)
     return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 

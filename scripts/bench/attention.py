@@ -58,7 +58,7 @@ def parse(argv=None):
     parser.add_argument("--rounds", type=int, default=1, help="medians of so many, to and fro")
     parser.add_argument("--dkernel", metavar="PATH", help="checkout of linxihui/dkernel")
     parser.add_argument("--deadline", type=float, default=math.inf, help="stop after these seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/raw")
     parser.add_argument("--name", help="of the files; default: attention-GPU-DATE")
     parser.add_argument("--plot-from", type=Path, metavar="JSON", help="only draw the plots")
     parser.add_argument("--peak", type=float, help="TFLOP/s of a matrix product, drawn as a line")

@@ -1,6 +1,6 @@
 """Predicts recorded runs again, with other constants: the planner held against what was measured.
 
-    python scripts/bench/replan.py docs/benchmarks/scaling-....json --gpu my.yaml
+    python scripts/bench/replan.py docs/benchmarks/raw/scaling-....json --gpu my.yaml
 
 RUNS.json is scaling_test.py's; its command says which run file and layouts it is of. Prints the
 largest errors; with --write the predictions in RUNS.json, its .md and its .png (where there is one)

@@ -322,7 +322,7 @@ def parse(argv: list[str]):
     parser.add_argument("--warmup", type=int, default=5, help="steps thrown away")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--gpu", default="h200", help="constants of the prediction")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/raw")
     parser.add_argument("--name", help="default: scaling-MODE-DATE")
     parser.add_argument("--logs", type=Path, help="keep each run's log and trace here")
     parser.add_argument("--warm", action="store_true", help="ranks import ahead")

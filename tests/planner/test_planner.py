@@ -199,7 +199,7 @@ def test_measured_runs_that_set_no_constant(tokens, recompute, ms):
 
 
 # Layers dense, ms, GiB: the same model with this plugin at 131,072 tokens, full recompute
-# (docs/benchmarks/megatron-h200x2-2026-11-22.md: kernels of that day). They set no constant either.
+# (docs/benchmarks/raw/megatron-h200x2-2026-11-22.md: kernels of that day). Set no constant either.
 OURS = [(0, 2163, 36.3), (24, 8664, 30.2)]
 
 
@@ -214,7 +214,7 @@ def test_our_own_runs_set_no_constant(dense_layers, ms, gib):
     assert abs(held / gib - 1) < 0.1
 
 
-RECORDED = sorted((ROOT / "docs/benchmarks").glob("scaling-h200x2-*.json"))
+RECORDED = sorted((ROOT / "docs/benchmarks/raw").glob("scaling-h200x2-*.json"))
 
 
 def recorded_runs():

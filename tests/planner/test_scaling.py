@@ -131,7 +131,7 @@ def test_recorded_runs_are_predicted_again(tmp_path):
     """replan.py, as a user would after calibrating: other constants, other predictions."""
     name = "scaling-h200x2-2026-11-24-tp2-32k.json"
     recorded = tmp_path / name
-    recorded.write_text((ROOT / "docs/benchmarks" / name).read_text())
+    recorded.write_text((ROOT / "docs/benchmarks/raw" / name).read_text())
     constants = yaml.safe_load((ROOT / "s2megatron/planner/gpus/h200.yaml").read_text())
     (tmp_path / "slower.yaml").write_text(yaml.safe_dump(constants | {"step_ms": 140}))
     before = json.loads(recorded.read_text())["runs"]

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from s2_kernels.api import HAS_TRITON, check_triton
+from s2_kernels.api import check_triton
 from s2_kernels.pattern import BLOCK_SIZES
+from s2_kernels.versions import NO_TRITON
 
-if HAS_TRITON:
+if NO_TRITON is None:
     from s2_kernels.block_sparse.kernels import launch_backward, launch_forward
 
 
