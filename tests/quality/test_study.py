@@ -20,7 +20,8 @@ from recipe import load_recipe
 
 from s2megatron.errors import ConfigError
 
-RECIPES = sorted((ROOT / "configs/quality").glob("recipe*/*.yaml"))
+RECIPES = [ROOT / "configs/quality/recipe.yaml",
+           *sorted((ROOT / "configs/quality/recipes").glob("*.yaml"))]  # fmt: skip
 FILES = {
     "drivers/a/main.c": "int main(void)\n{\n\treturn probe(1);\n}\n" * 40,
     "drivers/a/probe.h": "int probe(int channel);\n" * 30,
