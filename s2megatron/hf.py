@@ -68,13 +68,15 @@ def s2_attention_forward(
     pattern = layer_pattern(module)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     offset = k.shape[1] - q.shape[1]
-    if attention_mask is None:
-        return s2_attention(q, k, v, pattern, softmax_scale=scaling, q_offset=offset), None
-    if attention_mask.dim() != 1:
+    if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(
             f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
             "causal mask is built in; give a 2-D one of zeros (left padding) and ones"
         )
+    if module.layer_idx == 0 and options.get("position_ids") is not None:
+        _refuse_restarts(options["position_ids"], attention_mask, offset)
+    if attention_mask is None:
+        return s2_attention(q, k, v, pattern, softmax_scale=scaling, q_offset=offset), None
     rows = [
         _one_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], pattern, scaling, first)
         for i, first in enumerate(attention_mask.tolist())
@@ -113,7 +115,7 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
 
 # Options of transformers' attention functions that S2 attention has no place for.
 _NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
-_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")
+_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "cache")
 
 
 def _refuse(module, dropout: float, options: dict) -> None:
@@ -128,6 +130,34 @@ def _refuse(module, dropout: float, options: dict) -> None:
     for name, asked in asked_for.items():
         if asked:
             raise ValueError(f"attention 's2' does not compute {name}: leave it out")
+
+
+def _refuse_restarts(positions: Tensor, first: Tensor | None, offset: int) -> None:
+    """Raises ValueError for position_ids that do not count on from each sequence's first token.
+
+    Where they start anew, a packed document begins, which would see the one before it.
+    transformers looks for that only without a mask and without a cache (`s2_mask` is told then),
+    and every layer gets the same ones, so the first looks at them: one wait for the GPU a pass.
+
+    Args:
+        positions: [b or 1, s]
+        first: [b], row of the first real token; None is 0. Padding in front has any position.
+        offset: row of the first query.
+    """
+    rows = torch.arange(offset, offset + positions.shape[-1], device=positions.device)
+    counts_on = (positions == rows).all(dim=-1)
+    if first is not None:
+        # transformers counts rows where it is given no positions, `generate` counts real tokens.
+        start = first.to(positions.device)[:, None]
+        padding = rows < start
+        by_row, by_token = positions == rows, positions == rows - start
+        counts_on = (by_row | padding).all(dim=-1) | (by_token | padding).all(dim=-1)
+    if not counts_on.all():
+        raise ValueError(
+            "attention 's2': position_ids that start anew or leave positions out are not "
+            "supported: packed sequences would see each other; give each sequence a row of its "
+            "own in the batch and leave position_ids out"
+        )
 
 
 def s2_mask(
@@ -160,6 +190,11 @@ def s2_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for "
+            f"{kv_length} keys; give a 2-D one with a column for every token, the cached ones too"
+        )
     real = attention_mask[:, :kv_length].bool()
     if real.all():
         return None
