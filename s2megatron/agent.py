@@ -210,9 +210,10 @@ class Agent:
             failure = self.lost
         elif any(text in failure for text in ("closed by peer", "reset by peer", "ncclRemote")):
             failure += "; a rank on another node went away first: look at that node's log"
+        no_way_on = status == REFUSED or "could not be loaded" in failure  # it says what to do
         print(
             f"s2megatron: the job failed on node {self.nodes.rank} ({socket.gethostname()}): "
-            f"{failure}" + ("" if status == REFUSED else f"\ns2megatron: {self._resume(folder)}"),
+            f"{failure}" + ("" if no_way_on else f"\ns2megatron: {self._resume(folder)}"),
             file=sys.stderr,
             flush=True,
         )

@@ -218,6 +218,13 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     track(tmp_path, "30")
     assert resume_point(tmp_path)[0] == 20
     track(tmp_path, "4")
+    number, notes = resume_point(tmp_path)
+    assert number == 20 and "iter_0000004, which is not complete: it is not there" in notes[0]
+
+
+def test_tracker_without_a_complete_checkpoint_is_refused(tmp_path):
+    checkpoint(tmp_path, 30, complete=False)
+    track(tmp_path, "30")
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         resume_point(tmp_path)
 
@@ -248,7 +255,7 @@ def test_output_folder_resumes_and_drops_what_is_for_the_first_start(tmp_path):
     track(tmp_path / "checkpoints", "20")
     again = output.resolve(section, begin)
     assert again.options["load"] == str(tmp_path / "checkpoints") and again.options["lr"] == 1e-4
-    assert "finetune" not in again.options and "ckpt_step" not in again.options
+    assert "finetune" not in again.options and again.options["ckpt_step"] == 20
     assert any("megatron.finetune" in note and "left out now" in note for note in again.notes)
     track(tmp_path / "checkpoints", "30")
     assert output.resolve(section, begin).options["ckpt_step"] == 20
