@@ -161,7 +161,7 @@ def test_option_that_must_stay_is_refused_with_both_values(tmp_path, name, value
         ("seq_length", 256),
         ("rotary_base", 500000),
         ("train_data_path", ["b"]),
-    ],  # fmt: skip
+    ],
 )
 def test_option_that_changes_what_comes_next_is_told(tmp_path, name, value):
     _, now, found = changed(**{name: value})
@@ -177,7 +177,7 @@ def test_option_that_changes_what_comes_next_is_told(tmp_path, name, value):
         ("tensor_model_parallel_size", 2),
         ("micro_batch_size", 2),
         ("lr_decay_iters", 20),
-    ],  # fmt: skip
+    ],
 )
 def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):
     _, now, found = changed(**{name: value})
