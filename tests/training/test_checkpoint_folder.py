@@ -17,7 +17,6 @@ from s2megatron.training.checkpoint_folder import (
     resume_point,
     tracked,
 )
-from s2megatron.training.output import check_undamaged as check_what_is_resumed
 
 
 @pytest.fixture(scope="module")
@@ -215,28 +214,18 @@ def test_options_of_a_first_start_are_left_out_later(folder):
 def test_a_truncated_checkpoint_is_not_resumed_and_the_way_back_is_whole(folder):
     """The one before it is cut short too: the way back leads to the one before that."""
     place = resolve(folder.parent)
-    check_what_is_resumed(place)
+    output.make_ready(place)
     for number in (20, 30):
         cut(iteration_dir(folder, number), 1000)
     with pytest.raises(ConfigError, match=r"iter_0000030 is damaged: __0_0.distcp has 1000 bytes"):
-        check_what_is_resumed(place)
+        output.make_ready(place)
     with pytest.raises(ConfigError, match=rf"echo 10 > {folder}/{TRACKER}"):
-        check_what_is_resumed(place)
+        output.make_ready(place)
     cut(iteration_dir(folder, 10), 1000)
     with pytest.raises(ConfigError, match="no earlier one is complete"):
-        check_what_is_resumed(place)
+        output.make_ready(place)
 
 
-def test_a_first_start_has_nothing_to_check(tmp_path):
-    check_what_is_resumed(resolve(tmp_path))
-
-
-def test_a_failed_save_says_whether_the_disk_is_full(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    for free, said in ((2**20 - 1, "the disk is full"), (3 * 2**30, "3.0 GiB are free there")):
-        usage = SimpleNamespace(free=free)
-        monkeypatch.setattr(output.shutil, "disk_usage", lambda folder, usage=usage: usage)
-        told = output.save_failed(str(tmp_path), OSError("first line\nlast line"))
-        assert said in told and str(tmp_path) in told and "last line" in told
-    assert "KeyError" in output.save_failed(str(tmp_path), KeyError())
+def test_a_first_start_makes_its_folder(tmp_path):
+    assert output.make_ready(resolve(tmp_path / "new")) == []
+    assert (tmp_path / "new" / "checkpoints").is_dir()
