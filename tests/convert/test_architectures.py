@@ -124,8 +124,8 @@ def test_qwen3_moe_layers_without_experts():
     assert model.moe_layers == (False, True, True, True) and model.ffn == 96
     assert (model.experts, model.experts_per_token, model.expert_ffn) == (4, 2, 48)
     assert not model.renormalized_router
-    sparse = hugging_face("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=2)
-    assert sparse.moe_layers == (False, True, False, True)
+    sparse = hugging_face("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=3)
+    assert sparse.moe_layers == (False, False, True, False)
     all_of_them = hugging_face("qwen3_moe", mlp_only_layers=[], norm_topk_prob=True)
     assert all_of_them.ffn == 48 and all_of_them.renormalized_router
 

@@ -190,3 +190,9 @@ def test_fixed_and_optimizer_time_by_hand():
         assert result.optimizer == pytest.approx(machine.memory_seconds(traffic))
         assert result.tokens == 2 * 4096
         assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+
+
+def test_mfu_is_a_share_of_all_gpus():
+    result = plan(SIMPLE, make_model(seq_len=4096), Layout(gpus=4, global_batch=4))
+    assert result.mfu(100) == pytest.approx(result.model_flops / result.seconds / 4e14)
+    assert result.mfu(200) == result.mfu(100) / 2

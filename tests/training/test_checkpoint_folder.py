@@ -16,6 +16,7 @@ from s2megatron.training.checkpoint_folder import (
     missing_parts,
     resume_point,
     tracked,
+    way_back,
 )
 
 
@@ -224,6 +225,12 @@ def test_a_truncated_checkpoint_is_not_resumed_and_the_way_back_is_whole(folder)
     cut(iteration_dir(folder, 10), 1000)
     with pytest.raises(ConfigError, match="no earlier one is complete"):
         output.make_ready(place)
+
+
+def test_the_way_back_leads_before_the_one_in_question(folder):
+    """Which may be whole by its sizes, and damaged inside."""
+    assert f"echo 20 > {folder}/{TRACKER}" in way_back(folder, 30)
+    assert way_back(folder, 10) == "no earlier one is complete"
 
 
 def test_a_first_start_makes_its_folder(tmp_path):
