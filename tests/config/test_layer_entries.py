@@ -105,3 +105,35 @@ def test_the_last_entry_that_names_a_layer_decides():
     first, second, third = parse_config(tree).sparsity.resolve(num_layers=3, **HEADS)
     assert first == local_stride(**HEADS, local_blocks=3, stride=4)
     assert second == local_stride(**HEADS, **LOCAL) and third.is_dense
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({"sparsity": {"default": LOCAL | {"stride": "x"}}},
+         "sparsity.default.stride: 'x': Input should be a valid integer\n"
+         "sparsity.default.stride: 'x': Input should be a valid list"),
+        ({"sparsity": {"default": LOCAL | {"kind": "dense"}}},
+         "sparsity.default: local_blocks, stride does not go with kind 'dense'; leave it out, or "
+         "choose another kind"),
+        ({"sparsity": {"default": LOCAL}, "output": {"keep": 0}},
+         "output.keep: 0: Input should be greater than or equal to 1"),
+        ({"sparsity": {"default": LOCAL}, "data": {"tokenizer": "byte"}},
+         "data.tokenizer: 'byte': must be 'bytes', 'huggingface:NAME_OR_DIR', 'sentencepiece:FILE' "
+         "or 'megatron'"),
+        ({"sparsity": {"default": LOCAL, "layers": [{"stride": 4}]}},
+         "sparsity.layers[0].layers: is missing"),
+        ({"sparsity": {"default": {"ranges": [{"reach": 2}]}}},
+         "sparsity.default.ranges[0].stride: is missing"),
+        ({"sparsity": {"default": {"ranges": [{"reech": 2, "stride": 1}]}}},
+         "sparsity.default.ranges[0].reech: unknown key; did you mean 'reach'?"),
+        ({"sparsity": {"default": LOCAL, "layers": [{"layers": 1, "quux": 1}]}},
+         "sparsity.layers[0].quux: unknown key; known here: kind, block_size, local_blocks, "
+         "stride, ranges, head_offset, head_step, homogeneous, dense_heads, layers"),
+        ({"sparsity": {"default": LOCAL}, "out": {}}, "out: unknown key; did you mean 'output'?"),
+    ],
+)  # fmt: skip
+def test_each_error_in_full(tree, told):
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree)
+    assert str(error.value) == told

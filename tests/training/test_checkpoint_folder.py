@@ -1,5 +1,7 @@
 """Folders of checkpoints without a run: what is complete, what is damaged, what is deleted."""
 
+import pickle
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -56,6 +58,18 @@ def test_a_file_that_is_shorter_than_its_metadata_says(folder):
     assert damage(checkpoint) == ""  # longer is no harm: what it names is there
     (checkpoint / "__0_0.distcp").unlink()
     assert damage(checkpoint) == "__0_0.distcp is missing"
+
+
+def test_the_part_that_ends_last_counts_wherever_it_stands(folder):
+    checkpoint = iteration_dir(folder, 30)
+    whole = (checkpoint / "__0_0.distcp").stat().st_size
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    parts = sorted(metadata.storage_data.items(), key=lambda item: item[1].offset)
+    cut(checkpoint, whole - 1)
+    for ordered in (parts, parts[::-1]):
+        metadata.storage_data = dict(ordered)
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+        assert damage(checkpoint) == f"__0_0.distcp has {whole - 1} bytes of {whole}"
 
 
 @pytest.mark.parametrize("text", [b"", b"garbage", b"\x80\x04."])
@@ -231,6 +245,13 @@ def test_the_way_back_leads_before_the_one_in_question(folder):
     """Which may be whole by its sizes, and damaged inside."""
     assert f"echo 20 > {folder}/{TRACKER}" in way_back(folder, 30)
     assert way_back(folder, 10) == "no earlier one is complete"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    place = resolve(tmp_path / "run")
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ConfigError, match=rf"{place.checkpoints} cannot be written: Not a dir"):
+        output.make_ready(place)
 
 
 def test_a_first_start_makes_its_folder(tmp_path):
