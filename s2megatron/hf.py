@@ -13,6 +13,8 @@ computed one sequence at a time from its first real token; whatever else a mask 
 windows, packed sequences, 4-D masks, holes, static caches) is refused by name.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
+from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
 
 NAME = "s2"
@@ -34,7 +37,10 @@ def load(folder, **from_pretrained):
             and is loaded as transformers would.
         from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
     """
-    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(folder)
+    config = from_pretrained.pop("config", None)
+    if config is None:
+        local = Path(folder).is_dir()
+        config = read_config(Path(folder)) if local else AutoConfig.from_pretrained(folder)
     if getattr(config, NAME, None) is not None:
         from_pretrained.setdefault("attn_implementation", NAME)
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)
