@@ -32,7 +32,9 @@ def call(module: str, function: str, *arguments: str, env: dict | None = None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> list:
+def call_on_ranks(
+    module: str, function: str, *arguments: str, ranks: int, env: dict = ON_CPU
+) -> list:
     """The JSON results of a function that torchrun runs on ranks of their own."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
@@ -42,7 +44,7 @@ def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> li
         text=True,
         timeout=300,
         cwd=HERE.parents[1],
-        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2500:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
