@@ -244,13 +244,19 @@ def _show(options) -> None:
 
 def _sizes(megatron: dict) -> dict[str, int]:
     """The head and layer counts of a run file, as Megatron reads them."""
-    for name in ("num_layers", "num_attention_heads", "seq_length"):
-        if not isinstance(megatron.get(name), int):
+    names = ["num_layers", "num_attention_heads", "seq_length"]
+    if megatron.get("group_query_attention"):
+        megatron = {"num_query_groups": 1} | megatron
+        names.append("num_query_groups")
+    for name in names:
+        if not isinstance(megatron.get(name), int) or isinstance(megatron[name], bool):
             raise ConfigError(f"megatron.{name}: {megatron.get(name)!r}: must be a number")
     heads = megatron["num_attention_heads"]
-    grouped = megatron.get("group_query_attention")
-    kv_heads = megatron.get("num_query_groups", 1) if grouped else heads
-    return {"num_layers": megatron["num_layers"], "heads": heads, "kv_heads": kv_heads}
+    return {
+        "num_layers": megatron["num_layers"],
+        "heads": heads,
+        "kv_heads": megatron[names[-1]] if len(names) == 4 else heads,
+    }
 
 
 def _numbers(option: str, text: str | None, allowed: range) -> list[int] | None:

@@ -11,7 +11,8 @@
     output: {...}             # checkpoints and logs: one folder, resumed from when it is there
 
 Everything that comes from outside is checked here: an error names the field, the value and the way
-out, and an unknown key is an error that suggests the nearest known one.
+out, and an unknown key is an error that suggests the nearest known one. Keys may be written with
+`-` or with `_`, as on Megatron's command line or in its code; from here on they have `_`.
 """
 
 import re
@@ -19,13 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from s2_kernels import pattern as patterns
 from s2_kernels.pattern import LayerPattern
+from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
 from s2megatron.paths import user_path
+from s2megatron.strict_yaml import one_spelling
 
 
 class _Checked(BaseModel):
@@ -264,6 +266,14 @@ class RunConfig(_Checked):
     data: DataConfig = DataConfig()
     output: OutputConfig = OutputConfig()
 
+    @field_validator("megatron")
+    @classmethod
+    def _home(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: user_path(value) if isinstance(value, str) else value
+            for name, value in options.items()
+        }
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run file and applies `key.path=value` overrides (values are YAML).
@@ -273,11 +283,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(user_path(str(path)))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from None
+    tree = one_spelling(strict_yaml.load(text, f"--config {path}"))
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must be a mapping with 'sparsity' and 'megatron'")
     for override in overrides:
@@ -288,7 +299,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(tree: dict) -> RunConfig:
     """A run file's content, already read. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(one_spelling(tree))
     except ValidationError as errors:
         raise ConfigError("\n".join(_explain(e) for e in errors.errors())) from None
 
@@ -298,16 +309,15 @@ def _override(tree: dict, text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {text!r}: must look like key.path=value")
-    *parents, last = path.split(".")
+    *parents, last = path.replace("-", "_").split(".")
+    value = one_spelling(strict_yaml.load(value, f"override {text!r}"))
     node = tree
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+        node[int(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
         raise ConfigError(f"override {text!r}: the run file has no place {path!r}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
 
 
 def _path(parts: Sequence) -> str:

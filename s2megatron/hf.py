@@ -80,9 +80,18 @@ def s2_attention_forward(
             f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
             "causal mask is built in; give a 2-D one of zeros (left padding) and ones"
         )
+    cached = isinstance(key, Tokens)
+    positions = options.get("position_ids")
+    if module.layer_idx == 0 and positions is not None and not (cached and key.cache.capturing):
+        if cached:
+            key.refuse_going_back(positions)
+            offset, first = key.begin, key.first(attention_mask)
+        else:
+            offset, first = key.shape[2] - query.shape[2], attention_mask
+        _refuse_restarts(positions, first, offset)
     attend = functools.partial(_attend, pattern, scaling)
-    if isinstance(key, Tokens):
-        key.check(pattern, options.get("position_ids"))
+    if cached:
+        key.refuse_another_model(pattern)
         return key.attend(query, attention_mask, scaling, attend), None
     return attend(*(x.transpose(1, 2) for x in (query, key, value)), attention_mask), None
 
@@ -171,7 +180,7 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
 
 # Options of transformers' attention functions that S2 attention has no place for.
 _NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
-_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")
+_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "cache")
 
 
 def _refuse(module, dropout: float, options: dict) -> None:
@@ -186,6 +195,34 @@ def _refuse(module, dropout: float, options: dict) -> None:
     for name, asked in asked_for.items():
         if asked:
             raise ValueError(f"attention 's2' does not compute {name}: leave it out")
+
+
+def _refuse_restarts(positions: Tensor, first: Tensor | None, offset: int) -> None:
+    """Raises ValueError for position_ids that do not count on from each sequence's first token.
+
+    Where they start anew, a packed document begins, which would see the one before it.
+    transformers looks for that only without a mask and without a cache (`s2_mask` is told then),
+    and every layer gets the same ones, so the first looks at them: one wait for the GPU a pass.
+
+    Args:
+        positions: [b or 1, s]
+        first: [b], row of the first real token; None is 0. Padding in front has any position.
+        offset: row of the first query.
+    """
+    rows = torch.arange(offset, offset + positions.shape[-1], device=positions.device)
+    counts_on = (positions == rows).all(dim=-1)
+    if first is not None:
+        # transformers counts rows where it is given no positions, `generate` counts real tokens.
+        start = first.to(positions.device)[:, None]
+        padding = rows < start
+        by_row, by_token = positions == rows, positions == rows - start
+        counts_on = (by_row | padding).all(dim=-1) | (by_token | padding).all(dim=-1)
+    if not counts_on.all():
+        raise ValueError(
+            "attention 's2': position_ids that start anew or leave positions out are not "
+            "supported: packed sequences would see each other; give each sequence a row of its "
+            "own in the batch and leave position_ids out"
+        )
 
 
 def s2_mask(
@@ -218,6 +255,11 @@ def s2_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for "
+            f"{kv_length} keys; give a 2-D one with a column for every token, the cached ones too"
+        )
     real = attention_mask[:, :kv_length].bool()
     if real.all():
         return None

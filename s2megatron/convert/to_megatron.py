@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from s2_kernels import LayerPattern
 from s2_kernels.record import describe_difference, read_record, record
+from s2megatron.config import load_config
 from s2megatron.convert import architectures, hf_folder
 from s2megatron.convert.model import FIELD_NAMES, CheckpointModel, differences
 from s2megatron.convert.tensors import LAYERS, MLP_NORM, TensorRule, tensor_rules
@@ -94,11 +95,12 @@ def to_megatron(
 def read_run(config: str, overrides: tuple[str, ...]):
     """(Megatron's validated arguments, patterns, sparsity.on_resume) of a run file, untrained.
 
-    Its datasets and checkpoints are not looked at: they may be on another machine.
+    Its datasets and checkpoints are not looked at: they may be on another machine. It need not say
+    what only training asks for (`micro_batch_size`).
     """
     from s2megatron.training.prepare import prepare_without_launch
 
-    unused = (
+    unused = [
         "data.train=[]",
         "data.valid=[]",
         "data.test=[]",
@@ -106,7 +108,10 @@ def read_run(config: str, overrides: tuple[str, ...]):
         "megatron.load=null",
         "megatron.save=null",
         "megatron.pretrained_checkpoint=null",
-    )
+        "output.folder=null",
+    ]
+    if load_config(config, overrides).megatron.get("micro_batch_size") is None:
+        unused.append("megatron.micro_batch_size=1")
     ready = prepare_without_launch(config, (*overrides, *unused))
     return ready.args, ready.patterns, ready.run.sparsity.on_resume
 

@@ -1,6 +1,7 @@
 """Loss and retrieval of a model that is already there: for programs, and for `command.py`."""
 
 import datetime
+import itertools
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -69,10 +70,9 @@ def evaluate(
                 "(max_position_embeddings in its config.json); choose at most that"
             )
     if retrieval is not None:  # before anything has taken its time
-        with as_config_error("--lengths"):
-            for length in retrieval.lengths:
-                for task in retrieval.tasks:
-                    _check_tokens(network, retrieval.document(task, length, 0, encode, filler))
+        for length, task in itertools.product(retrieval.lengths, retrieval.tasks):
+            with as_config_error(f"--tasks {task} at --lengths {length}"):
+                _check_tokens(network, retrieval.document(task, length, 0, encode, filler))
     about = {
         "attention": network.attention,
         **about,

@@ -115,7 +115,7 @@ def evaluate_loss(
     """Losses of a model over windows of `length` tokens.
 
     Args:
-        windows: of so many, the first in the dataset's order; fewer where it has no more.
+        windows: at most so many; where the dataset has more, spread over it evenly.
         packed: all documents one after the other, as in training; else each window lies in one.
         batch_tokens: tokens in one forward pass; one window goes in whole.
 

@@ -29,28 +29,40 @@ class Tokens:
     keys: Tensor
     values: Tensor
 
-    def check(self, pattern: LayerPattern, positions: Tensor | None) -> None:
-        """Raises ValueError for another model's tokens, or for positions that go back.
+    def __getattr__(self, name: str):
+        raise ValueError(
+            f"PagedCache hands its keys to attention 's2' only, and something asked for .{name}: "
+            "load the model with s2megatron.hf.load"
+        )
 
-        Args:
-            positions: position_ids [b, s], where the model hands them on. A single step on a GPU is
-                not checked, which would wait for it.
-        """
-        cache = self.cache
-        if pattern.key != cache.patterns[self.layer].key:
+    @property
+    def begin(self) -> int:
+        """Tokens before the new ones, padding included."""
+        return self.cache.get_seq_length(self.layer)
+
+    def first(self, given: Tensor | None) -> Tensor | None:
+        """Where texts begin: as the mask says, else as the cache knows; None where all at 0."""
+        if given is None and any(self.cache.starts):
+            return torch.tensor(self.cache.starts)
+        return given
+
+    def refuse_another_model(self, pattern: LayerPattern) -> None:
+        """Raises ValueError where the layer's pattern is not the cache's."""
+        own = self.cache.patterns[self.layer]
+        if pattern.key != own.key:
             raise ValueError(
-                f"PagedCache was made for another model: layer {self.layer + 1} attends to "
-                f"{pattern.rules[0]}, in the cache's model to {cache.patterns[self.layer].rules[0]}"
+                f"PagedCache was made for another model: layer {self.layer + 1} keeps "
+                f"{pattern.rules[0]}, in the cache's model {own.rules[0]}"
             )
-        if positions is None or (positions.is_cuda and self.keys.shape[2] == 1):
-            return
-        begin = cache.get_seq_length(self.layer)
-        earliest = [max(0, begin - first) for first in cache.starts]
-        for i, position in enumerate(positions[..., -1].reshape(-1).tolist()):
-            if position < earliest[i]:
+
+    def refuse_going_back(self, positions: Tensor) -> None:
+        """Raises ValueError where position_ids [b or 1, s] end before what the cache holds."""
+        for i, position in enumerate(positions[:, -1].tolist()):
+            held = self.begin - self.cache.starts[i]
+            if position < held:
                 raise ValueError(
                     f"position_ids: sequence {i} goes back to position {position}, and the cache "
-                    f"holds {earliest[i]} tokens of it: pages that died are gone; make a new cache"
+                    f"holds {held} tokens of it: pages that died are gone; make a new cache"
                 )
 
     def attend(self, query: Tensor, first: Tensor | None, scaling, prompt) -> Tensor:

@@ -11,6 +11,7 @@ from s2megatron.training import output
 from s2megatron.training.checkpoint_folder import Keeper
 from s2megatron.training.prepare import Prepared, prepare, summary
 from s2megatron.training.run_lock import RunLock
+from s2megatron.training.schedule import check_schedule
 
 
 def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
@@ -40,6 +41,7 @@ def _summarize() -> None:
 def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ready = prepare(config, overrides)
+    check_schedule(ready.args)
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, is_last_rank, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

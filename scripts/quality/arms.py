@@ -141,7 +141,12 @@ def run_file(arm: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the densities, write nothing")
-    if parser.parse_args().list:
+    parser.add_argument("--names", action="store_true", help="print the names, write nothing")
+    a = parser.parse_args()
+    if a.names:
+        print("\n".join(ARMS))
+        return
+    if a.list:
         print(f"{'arm':<20} {'at 8k':>7} {'at 32k':>7} {'at 128k':>7}")
         for arm in ARMS:
             shares = (density(arm, tokens) for tokens in (8192, 32768, 131072))

@@ -35,9 +35,6 @@ GPT4_SPLIT = (
 LARGEST_SUBTREE = 0.004
 """Of all bytes: a held-out subtree is the highest folder that is no larger than this."""
 
-RECORDS = 300_000
-"""In the tokenizer's training text: 2.4 MB."""
-
 
 def sizes_by_directory(tree: Path) -> dict[str, int]:
     """Bytes of the files that lie directly in each directory, by its path under `tree`."""
@@ -73,9 +70,7 @@ def held_out(sizes: dict[str, int], share: float) -> set[str]:
         chosen.append(top)
         found += totals[top]
     return {
-        name
-        for name in sizes
-        if any(str(p) in chosen for p in (Path(name), *Path(name).parents))
+        name for name in sizes if any(str(p) in chosen for p in (Path(name), *Path(name).parents))
     }
 
 
@@ -143,16 +138,18 @@ def write_tokens(documents: Iterator[str], tokenizer, path: Path, limit: int | N
     return {"documents": count, "tokens": tokens, "bytes": size}
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tree", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--held-out", type=float, default=0.02, metavar="SHARE")
     parser.add_argument("--tokenizer-bytes", type=int, default=40_000_000)
+    parser.add_argument("--records", type=int, default=300_000,
+                        help="in the tokenizer's training text: 2.4 MB")  # fmt: skip
     parser.add_argument("--pieces", type=int, default=4)
     parser.add_argument("--piece-tokens", type=int, default=50_000_000)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     a.out.mkdir(parents=True, exist_ok=True)
     sizes = sizes_by_directory(a.tree)
     apart = held_out(sizes, a.held_out)
@@ -162,7 +159,7 @@ def main():
     if not (place / "tokenizer.json").is_file():
 
         def sample() -> Iterator[str]:
-            yield from records(RECORDS)
+            yield from records(a.records)
             found = 0
             for name in train:
                 text = clip_lines(document(a.tree, name))[:400_000]

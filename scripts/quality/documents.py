@@ -5,7 +5,8 @@
 
 Every document of the dataset has exactly `--length` tokens, so Megatron's samples of that length
 begin where a document begins. It is filled with shorter documents, each with its end-of-text token:
-a model learns to look up a key among four before it learns it among hundreds. There are three kinds:
+a model learns to look up a key among four before it learns it among hundreds. There are three
+kinds:
 
 - repeats: a few records again and again in new orders, nothing else. Nearly every value can be
   looked up close by, and frequent keys and values are met early: this is what looking up is
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy
 from transformers import PreTrainedTokenizerFast
 
-from s2megatron.evaluation.retrieval import make_document
+from s2megatron.evaluation.retrieval import TASKS, make_document
 from s2megatron.evaluation.words import LETTER_KEYS
 
 SHORTEST = 32
@@ -33,9 +34,6 @@ SHORTEST = 32
 
 TASKS_FROM = 256
 """Tokens of the shortest document that has filler."""
-
-RECORD = 4
-"""Tokens of a record, and of a question about it, with the study's tokenizer: @key 123 4 end."""
 
 MOST_RECORDS = 400
 """There are 676 keys of two letters."""
@@ -70,6 +68,8 @@ class Maker:
         self.end = self.tokenizer.eos_token_id
         self.text = None if filler is None else numpy.memmap(f"{filler}.bin", numpy.uint16, "r")
         self.length, self.seed, self.recipe = length, seed, recipe
+        self.record = len(self.encode("@zq9876\n"))
+        """Tokens of a record, and of a question about it: 4 with the study's tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -97,7 +97,7 @@ class Maker:
     def document(self, rng: random.Random, length: int) -> list[int]:
         if rng.random() < self.recipe.repeats:
             return self.repeats(rng, length)
-        most = max(1, min(MOST_RECORDS, length // (2 * RECORD)))
+        most = max(1, min(MOST_RECORDS, length // (2 * self.record)))
         if length < TASKS_FROM or rng.random() < self.recipe.records:
             records = max(1, rng.randint(most // 2, most))
             made = make_document(
@@ -106,8 +106,8 @@ class Maker:
             )  # fmt: skip
             return made.tokens
         style = rng.choice(("records", "records", "sentences"))
-        task = rng.choice(("single", "multi_key", "multi_key", "multi_value", "multi_query", "tracking"))
-        size = RECORD if style == "records" else 40
+        task = rng.choice(TASKS)
+        size = self.record if style == "records" else 40
         records = max(4, min(rng.randint(4, 64), length // (3 * size)))
         queries = None if task == "single" else rng.randint(2, max(2, records // 2))
         made = make_document(
@@ -118,7 +118,7 @@ class Maker:
 
     def repeats(self, rng: random.Random, length: int) -> list[int]:
         """Records of a few keys, all of them again in every round, each round in a new order."""
-        records = int(min(2 ** rng.uniform(1, 7), length // RECORD))
+        records = int(min(2 ** rng.uniform(1, 7), length // self.record))
         keys = rng.sample(LETTER_KEYS[: max(records, frequent(rng, len(LETTER_KEYS)))], records)
         values = range(1000, 1000 + 10 * frequent(rng, 900))
         lines = [self.encode(f"@{key}{rng.choice(values)}\n") for key in keys]
@@ -167,6 +167,7 @@ def write(
 
     jobs = [(i, min(CHUNK, sequences - i * CHUNK)) for i in range(-(-sequences // CHUNK))]
     arguments = (tokenizer, filler, length, seed, recipe)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each worker has one thread
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part-{os.getpid()}"
     builder = IndexedDatasetBuilder(f"{part}.bin", dtype=DType.optimal_dtype(16384))

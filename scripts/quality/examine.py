@@ -2,9 +2,9 @@
 
     python scripts/quality/examine.py PHASE_FOLDER OUT --data DATA --recipe-json JSON
 
-One process for all, since importing costs more than a small evaluation. Each style of retrieval is
-an evaluation of its own: OUT/records, OUT/sentences (with the losses). OUT/examination.json holds
-the summaries of those that are done.
+One process for all, since importing costs more than a small evaluation. Each probe of the recipe
+and each length of the losses is an evaluation of its own, OUT/NAME; OUT/examination.json holds the
+summaries of those that are done.
 """
 
 import argparse
@@ -12,19 +12,23 @@ import json
 import sys
 from pathlib import Path
 
-from recipe import Examination
+from recipe import Examination, Probe
+
 from s2megatron import cli
 
 
-def evaluation(a, plan: Examination, style: str) -> list[str]:
-    """Arguments of `s2megatron evaluate` for one style."""
+def probing(a, plan: Examination, probe: Probe) -> list[str]:
+    """Arguments of `s2megatron evaluate` for one probe."""
     lengths = ",".join(map(str, plan.lengths))
-    arguments = ["evaluate", str(a.out / "hf"), "--out", str(a.out / style), "--lengths", lengths]
-    arguments += ["--style", style, "--filler", str(a.data / "valid")]
-    arguments += ["--documents", str(plan.documents), "--control", str(plan.control)]
-    arguments += ["--tasks", ",".join(plan.tasks)]
-    for block_stride in plan.grids:
-        arguments += ["--grid", block_stride]
+    arguments = ["evaluate", str(a.out / "hf"), "--out", str(a.out / probe.name), "--lengths",
+                 lengths, "--style", probe.style, "--filler", str(a.data / "valid"),
+                 "--documents", str(plan.documents), "--control", str(plan.control),
+                 "--tasks", ",".join(probe.tasks)]  # fmt: skip
+    for option in ("queries", "records"):
+        if (value := getattr(probe, option)) is not None:
+            arguments += [f"--{option}", str(value)]
+    for grid in plan.grids:
+        arguments += ["--grid", grid]
     return arguments
 
 
@@ -47,16 +51,13 @@ def main() -> int:
     if not (a.out / "hf" / "config.json").is_file():
         checkpoint = str(a.phase / "checkpoints")
         steps.append((None, ["convert", "to-hf", checkpoint, "--out", str(a.out / "hf")]))
-    steps += [(style, evaluation(a, plan, style)) for style in plan.styles]
+    steps += [(probe.name, probing(a, plan, probe)) for probe in plan.probes]
     steps += [(f"loss-{length}", losses(a, plan, length)) for length in plan.loss_lengths]
     found: dict = {}
     for name, arguments in steps:
         print(" ".join(["s2megatron", *arguments]), flush=True)
-        if name and (a.out / name / "evaluation.json").is_file():
-            status = 0
-        else:
-            status = cli.main(arguments)
-        if status:
+        done = name and (a.out / name / "evaluation.json").is_file()
+        if not done and (status := cli.main(arguments)):
             return status
         if name:
             found[name] = json.loads((a.out / name / "evaluation.json").read_text())

@@ -8,6 +8,7 @@ of each to watch in training. What is there is kept. Several recipes may share a
 """
 
 import argparse
+import itertools
 import json
 import lzma
 import os
@@ -21,6 +22,7 @@ from recipe import Phase, Recipe, load_recipe
 from transformers import PreTrainedTokenizerFast
 
 from s2megatron.errors import ConfigError
+
 
 def read_piece(path: Path) -> numpy.ndarray:
     """uint16 tokens of a piece, packed or not."""
@@ -51,7 +53,7 @@ def write_dataset(prefix: Path, tokens: numpy.ndarray, end: int) -> None:
         cuts.append(len(tokens))
     part = f"{prefix}.part-{os.getpid()}"
     builder = IndexedDatasetBuilder(f"{part}.bin", dtype=DType.optimal_dtype(16384))
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         builder.add_document(tokens[first:last], [last - first])
     builder.finalize(f"{part}.idx")
     os.replace(f"{part}.bin", f"{prefix}.bin")

@@ -73,21 +73,35 @@ class Phase(_Checked):
         return max(n for n in range(1, self.sequences + 1) if self.sequences % n == 0 and n <= most)
 
 
+class Probe(_Checked):
+    """One run of `s2megatron evaluate` that asks for what was planted."""
+
+    name: str
+    style: str
+    tasks: list[str] = ["single", "multi_key", "multi_value", "multi_query", "tracking"]
+    queries: int | None = None
+    """Answers a document; left out: the generator's."""
+    records: int | None = None
+    """Facts planted in a document; left out: the generator's."""
+
+
 class Examination(_Checked):
     """What `s2megatron evaluate` is asked of every trained arm."""
 
     lengths: list[int]
     """Of retrieval documents."""
-    styles: list[str] = ["records", "sentences"]
-    tasks: list[str] = ["single", "multi_key", "multi_value", "multi_query", "tracking"]
-    documents: int = 20
-    """Per task, style and length."""
-    control: int = 5
+    probes: list[Probe] = [
+        Probe(name="records", style="records", queries=8, records=32),
+        Probe(name="sentences", style="sentences"),
+    ]
+    documents: int = 32
+    """Per probe, task and length."""
+    control: int = 4
     """More of them, without what is asked for."""
     grids: list[str] = Field(default_factory=list)
     """BLOCK:STRIDE that answers are counted by, beside a model's own shards."""
     loss_lengths: list[int]
-    """Of the held-out sequences that the loss by position is taken from."""
+    """Of the held-out sequences that the loss is taken over."""
     loss_tokens: int = 2_000_000
     """Held-out tokens per length."""
 

@@ -1,4 +1,4 @@
-"""One arm of the study: trained phase by phase, converted, examined; a result that grows on the way.
+"""One arm of the study: trained phase by phase, converted, examined; its result grows on the way.
 
     CUDA_VISIBLE_DEVICES=0 python scripts/quality/train_arm.py configs/quality/paper.yaml \
         --recipe configs/quality/recipe.yaml --data runs/quality/data --out runs/quality/arms/paper
@@ -29,6 +29,8 @@ from where import ROOT, describe
 STEP = re.compile(r" iteration +(\d+)/ *\d+ .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r" s2megatron iteration +(\d+) \| ([\d.]+) ms/iteration")
 VALID = re.compile(r"validation(?:-(\w+))? loss at iteration (\d+).*?lm loss value: ([\d.E+-]+)")
+LOOK = 15.0
+"""Seconds between two looks at the log of a phase."""
 SAVING = 90
 """Seconds that a phase which was told to stop has for its checkpoint."""
 
@@ -120,35 +122,63 @@ def train(arm: Arm, number: int) -> None:
     """Runs a phase to its end, or to its last second. Raises RuntimeError if it fails."""
     phase, out = arm.recipe.phases[number], arm.out / f"phase-{number}"
     out.mkdir(parents=True, exist_ok=True)
-    tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
-    command = [*launcher(), "--config", str(arm.config)]
+    before = list(arm.result.get("phases", []))
     began = time.time()
-    if not tracker.is_file():
+    if not tracker(arm, number).is_file():
         with (out / "log.txt").open("w") as log:
             process = subprocess.Popen(
-                [*command, *options(arm, number)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-                env=os.environ | ALONE,
+                [*launcher(), "--config", str(arm.config), *options(arm, number)],
+                stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | ALONE,
             )  # fmt: skip
-            try:
-                process.wait(phase.seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # it saves after the step and leaves
-                process.wait(SAVING)
-    row = read_log(out / "log.txt") | {
+            while not ended(process, began, phase.seconds):
+                arm.result["phases"] = [*before, phase_row(arm, number, began)]
+                arm.write(f"training phase {number}")
+    arm.result["phases"] = [*before, phase_row(arm, number, began)]
+    if not tracker(arm, number).is_file():
+        tail = (out / "log.txt").read_text(errors="replace")[-3000:]
+        arm.result["log"] = tail
+        raise RuntimeError(f"phase {number} of {arm.config.stem} left no checkpoint:\n{tail}")
+    arm.write(f"trained phase {number}")
+
+
+def tracker(arm: Arm, number: int) -> Path:
+    """The file that is there when a phase has left its checkpoint, with the number of steps."""
+    folder = arm.out / f"phase-{number}" / "checkpoints"
+    return folder / "latest_checkpointed_iteration.txt"
+
+
+def ended(process: subprocess.Popen, began: float, seconds: float | None) -> bool:
+    """Waits for a while; at the last second it asks the process to save and leave."""
+    left = LOOK if seconds is None else min(LOOK, max(0.0, began + seconds - time.time()))
+    try:
+        process.wait(left)
+    except subprocess.TimeoutExpired:
+        if seconds is None or time.time() < began + seconds:
+            return False
+        process.send_signal(signal.SIGTERM)  # Megatron saves after the step
+        try:
+            process.wait(SAVING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return True
+
+
+def phase_row(arm: Arm, number: int, began: float) -> dict:
+    """What the log of a phase says so far."""
+    phase = arm.recipe.phases[number]
+    row = read_log(arm.out / f"phase-{number}" / "log.txt") | {
         "length": phase.length,
         "batch_tokens": phase.batch_tokens,
         "steps_planned": phase.steps,
         "wall_seconds": round(time.time() - began, 1),
     }
+    if (saved := tracker(arm, number)).is_file():  # the log has every few steps only
+        row["steps"] = int(saved.read_text())
     row["tokens"] = row["steps"] * phase.batch_tokens
     if row["ms_per_step"]:
         row["us_per_token"] = round(1e3 * row["ms_per_step"] / phase.batch_tokens, 4)
-    arm.result.setdefault("phases", []).append(row)
-    if not tracker.is_file():
-        tail = (out / "log.txt").read_text(errors="replace")[-3000:]
-        arm.result["log"] = tail
-        raise RuntimeError(f"phase {number} of {arm.config.stem} left no checkpoint:\n{tail}")
-    arm.write(f"trained phase {number}")
+    return row
 
 
 def read_log(path: Path) -> dict:

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from convert_models import S2, make_model, run_tree
+from evaluation_cases import VOCAB, by_byte, oracle, reader, write_repeating
 from in_process import run_command_line
 
 from s2_kernels import dense, local_stride, ranges, sliding_window
@@ -14,53 +15,16 @@ from s2_kernels.record import record
 from s2megatron import hf
 from s2megatron.cli import main
 from s2megatron.config import parse_config
-from s2megatron.data import write_dataset
 from s2megatron.errors import ConfigError
 from s2megatron.evaluation import network as network_module
 from s2megatron.evaluation.evaluate import LossPlan, evaluate
-from s2megatron.evaluation.loss import evaluate_loss, repeat_distances
-from s2megatron.evaluation.network import Network, load_network
+from s2megatron.evaluation.loss import evaluate_loss
+from s2megatron.evaluation.network import load_network
 from s2megatron.evaluation.scoring import RetrievalPlan, evaluate_retrieval
 from s2megatron.evaluation.shards import EDGE_NAMES, Grid, grids
-from s2megatron.evaluation.statistics import mean
 from s2megatron.evaluation.windows import Documents
 
-VOCAB = 257
-CPU = torch.device("cpu")
 GRID = Grid(block_size=16, period=4)
-
-
-def by_byte(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def oracle(predict) -> Network:
-    """A network that is sure of predict(tokens [n], t), the token after position t."""
-
-    def hidden(tokens):
-        rows = [[predict(row, t) for t in range(len(row))] for row in tokens.tolist()]
-        return torch.tensor(rows)[..., None]
-
-    def head(hidden):
-        return 20.0 * torch.nn.functional.one_hot(hidden[..., 0], VOCAB)
-
-    return Network(hidden, head, VOCAB, CPU, "an oracle")
-
-
-def reader(seen=lambda position: True):
-    """Predicts what followed the longest match of the text so far, of places that are `seen`."""
-
-    def predict(tokens, t):
-        text, best, found = bytes(tokens[: t + 1]), 0, 0
-        for size in (1, 4, 8, 16, 24):
-            at = text.rfind(text[-size:], 0, len(text) - 1)
-            if at < 0:
-                break
-            if seen(at + size):
-                best, found = size, text[at + size]
-        return found if best >= 8 else 0
-
-    return predict
 
 
 def ask(network, **changes):
@@ -151,50 +115,9 @@ def test_distances_and_many_answers():
     assert {"0 to 512", "512 to 1024"} == set(result.by_distance("multi_key"))
 
 
-def test_repeats_are_found_and_their_distance():
-    draw = numpy.random.default_rng(0)
-    tokens = draw.integers(0, 3, 500)
-    seen, expected = {}, []
-    for i in range(len(tokens)):
-        gram = tuple(tokens[i - 4 : i + 1]) if i >= 4 else None
-        expected.append(i - seen[gram] if gram in seen else 0)
-        if gram:
-            seen[gram] = i
-    assert repeat_distances(tokens).tolist() == expected
-    assert repeat_distances(tokens[:3]).tolist() == [0, 0, 0]
-
-
-def test_error_is_that_of_the_samples():
-    found = mean([2.0, 4.0, 9.0], [2, 2, 0])
-    assert found.value == 1.5 and found.count == 4
-    assert found.error == pytest.approx(0.5)  # of 1 and 2, as if each sample were one thing
-    assert mean([], []).value is None and mean([3.0], [2]).error is None
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Documents of 120, 700 and 410 tokens, in which the second half repeats the first."""
-    prefix = str(tmp_path_factory.mktemp("data") / "text")
-    draw = numpy.random.default_rng(1)
-    texts = ["".join(map(chr, draw.integers(97, 123, size))) for size in (119, 699, 409)]
-    texts[1] = texts[1][:300] + texts[1][:300] + texts[1][600:]
-    write_dataset(texts, prefix)
-    return prefix
-
-
-def test_windows_lie_in_documents_or_run_on(dataset):
-    documents = Documents(dataset, VOCAB)
-    assert documents.lengths.tolist() == [120, 700, 410]
-    found = list(documents.windows(200, 10))
-    assert [(w.document, w.start) for w in found] == [(1, 0), (1, 201), (1, 402), (2, 0), (2, 201)]
-    for window in found:
-        whole = documents.read(window.document)
-        assert window.tokens.tolist() == whole[window.start : window.start + 201].tolist()
-    assert documents.count(200, 10) == 5 and documents.count(200, 3) == 3
-    packed = list(documents.windows(200, 10, packed=True))
-    text = numpy.concatenate([documents.read(i) for i in range(3)])
-    assert len(packed) == documents.count(200, 10, packed=True) == 1230 // 201
-    assert numpy.concatenate([w.tokens for w in packed]).tolist() == text[: 6 * 201].tolist()
+    return write_repeating(tmp_path_factory.mktemp("data"))
 
 
 def test_loss_of_an_oracle(dataset):
@@ -342,7 +265,10 @@ def test_compare_pairs_windows(results, folders, tmp_path):
         (("--attention", "s2"), "has no 's2' key"),
         (("--lengths", "2k"), "--lengths 2048: the model has 1024 positions"),
         (("--lengths", "long"), "--lengths long: 'long' is no number of tokens"),
-        (("--lengths", 64, "--tasks", "multi_query"), "--lengths: length=64"),
+        (
+            ("--lengths", 64, "--tasks", "multi_query"),
+            "--tasks multi_query at --lengths 64: length=64",
+        ),
         (("--documents", 0), "--documents 0: Input should be greater"),
         (("--style", "verse"), "--style verse"),
         (("--grid", "64"), "--grid 64: must be BLOCK:STRIDE"),

@@ -330,7 +330,7 @@ def argument(x):
     return Int(x) if isinstance(x, int) else x
 
 
-def run(self, *arguments, grid, warmup, num_warps, maxnreg, **constants):
+def run(self, *arguments, grid, warmup, num_warps, maxnreg, enable_fp_fusion, **constants):
     """In place of GluonJITFunction.run: all programs at the same time."""
     launch, function = Launch(), translated(self)
     constants = {k: v.value if isinstance(v, constexpr) else v for k, v in constants.items()}

@@ -39,6 +39,7 @@ from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, column_rows, pair_of_sequence
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     ROWS,
     TERM_LAYOUT,
     descriptor,
@@ -405,8 +406,7 @@ def launch_hopper_dkdv(
         GROUP=h // g,
         PACKED=packing is not None,
         TERM_LAYOUT=TERM_LAYOUT,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     if n_slots:
         add_pieces(partial, dk, dv, work, ROWS)

@@ -43,6 +43,7 @@ from s2_kernels.backward_dkdv import add_pieces
 from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, column_rows
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     ROWS,
     TERM_LAYOUT,
     descriptor,
@@ -410,7 +411,6 @@ def launch_hopper_dkdv_wide(
         N_BANDS=pattern.n_bands,
         GROUP=h // g,
         TERM_LAYOUT=TERM_LAYOUT,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     add_pieces(partial, dk, dv, work, ROWS)

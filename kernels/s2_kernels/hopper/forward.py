@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, listed_row, query_list
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -398,7 +399,6 @@ def launch_hopper_forward(
         PACKED=packing is not None,
         K_STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
         V_STAGES=3 if pad(d) == 128 else 6,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     return out, lse if packing is None else lse[0]

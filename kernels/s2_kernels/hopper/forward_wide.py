@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.hopper.compat import async_store
 from s2_kernels.hopper.lists import off_diagonal, query_list
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -358,7 +359,6 @@ def launch_hopper_forward_wide(
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
         STAGES=STAGES,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     return out, lse

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.configs import FUSED
 from s2_kernels.hopper.compat import async_load, async_store, thread_barrier
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
@@ -21,6 +22,9 @@ from s2_kernels.schedule import query_tiles
 
 ROWS = 64
 """Rows of a half-tile."""
+
+OPTIONS = dict(num_warps=4, maxnreg=168, **FUSED)
+"""Of every launch: 65,536 registers over 12 warps; the partitions share them out as they need."""
 
 
 @gluon.jit

@@ -1,0 +1,163 @@
+"""The quality study: its table of arms, its documents, and a tiny version of all of it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy
+import pytest
+from launches import ON_CPU, ROOT
+
+sys.path.insert(0, str(ROOT / "scripts/quality"))
+import arms
+import corpus
+import documents
+import report
+import train_arm
+from recipe import load_recipe
+
+from s2megatron.errors import ConfigError
+
+RECIPES = sorted((ROOT / "configs/quality").glob("recipe*/*.yaml"))
+FILES = {
+    "drivers/a/main.c": "int main(void)\n{\n\treturn probe(1);\n}\n" * 40,
+    "drivers/a/probe.h": "int probe(int channel);\n" * 30,
+    "drivers/b/queue.c": "static struct queue *head;\nvoid push(struct item *item);\n" * 40,
+    "drivers/gpu/asic_reg/table.h": "#define REGISTER 0x1234\n" * 2000,
+    "sound/core.c": "void play(struct stream *stream, unsigned long samples);\n" * 50,
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A source tree, and the pieces that corpus.py makes of it."""
+    folder = tmp_path_factory.mktemp("study")
+    for name, text in FILES.items():
+        path = folder / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    corpus.LARGEST_SUBTREE, largest = 0.4, corpus.LARGEST_SUBTREE
+    try:
+        corpus.main([str(folder / "tree"), str(folder / "pieces"), "--pieces", "1",
+                     "--vocabulary", "600", "--records", "1000"])  # fmt: skip
+    finally:
+        corpus.LARGEST_SUBTREE = largest
+    return folder
+
+
+def test_run_files_are_what_the_table_makes():
+    files = {path.stem: path.read_text() for path in (ROOT / "configs/quality").glob("*.yaml")}
+    files.pop("recipe", None)
+    assert files == {arm: arms.run_file(arm) for arm in arms.ARMS}, "run scripts/quality/arms.py"
+
+
+@pytest.mark.parametrize("plain, shards, tokens", [
+    ("plain-8k", "no-dense", 8192), ("plain-32k", "no-dense", 32768),
+    ("plain-8k-every-4", "every-4", 8192), ("pilot-plain-8k", "pilot", 8192),
+    ("homogeneous", "no-dense", 8192), ("pilot-homogeneous", "pilot", 32768),
+])  # fmt: skip
+def test_controls_have_as_many_keys(plain, shards, tokens):
+    ratio = arms.density(plain, tokens) / arms.density(shards, tokens)
+    assert 0.97 < ratio < 1.07
+
+
+def test_turned_shards_cover_in_two_layers_what_one_leaves_out():
+    first, second = (p.rules for p in arms.patterns("turned")[:2])
+    long_lived = [
+        {k for rule in rules for k in range(16) if rule.lifetimes(64)[k] > 64}
+        for rules in (first, second)
+    ]
+    assert len(long_lived[0]) == 8 and long_lived[0] | long_lived[1] == set(range(16))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_can_be_read(path):
+    for phase in load_recipe(path).phases:
+        assert phase.micro_batch * phase.length <= phase.micro_batch_tokens
+        assert phase.sequences % phase.micro_batch == 0
+
+
+def test_a_wrong_recipe_is_refused_by_field(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("phases: [{length: 100, tokens: 1, batch_tokens: 250, lr: 1, final_lr: 1, "
+                    "retrieval: 0}]\nexamination: {lengths: [1], loss_lengths: [1]}")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"phases\.0.*250 is not a multiple of length=100"):
+        load_recipe(path)
+
+
+def test_whole_subtrees_are_held_out(tree):
+    made = json.loads((tree / "pieces/corpus.json").read_text())
+    end = 0
+    train = numpy.fromfile(tree / "pieces/train-0.u16", numpy.uint16)
+    valid = numpy.fromfile(tree / "pieces/valid.u16", numpy.uint16)
+    assert (train == end).sum() + (valid == end).sum() == 3  # asic_reg is left out
+    assert len(made["held_out"]) >= 1 and train[-1] == valid[-1] == end
+    texts = [tokenizer(tree).decode(ids) for ids in (train, valid)]
+    for name in FILES:
+        marks = [f"==> {name} <==" in text for text in texts]
+        held_out = any(name.startswith(f"{folder}/") for folder in made["held_out"])
+        assert marks == ([False, False] if "asic_reg" in name else [not held_out, held_out])
+
+
+def tokenizer(tree):
+    return corpus.PreTrainedTokenizerFast.from_pretrained(tree / "pieces/tokenizer")
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_retrieval_documents_fill_sequences(tree, length):
+    recipe = documents.Recipe(repeats=0.5, records=0.5)
+    makers = [
+        documents.Maker(str(tree / "pieces/tokenizer"), None, length, 1, recipe) for _ in range(2)
+    ]
+    first, second = (maker.sequences(3, 8) for maker in makers)
+    assert first.shape == (8, length) and (first[:, -1] == 0).all()
+    numpy.testing.assert_array_equal(first, second)
+
+
+def test_repeated_keys_keep_their_values(tree):
+    maker = documents.Maker(str(tree / "pieces/tokenizer"), None, 512, 1, documents.Recipe())
+    text = maker.tokenizer.decode(maker.repeats(random.Random(5), 500))
+    records = [line for line in text.split("\n")[:-1] if line]
+    keys = {line[:3] for line in records}
+    assert len(set(records)) == len(keys) < len(records)
+
+
+def test_a_log_gives_curves_and_speed(tmp_path):
+    line = (
+        " [2026-11-27 12:00:00] iteration {i:8d}/     100 | consumed samples: 1 | learning rate: "
+        "1.0E-03 | global batch size: 4 | lm loss: {loss:.6E} | loss scale: 1.0 |\n"
+        " s2megatron iteration {i:8d} | {ms} ms/iteration | 5 tokens/s | 5 tokens/s/rank |\n"
+    )
+    text = line.format(i=20, loss=9.5, ms=900.0) + line.format(i=40, loss=8.25, ms=100.0)
+    text += " validation-retrieval loss at iteration 40 | lm loss value: 3.5E+00 |\n"
+    (tmp_path / "log.txt").write_text(text)
+    assert train_arm.read_log(tmp_path / "log.txt") == {
+        "steps": 40,
+        "loss": [(20, 9.5), (40, 8.25)],
+        "validation": {"retrieval": [(40, 3.5)]},
+        "ms_per_step": 900.0,
+    }
+
+
+def test_from_a_source_tree_to_the_report(tree):
+    """scripts/quality/run.sh with one arm of two phases; the second run only writes the report."""
+    arm = "turned-dense-head"
+    env = os.environ | ON_CPU | {
+        "STUDY": str(tree / "study"), "PIECES": str(tree / "pieces"), "PYTHON": sys.executable,
+        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "scripts/quality/run.sh"), arm]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    result = json.loads((tree / f"study/results/{arm}--tiny.json").read_text())
+    assert result["status"] == "done"
+    assert [phase["steps"] for phase in result["phases"]] == [8, 4]
+    losses = [dict(phase["loss"]) for phase in result["phases"]]
+    assert losses[1][1] < losses[0][1] - 0.3  # the second phase goes on from the first
+    assert result["examination"]["loss-256"]["loss"]["256"]["all"]["count"] == 1024
+    assert set(result["examination"]["records"]["retrieval"]) == {"single", "multi_key"}
+    results = report.read_results(tree / "study/results")
+    assert f"| {arm} |" in "\n".join(report.table(results))
+    assert f"| {arm} |" in (tree / "study/report/report.md").read_text()
