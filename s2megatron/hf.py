@@ -19,6 +19,7 @@ attends to (docs/inference.md). transformers' own `model.generate` keeps all of 
 """
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
+from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache, Tokens
 
@@ -42,7 +44,10 @@ def load(folder, **from_pretrained):
             and is loaded as transformers would.
         from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
     """
-    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(folder)
+    config = from_pretrained.pop("config", None)
+    if config is None:
+        local = Path(folder).is_dir()
+        config = read_config(Path(folder)) if local else AutoConfig.from_pretrained(folder)
     if getattr(config, NAME, None) is not None:
         from_pretrained.setdefault("attn_implementation", NAME)
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)

@@ -61,7 +61,7 @@ def to_megatron(
     hf_config = folder.config
     model = architectures.from_hugging_face(hf_config, where)
     args, patterns, on_resume = read_run(config, overrides)
-    notes: list[str] = []
+    notes = folder.notes
     _check_against_run(model, args, f"--config {config}", where, notes)
     padded = _padded_vocab(model, args, notes)
     rules = list(tensor_rules(model, mixtral_names=hf_config.model_type == "mixtral"))
@@ -179,8 +179,8 @@ def _check_tensors(folder, rules: list[TensorRule], model: CheckpointModel) -> N
             )
     left = [n for n in folder.shapes if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
     if model.tied_embeddings and "lm_head.weight" in left:
-        embedding = folder.read("model.embed_tokens.weight")
-        if torch.equal(folder.read("lm_head.weight"), embedding):
+        head, embedding = (folder.read(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        if head.dtype == embedding.dtype and torch.equal(head, embedding):
             left.remove("lm_head.weight")
     if left:
         raise ConfigError(
@@ -219,7 +219,7 @@ def _sparsity(
 def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int) -> list[Chunk]:
     """All of Megatron's tensors, each layer a chunk of its own."""
     per_layer = bool(model.moe_layers) and not all(model.moe_layers)
-    chunks = []
+    chunks, first_part = [], {}
     for rule in rules:
         shape = (padded, *rule.shape[1:]) if rule.kind == "vocab" else rule.shape
 
@@ -235,6 +235,7 @@ def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int
         for name in rule.megatron if both else rule.megatron[:1]:
             if rule.layer is not None:
                 name = f"{LAYERS}.{rule.layer}.{name}" if per_layer else f"{LAYERS}.{name}"
+            _check_dtypes(folder, name, rule, first_part.setdefault(name, rule.hugging_face[0]))
             chunks.append(
                 Chunk(
                     key=name,
@@ -246,6 +247,18 @@ def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int
                 )
             )
     return chunks
+
+
+def _check_dtypes(folder, key: str, rule: TensorRule, first: str) -> None:
+    """Every part of a Megatron tensor has the dtype of its first. Raises ConfigError."""
+    for name in rule.hugging_face:
+        if folder.dtype(name) != folder.dtype(first):
+            raise ConfigError(
+                f"{folder.folder}: {first} is {folder.dtype(first)}, {name} is "
+                f"{folder.dtype(name)}; Megatron keeps both in {key}, and a tensor has one dtype. "
+                "Give the model one: in transformers, from_pretrained(..., dtype=torch.bfloat16) "
+                "and save_pretrained"
+            )
 
 
 def _leading_axes(rule: TensorRule, model, per_layer: bool) -> list[tuple[int, int]]:

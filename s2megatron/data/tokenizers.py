@@ -69,10 +69,18 @@ def _hugging_face(name: str, model: str) -> tuple[Encode, int | None, int]:
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"--tokenizer {name}: cannot be loaded ({what})") from None
 
-    def encode(text: str) -> list[int]:  # verbose: the model's longest input is no limit here
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _encoder(tokenizer), tokenizer.eos_token_id, len(tokenizer)
 
-    return encode, tokenizer.eos_token_id, len(tokenizer)
+
+def _encoder(tokenizer) -> Encode:
+    """A Hugging Face tokenizer's text -> ids, the whole text, with no special tokens added."""
+    if not tokenizer.is_fast:  # verbose: the model's longest input is no limit here
+        return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    # Without each token's place in the text: twice as fast, and far less memory for a long one.
+    return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def _sentencepiece(name: str, model: str) -> tuple[Encode, int | None, int]:

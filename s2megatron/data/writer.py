@@ -161,4 +161,5 @@ def _loaded(tokenizer: str) -> Encode:
 
 
 def _encode(encode: Encode, batch: list[str]) -> list[numpy.ndarray]:
-    return [numpy.asarray(encode(text), dtype=numpy.int64) for text in batch]
+    found = (encode(text) for text in batch)
+    return [i if isinstance(i, numpy.ndarray) else numpy.asarray(i, numpy.int64) for i in found]

@@ -192,6 +192,7 @@ def make_document(
         filler = generated_filler(encode, body, rng)
     elif len(filler) < body:
         raise ValueError(f"filler: has {len(filler)} tokens of {body} needed; give more")
+    filler = [int(token) for token in filler[:body]]
     order, starts = _places(content, body, rng, None if depth is None else int(depth * length))
     tokens, sources = _plant(content, order, starts, body, filler, needle)
     answers = []
@@ -213,12 +214,14 @@ def generated_filler(encode: Encode, count: int, rng: random.Random) -> list[int
 
 @functools.lru_cache(maxsize=8)
 def _sentence_pool(encode: Encode) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(encode(text)) for text in sentences(_FILLER_SENTENCES, random.Random(0)))
+    return tuple(
+        tuple(map(int, encode(text))) for text in sentences(_FILLER_SENTENCES, random.Random(0))
+    )
 
 
 @functools.lru_cache(maxsize=1 << 17)
 def _encoded(encode: Encode, text: str) -> tuple[int, ...]:
-    return tuple(encode(text))
+    return tuple(map(int, encode(text)))
 
 
 def _counts(task: str, queries: int | None, records: int | None) -> tuple[int, int]:

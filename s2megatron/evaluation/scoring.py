@@ -223,7 +223,7 @@ def score(
                 rows.append(i)
                 places.append(place)
                 owners.append((i, j))
-    tokens = torch.tensor([document.tokens for document in documents])
+    tokens = torch.tensor([document.tokens for document in documents], dtype=torch.int64)
     right, nats = network.predictions(tokens, torch.tensor(rows), torch.tensor(places))
     found = [[(True, 0.0)] * len(document.answers) for document in documents]
     for (i, j), hit, cost in zip(owners, right.tolist(), nats.tolist(), strict=True):

@@ -1,10 +1,10 @@
 """The words of generated documents: filler sentences, and keys that occur in no filler sentence."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-Encode = Callable[[str], list[int]]
-"""Text -> token ids, without special tokens."""
+Encode = Callable[[str], Sequence[int]]
+"""Text -> token ids, without special tokens; a list or an array."""
 
 _SUBJECTS = (
     "farmer", "teacher", "sailor", "neighbour", "painter", "miller", "doctor", "child",

@@ -163,14 +163,14 @@ def write(
     processes: int | None = None,
 ) -> None:
     """Writes PREFIX.bin and PREFIX.idx: `sequences` documents of `length` tokens."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     jobs = [(i, min(CHUNK, sequences - i * CHUNK)) for i in range(-(-sequences // CHUNK))]
     arguments = (tokenizer, filler, length, seed, recipe)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each worker has one thread
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part-{os.getpid()}"
-    builder = IndexedDatasetBuilder(f"{part}.bin", dtype=DType.optimal_dtype(16384))
+    builder = IndexedDatasetBuilder(f"{part}.bin", dtype=numpy.uint16)
     with multiprocessing.Pool(processes, _start, arguments) as pool:
         for rows in pool.imap(_make, jobs):
             for row in rows:

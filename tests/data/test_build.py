@@ -219,6 +219,7 @@ def test_a_tokenizer_is_trained_on_what_is_not_held_out(tree, tmp_path):
     text = "  int a_b = 1234567;\n\n\treturn täxt;  \r\n"
     assert loaded.decode(encode(text)) == text and loaded.eos_token == END_OF_TEXT
     assert loaded.decode(ids[0][:-1]).startswith("==> part")
+    assert loaded(text, add_special_tokens=False)["input_ids"] == encode(text)
     assert "is there already" in refused(*arguments)
     assert "bpe:32768" in refused(*arguments[:-4], "--train-tokenizer", "wordpiece:9",
                                   "--tokenizer", f"huggingface:{folder}2")  # fmt: skip
@@ -232,3 +233,15 @@ def test_a_tokenizer_of_less_text_than_asked_for(tmp_path):
     assert not (tmp_path / "none").exists()
     encode, _, size = make_tokenizer(f"huggingface:{tmp_path / 'small'}")
     assert numpy.asarray(encode(bytes(range(256)).decode("latin-1"))).max() < size
+
+
+def test_a_long_document_is_not_cut_to_what_a_model_takes(tmp_path):
+    from transformers import AutoTokenizer
+
+    name = word_level(tmp_path / "short", {"<eos>": 0, "<unk>": 1, "a": 2}, eos_token="<eos>")
+    short = AutoTokenizer.from_pretrained(tmp_path / "short")
+    short.backend_tokenizer.enable_truncation(4)
+    short.backend_tokenizer.enable_padding(length=4)
+    short.save_pretrained(tmp_path / "short")
+    encode, _, _ = make_tokenizer(name)
+    assert encode("a " * 9) == [2] * 9 and encode("a") == [2]

@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy
 import pytest
 
 from s2megatron.evaluation.retrieval import STYLES, TASKS, make_document
@@ -65,6 +66,14 @@ def test_without_needle_only_the_facts_asked_for_are_gone(task, style):
     assert len(lost[0]) - len(lost[1]) > removed
     kept = [t for t in without.tokens if t >= 1000]
     assert kept == filler[: len(kept)]  # what stands in their place is the filler, going on
+
+
+def test_arrays_will_do_for_tokens():
+    """Tokenizers and datasets give small unsigned integers, which must not overflow later."""
+    encode, filler = lambda text: numpy.frombuffer(text.encode(), numpy.uint8), numpy.arange(3000)
+    found = document("multi_query", encode=encode, filler=filler.astype(numpy.uint16))
+    assert {type(token) for token in found.tokens} == {int}
+    assert found == document("multi_query", filler=filler.tolist())
 
 
 def test_the_same_seed_gives_the_same_document():

@@ -12,15 +12,17 @@ from launches import ON_CPU, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts/quality"))
 import arms
-import corpus
 import documents
+import pieces
 import report
+import tokenizer
 import train_arm
 from recipe import load_recipe
 
 from s2megatron.errors import ConfigError
 
-RECIPES = sorted((ROOT / "configs/quality").glob("recipe*/*.yaml"))
+RECIPES = [ROOT / "configs/quality/recipe.yaml",
+           *sorted((ROOT / "configs/quality/recipes").glob("*.yaml"))]  # fmt: skip
 FILES = {
     "drivers/a/main.c": "int main(void)\n{\n\treturn probe(1);\n}\n" * 40,
     "drivers/a/probe.h": "int probe(int channel);\n" * 30,
@@ -31,19 +33,15 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A source tree, and the pieces that corpus.py makes of it."""
+def folder(tmp_path_factory):
+    """tree/, a small source tree, and tokenizer/, trained on it."""
     folder = tmp_path_factory.mktemp("study")
     for name, text in FILES.items():
         path = folder / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    corpus.LARGEST_SUBTREE, largest = 0.4, corpus.LARGEST_SUBTREE
-    try:
-        corpus.main([str(folder / "tree"), str(folder / "pieces"), "--pieces", "1",
-                     "--vocabulary", "600", "--records", "1000"])  # fmt: skip
-    finally:
-        corpus.LARGEST_SUBTREE = largest
+    tokenizer.main([str(folder / "tree"), str(folder / "tokenizer"), "--vocabulary", "1800",
+                    "--records", "100000"])  # fmt: skip
     return folder
 
 
@@ -87,37 +85,36 @@ def test_a_wrong_recipe_is_refused_by_field(tmp_path):
         load_recipe(path)
 
 
-def test_whole_subtrees_are_held_out(tree):
-    made = json.loads((tree / "pieces/corpus.json").read_text())
-    end = 0
-    train = numpy.fromfile(tree / "pieces/train-0.u16", numpy.uint16)
-    valid = numpy.fromfile(tree / "pieces/valid.u16", numpy.uint16)
-    assert (train == end).sum() + (valid == end).sum() == 3  # asic_reg is left out
-    assert len(made["held_out"]) >= 1 and train[-1] == valid[-1] == end
-    texts = [tokenizer(tree).decode(ids) for ids in (train, valid)]
-    for name in FILES:
-        marks = [f"==> {name} <==" in text for text in texts]
-        held_out = any(name.startswith(f"{folder}/") for folder in made["held_out"])
-        assert marks == ([False, False] if "asic_reg" in name else [not held_out, held_out])
+def test_a_key_is_one_token_and_a_value_two(folder):
+    maker = documents.Maker(str(folder / "tokenizer"), None, 128, 1, documents.Recipe())
+    assert maker.record == 4
+    assert len(maker.encode("@ab")) == 1 and len(maker.encode("2345")) == 2
 
 
-def tokenizer(tree):
-    return corpus.PreTrainedTokenizerFast.from_pretrained(tree / "pieces/tokenizer")
+def test_pieces_come_back_as_they_were(tmp_path):
+    rng = numpy.random.default_rng(0)
+    texts = [numpy.append(rng.integers(1, 500, n), 0).astype(numpy.uint16) for n in range(50, 90)]
+    pieces.write_dataset(tmp_path / "text", numpy.concatenate(texts))
+    packed = pieces.pack(str(tmp_path / "text"), tmp_path / "packed", 1000, 2)
+    assert [path.name for path in packed] == ["text-0.xz", "text-1.xz"]
+    pieces.unpack(tmp_path / "packed", tmp_path / "data")
+    found = pieces.IndexedDataset(str(tmp_path / "data/text"))
+    known = {text.tobytes() for text in texts}
+    assert {text.tobytes() for text in (found[i] for i in range(len(found)))} < known
+    assert 2000 <= sum(len(found[i]) for i in range(len(found))) < 2200
 
 
 @pytest.mark.parametrize("length", [128, 512])
-def test_retrieval_documents_fill_sequences(tree, length):
+def test_retrieval_documents_fill_sequences(folder, length):
     recipe = documents.Recipe(repeats=0.5, records=0.5)
-    makers = [
-        documents.Maker(str(tree / "pieces/tokenizer"), None, length, 1, recipe) for _ in range(2)
-    ]
+    makers = [documents.Maker(str(folder / "tokenizer"), None, length, 1, recipe) for _ in range(2)]
     first, second = (maker.sequences(3, 8) for maker in makers)
     assert first.shape == (8, length) and (first[:, -1] == 0).all()
     numpy.testing.assert_array_equal(first, second)
 
 
-def test_repeated_keys_keep_their_values(tree):
-    maker = documents.Maker(str(tree / "pieces/tokenizer"), None, 512, 1, documents.Recipe())
+def test_repeated_keys_keep_their_values(folder):
+    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, documents.Recipe())
     text = maker.tokenizer.decode(maker.repeats(random.Random(5), 500))
     records = [line for line in text.split("\n")[:-1] if line]
     keys = {line[:3] for line in records}
@@ -141,23 +138,24 @@ def test_a_log_gives_curves_and_speed(tmp_path):
     }
 
 
-def test_from_a_source_tree_to_the_report(tree):
-    """scripts/quality/run.sh with one arm of two phases; the second run only writes the report."""
+def test_from_a_source_tree_to_the_report(folder):
+    """scripts/quality/run.sh with one arm of two phases."""
     arm = "turned-dense-head"
     env = os.environ | ON_CPU | {
-        "STUDY": str(tree / "study"), "PIECES": str(tree / "pieces"), "PYTHON": sys.executable,
+        "STUDY": str(folder / "study"), "TREE": str(folder / "tree"), "HOLD_OUT": "0.4 2",
+        "VOCABULARY": "600", "PYTHON": sys.executable,
         "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts/quality/run.sh"), arm]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    result = json.loads((tree / f"study/results/{arm}--tiny.json").read_text())
+    result = json.loads((folder / f"study/results/{arm}--tiny.json").read_text())
     assert result["status"] == "done"
     assert [phase["steps"] for phase in result["phases"]] == [8, 4]
     losses = [dict(phase["loss"]) for phase in result["phases"]]
     assert losses[1][1] < losses[0][1] - 0.3  # the second phase goes on from the first
     assert result["examination"]["loss-256"]["loss"]["256"]["all"]["count"] == 1024
     assert set(result["examination"]["records"]["retrieval"]) == {"single", "multi_key"}
-    results = report.read_results(tree / "study/results")
+    results = report.read_results(folder / "study/results")
     assert f"| {arm} |" in "\n".join(report.table(results))
-    assert f"| {arm} |" in (tree / "study/report/report.md").read_text()
+    assert f"| {arm} |" in (folder / "study/report/report.md").read_text()

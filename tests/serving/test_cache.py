@@ -193,7 +193,8 @@ def test_what_goes_back_is_refused(model, ids):
     assert "cannot go back" in refusal(cache.crop, -3)
 
 
-def test_what_does_not_fit_is_refused(model, ids, folder, tmp_path):
+def test_what_does_not_fit_is_refused(model, ids, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     needed = pages_needed(s2hf.PagedCache(model, max_length=100).patterns, 2, 100)
     options = dict(max_length=100, batch_size=2)
     assert f"need {needed} pages" in refusal(PagedCache, model, pages=needed - 1, **options)
