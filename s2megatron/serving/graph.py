@@ -7,6 +7,7 @@ the host has to do for a step, new pages where a block begins, it does before th
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ class DecodeGraph:
 
     def forget(self) -> None:
         """Of another text the first step runs as usual, and a new graph is captured."""
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._steps = 0
 
     def takes(self, arguments: dict) -> bool:
@@ -54,27 +55,36 @@ class DecodeGraph:
         if position is None:
             position = torch.full_like(ids, cache.total)
         cache.step()
-        if self._graph is None:
+        if self._replay is None:
             self._capture(ids, position.expand_as(ids))
         self._ids.copy_(ids)
         self._position.copy_(position.expand_as(ids))
-        self._graph.replay()
+        self._replay()
         cache.after_step()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=cache)
 
     def _capture(self, ids: Tensor, position: Tensor) -> None:
         self._ids, self._position = ids.clone(), position.clone()
-        graph = torch.cuda.CUDAGraph()
-        self.cache.capturing = True
-        try:
-            with torch.cuda.graph(graph):
-                out = self._forward(
+
+        def forward() -> Tensor:
+            self.cache.capturing = True
+            try:
+                return self._forward(
                     input_ids=self._ids, position_ids=self._position, past_key_values=self.cache,
                     use_cache=True, return_dict=True,
-                )  # fmt: skip
-        finally:
-            self.cache.capturing = False
-        self._graph, self._logits = graph, out.logits
+                ).logits  # fmt: skip
+            finally:
+                self.cache.capturing = False
+
+        self._replay, self._logits = capture(forward)
+
+
+def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Captures what `forward` launches, without running it: (what replays it, its output)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    return graph.replay, out
 
 
 def replace_forward(model):

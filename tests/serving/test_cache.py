@@ -14,6 +14,7 @@ from s2megatron.config import parse_config
 from s2megatron.errors import ConfigError
 from s2megatron.hf import PagedCache
 from s2megatron.serving import cache as cache_module
+from s2megatron.serving import graph as graph_module
 from s2megatron.serving.pages import PagePool, pages_needed
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -166,6 +167,54 @@ def test_memory_at_128k_is_what_is_alive():
     pool = pages_needed(layer, 1, 131072)
     assert alive <= pool < 1.1 * alive
     assert 24 * 16 * 2048 / pool > 13
+
+
+@pytest.fixture
+def graphs_of_the_cpu(monkeypatch):
+    """Replays run what was captured again: of a captured step the host does nothing else."""
+    replays = []
+
+    def capture(forward):
+        out = torch.zeros(2, 1, 128)
+
+        def replay():
+            replays.append(out.copy_(forward()))
+
+        return replay, out
+
+    monkeypatch.setattr(graph_module, "capture", capture)
+    return replays
+
+
+def test_captured_steps_give_the_same_tokens(folder, ids, graphs_of_the_cpu):
+    """With padding; the host takes and frees pages around every replay; a second text, too."""
+    model = s2hf.load(folder).eval()
+    mask = torch.ones_like(ids[:, :50])
+    mask[1, :21] = 0
+    options = dict(attention_mask=mask, max_new_tokens=60, **GREEDY)
+    expected = s2hf.generate(model, ids[:, :50], **options)
+    cache = poisoned(PagedCache(model, max_length=110, batch_size=2))
+    cache.graph = graph_module.DecodeGraph(model, cache)
+    for _ in range(2):
+        got = s2hf.generate(model, ids[:, :50], cache=cache, **options)
+        assert torch.equal(got, expected)
+        live = sum(alive_pages(p, 109) + alive_pages(p, 109 - 21) for p in cache.patterns)
+        assert cache.pool.taken == live and cache.total == 109
+        cache.reset()
+    assert len(graphs_of_the_cpu) == 2 * 58  # 59 steps after each prompt, the first as usual
+
+
+def test_steps_that_ask_for_more_run_as_usual(folder, ids, graphs_of_the_cpu):
+    model = s2hf.load(folder).eval()
+    cache = PagedCache(model, max_length=60)
+    cache.graph = graph_module.DecodeGraph(model, cache)
+    with torch.no_grad():
+        model(ids[:1, :40], past_key_values=cache)
+        for n in range(40, 44):
+            step = model(ids[:1, n : n + 1], past_key_values=cache, output_hidden_states=True)
+        assert step.hidden_states is not None
+        model(ids[:1, 44:46], past_key_values=cache)
+    assert not graphs_of_the_cpu and cache.total == 46
 
 
 def refusal(function, *args, **options) -> str:
