@@ -82,6 +82,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
         ) from error
     model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
+    args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
     shape = ModelShape.from_megatron(model_config.transformer, args)
     return Prepared(run, backends, args, model_config, patterns, shape, place)
 
