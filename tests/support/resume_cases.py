@@ -99,12 +99,14 @@ def go_on_from(run: Path, folder: Path, iteration: int, rank: int) -> None:
         name = f"iter_{iteration:07d}"
         shutil.copytree(run / "checkpoints" / name, folder / "checkpoints" / name)
         tracker.write_text(str(iteration))
+    deadline = time.monotonic() + 60
     while not tracker.exists():
+        assert time.monotonic() < deadline, f"{tracker} does not come"
         time.sleep(0.01)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW that keeps its state where Apex's and Transformer Engine's do: a step for each group."""
+    """AdamW with its state where Apex's and Transformer Engine's have it: a step per group."""
 
     def __init__(self, params, lr, weight_decay, betas, eps, capturable, adam_w_mode):
         assert adam_w_mode and not capturable

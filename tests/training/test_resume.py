@@ -107,6 +107,10 @@ def overrides(kind: Kind, layout: str, corpus: str, folder: Path) -> list[str]:
     ]
 
 
+def folder_of(home: Path, run: str) -> Path:
+    return home / run.replace(" ", "-")
+
+
 def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
     ports, corpus, runs = free_ports(), make_corpus(home), []
     for name, kind in kinds.items():
@@ -114,7 +118,7 @@ def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
         firsts = dict.fromkeys(first for first, _ in kind.moves)
         for first, then in [*((first, "") for first in firsts), *kind.moves]:
             label = f"{name} {first} {then}".strip()
-            folder = home / label.replace(" ", "-")
+            folder = folder_of(home, label)
             runs.append({
                 "name": label,
                 "ranks": LAYOUTS[then or first][0],
@@ -122,7 +126,7 @@ def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
                 "overrides": overrides(kind, then or first, corpus, folder),
                 "port": next(ports),
                 "folder": str(folder),
-                "stopped": str(home / f"{name}-{first}") if then else "",
+                "stopped": str(folder_of(home, f"{name} {first}")) if then else "",
                 "stop": STOP,
                 "fused_adam": kind.fused_adam,
             })  # fmt: skip
