@@ -4,7 +4,7 @@ No spills, what fits in shared memory, the main loops as written, and no recompi
 """
 
 import pytest
-from shipped import ARCHITECTURES, compile_in_a_process
+from shipped import compile_in_a_process
 
 # Bytes of stack, KiB of shared memory, and the main loop: a second product is in flight when the
 # first one is waited for. The exponentials (EX2) stand after both, when the other warpgroup has the
@@ -32,5 +32,3 @@ SHARED = {80: 99, 90: 227, 100: 99}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     return compile_in_a_process(tmp_path_factory.mktemp("triton"))
-
-
