@@ -57,6 +57,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
+    from s2megatron.training.data_identity import data_identity
     from s2megatron.training.megatron_options import canonical, check_required, to_argv
 
     skip_missing_makefile()
@@ -79,6 +80,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
             f"Megatron refuses these options: {str(error) or where.line}\n"
             f"({where.filename}:{where.lineno})"
         ) from error
+    args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
     model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     shape = ModelShape.from_megatron(model_config.transformer, args)

@@ -208,6 +208,23 @@ def test_new_rates_reach_the_parameter_groups_of_a_checkpoint():
     assert other["max_lr"] == 1.0  # an override of its own
 
 
+# --- data replaced under the same prefix
+
+
+def test_cache_is_for_the_documents_it_was_made_from(tmp_path):
+    first, again, replaced = call("operating_cases", "samples_of_replaced_data", str(tmp_path))
+    assert first == again and len(replaced["files"]) == 2 * len(first["files"]) > 0
+    assert first["tokens"] != replaced["tokens"] and replaced["most"] > first["most"]
+
+
+def test_data_made_anew_is_told(tmp_path):
+    _, now, found = changed(s2_data={"a": "01", "b": "02"})
+    assert found.told == []  # the checkpoint is older than the record
+    saved = Namespace(**OPTIONS, s2_data={"a": "01", "b": "03"})
+    (told,) = compare(saved, now, optimizer=True).told
+    assert told == "dataset b: was made anew, other documents from here on"
+
+
 # --- errors in checkpoints
 
 
