@@ -62,8 +62,8 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
 
     skip_missing_makefile()
     options = default_options(backends, canonical(run.megatron))
+    check_required(options)  # before the data: a run file without a model has none either
     options = data_options.resolve(run.data, options)
-    check_required(options)
     place = output.resolve(run.output, options)
     options = place.options if place else options
     if not writers:

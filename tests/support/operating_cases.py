@@ -87,3 +87,15 @@ def samples(prefix: str, folder: str) -> dict:
     indices = numpy.arange(len(data.document_indices) - 1, dtype=numpy.int32)
     dataset = KnownGPTDataset(data, prefix, indices, None, Split.train, config)
     return {"tokens": dataset[0]["tokens"].tolist(), "most": len(dataset)}
+
+
+def what_prepare_says(config: str) -> str:
+    """The refusal of a run file."""
+    from s2megatron.errors import ConfigError
+    from s2megatron.training.prepare import prepare_without_launch
+
+    try:
+        prepare_without_launch(config, [])
+    except ConfigError as error:
+        return str(error)
+    return ""
