@@ -72,11 +72,17 @@ def table(results: list[dict]) -> list[str]:
         for probe in probes:
             shares = (retrieved(result, probe, n) for n in plan["lengths"])
             cells += ["" if share is None else percent(share) for share in shares]
-        phases = result.get("phases", [])
-        speed = phases[-1].get("us_per_token") if phases else None
+        speed = own_speed(result)
         cells += [f"{speed:.2f}" if speed else "", result["status"]]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def own_speed(result: dict) -> float | None:
+    """Microseconds a token in the last phase; None where the arm had not the GPU to itself."""
+    phases = result.get("phases")
+    alone = result.get("arms_per_gpu", 1) == 1
+    return phases[-1].get("us_per_token") if phases and alone else None
 
 
 def percent(share: float) -> str:
@@ -108,7 +114,7 @@ def plot_frontier(results: list[dict], path: Path) -> None:
     for result in results:
         length = max(result["recipe"]["examination"]["loss_lengths"])
         found = loss(result, length)
-        speed = result["phases"][-1].get("us_per_token") if result.get("phases") else None
+        speed = own_speed(result)
         if found and speed:
             axis.errorbar(speed, found["value"], yerr=found["error"], marker="o", capsize=2)
             axis.annotate(result["arm"], (speed, found["value"]), fontsize=8,

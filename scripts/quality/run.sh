@@ -10,6 +10,7 @@
 #   RECIPE=configs/quality/recipe.yaml
 #   COPIES=$STUDY/results         a small JSON per arm, written anew whenever an arm gets further
 #   GPUS_PER_ARM=1                arms run side by side, each on so many GPUs
+#   ARMS_PER_GPU=1                or so many arms share a GPU; then their times say nothing
 #   PYTHON                        an interpreter that has everything; left out: .venv is made
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -63,6 +64,7 @@ echo "== retrieval documents for every phase"
 echo "== arms: ${arms[*]}"
 status=0
 "$python" scripts/quality/study.py --recipe "$recipe" --data "$data" --out "$study/arms" \
-    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" "${arms[@]}" || status=$?
+    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" \
+    --arms-per-gpu "${ARMS_PER_GPU:-1}" "${arms[@]}" || status=$?
 "$python" scripts/quality/report.py "$copies" --out "$study/report"
 exit "$status"

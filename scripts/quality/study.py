@@ -3,9 +3,9 @@
     python scripts/quality/study.py --data DATA --out OUT --copies DIR \
         dense@configs/quality/recipe.yaml paper@configs/quality/recipe.yaml
 
-ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of its own. With fewer
-arms than GPUs, `--gpus-per-arm` spreads one arm over several. DIR gets ARM--RECIPE--SEED.json of
-each, written anew whenever an arm has come further.
+ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of its own.
+`--gpus-per-arm` spreads an arm over several GPUs, `--arms-per-gpu` puts several arms on one. DIR
+gets ARM--RECIPE--SEED.json of each, written anew whenever an arm has come further.
 """
 
 import argparse
@@ -47,6 +47,8 @@ class Job:
         command += ["--out", str(a.out / self.name)]
         if self.seed is not None:
             command += ["--seed", str(self.seed)]
+        if a.arms_per_gpu > 1:
+            command += ["--sharing", str(a.arms_per_gpu)]
         if a.copies:
             command += ["--copy", str(a.copies / f"{self.name}.json")]
         return command + a.override
@@ -58,25 +60,27 @@ def run_all(jobs: list[Job], a) -> int:
     size = max(1, a.gpus_per_arm)
     groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)]
     groups = groups or [""]  # the CPU
+    places = [(group, i) for i in range(a.arms_per_gpu) for group in groups]
     waiting, running, failed = list(jobs), {}, 0
     began = time.time()
     while waiting or running:
-        for group in groups:
-            if group not in running and waiting:
+        for place in places:
+            if place not in running and waiting:
+                group = place[0]
                 job = waiting.pop(0)
                 a.out.mkdir(parents=True, exist_ok=True)
                 log = (a.out / f"{job.name}.txt").open("w")
-                running[group] = job, subprocess.Popen(
+                running[place] = job, subprocess.Popen(
                     job.command(a), stdout=log, stderr=subprocess.STDOUT,
                     env=os.environ | {"CUDA_VISIBLE_DEVICES": group},
                 )  # fmt: skip
                 print(f"{time.time() - began:6.0f} s  {job.name}: started on {group or 'CPU'}",
                       flush=True)  # fmt: skip
         time.sleep(0.5)
-        for group, (job, process) in list(running.items()):
+        for place, (job, process) in list(running.items()):
             if process.poll() is not None:
                 failed += process.returncode != 0
-                del running[group]
+                del running[place]
                 last = (a.out / f"{job.name}.txt").read_text(errors="replace").strip()
                 print(f"{time.time() - began:6.0f} s  {job.name}: "
                       f"{'done' if process.returncode == 0 else 'FAILED ' + last[-1500:]}",
@@ -92,6 +96,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copies", type=Path)
     parser.add_argument("--gpus-per-arm", type=int, default=1)
+    parser.add_argument("--arms-per-gpu", type=int, default=1,
+                        help="side by side: no arm can be timed then")  # fmt: skip
     parser.add_argument("--override", action="append", default=[], metavar="key.path=value")
     a = parser.parse_args()
     return 1 if run_all([Job.parse(text, a.recipe) for text in a.arms], a) else 0

@@ -49,6 +49,8 @@ class Arm:
     out: Path
     copy: Path | None
     """A second place for result.json."""
+    sharing: int
+    """Arms that share the GPU: above 1 the speed is not the arm's own."""
     overrides: list[str]
     result: dict = field(default_factory=dict)
 
@@ -222,6 +224,7 @@ def run(arm: Arm) -> None:
         "arm": arm.config.stem,
         "recipe": arm.recipe.model_dump(),
         "overrides": arm.overrides,
+        "arms_per_gpu": arm.sharing,
         "command": shlex.join(["python", "scripts/quality/train_arm.py", *sys.argv[1:]]),
     }
     arm.write("started")
@@ -243,6 +246,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copy", type=Path, help="write result.json here, too")
     parser.add_argument("--seed", type=int, help="in place of the recipe's")
+    parser.add_argument("--sharing", type=int, default=1, help="arms on the same GPU at a time")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     a = parser.parse_intermixed_args()
     recipe = load_recipe(a.recipe)
@@ -252,7 +256,7 @@ def main() -> int:
     config, data, out = paths
     os.environ.setdefault("OMP_NUM_THREADS", "4")
     try:
-        run(Arm(config, recipe, data, out, a.copy and a.copy.resolve(), a.overrides))
+        run(Arm(config, recipe, data, out, a.copy and a.copy.resolve(), a.sharing, a.overrides))
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

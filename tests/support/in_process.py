@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,10 +30,28 @@ def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> li
     return _call(module, function, *arguments, ranks=ranks, threads="1")
 
 
+def call_on_gpus(module: str, function: str, *arguments: str, ranks: int) -> list:
+    """The same under a real torchrun, which sees the GPUs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+         str(HERE / "in_process.py"), module, function, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=HERE.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return _results(done)
+
+
 def _call(module: str, function: str, *arguments: str, ranks: int | None, threads: str) -> list:
     env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": threads}
     argv = [module, function, *arguments]
-    done = zygote.run("in_process:main", argv, ranks=ranks, env=env, timeout=600)
+    return _results(zygote.run("in_process:main", argv, ranks=ranks, env=env, timeout=600))
+
+
+def _results(done: subprocess.CompletedProcess) -> list:
     assert done.returncode == 0, done.stderr[-2500:]
     marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     return [json.loads(line.removeprefix(RESULT)) for line in marked]
