@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_planner(commands)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
     _add_evaluate(commands)
+    _add_generate(commands.add_parser("generate", help="text from a Hugging Face model"))
 
     options, rest = parser.parse_known_args(argv)
     # argparse takes key.path=value only beside the other positional arguments; let it stand last.
@@ -139,6 +140,35 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     look.add_argument("checkpoint", metavar="CKPT_DIR")
     look.add_argument("--step", type=int, help="iteration (default: the latest)")
     look.set_defaults(run=_inspect)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="HF_DIR", help="a model that `convert to-hf` wrote")
+    add("--prompt-file", required=True, metavar="FILE", help="the text to go on from; - is stdin")
+    add("--max-new-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest with this much in all")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--device", help="cuda or cpu (default: a GPU where there is one)")
+    add("--dtype", help="bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)")
+    add("--graph", action="store_true", help="run a step as one CUDA graph")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options) -> None:
+    from s2megatron.generate import Sampling, generate_text
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    report = generate_text(
+        options.folder,
+        options.prompt_file,
+        sampling,
+        device=options.device,
+        dtype=options.dtype,
+        graph=options.graph,
+    )
+    print(report, file=sys.stderr)
 
 
 def _add_evaluate(commands) -> None:

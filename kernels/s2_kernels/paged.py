@@ -180,7 +180,7 @@ def paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, softmax_s
     exact = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(b, s, h, dv)
     lse = q.new_full((b, h, s), -math.inf, dtype=exact)
-    for i, length in enumerate(lengths.tolist()):
+    for i, length in enumerate(lengths.clamp(min=0).tolist()):
         padding = max(0, s - length)
         first = length - s + padding  # the position of the first real query
         if first == length:
@@ -209,7 +209,7 @@ def paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, softmax_s
 def write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, *, alive_only) -> None:
     """`write_pages` in PyTorch."""
     s, size = k.shape[1], pattern.block_size
-    for i, length in enumerate(lengths.tolist()):
+    for i, length in enumerate(lengths.clamp(min=0).tolist()):
         position = torch.arange(max(0, length - s), length)
         for head, rule in enumerate(pattern.rules):
             kept = position

@@ -20,6 +20,7 @@ from s2megatron.convert.tokenizer import (
     copy_files,
     find_files,
     run_tokenizer,
+    write_byte_tokenizer,
 )
 from s2megatron.convert.writing import check_output, check_space, whole_folder
 from s2megatron.errors import ConfigError, as_config_error
@@ -271,7 +272,9 @@ def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes
 
     files = (find_files(source) if source else {}) or tokenizer.files
     copy_files(files, part)
-    if not files:
+    if not files and tokenizer.is_bytes:
+        write_byte_tokenizer(part)
+    elif not files:
         kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
         notes.append(
             f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}); --like "

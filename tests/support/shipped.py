@@ -6,8 +6,13 @@ for the caller to say, by PYTHONPATH.
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
@@ -90,11 +95,13 @@ def compile_all(arch: int) -> dict:
         seen = set()
         for launch, options in cases:
             launch(arch, 4096, **options)
-            new = [kernel for kernel in kernels if id(kernel) not in seen]
-            seen |= {id(kernel) for kernel in new}
+            new = {id(kernel): kernel for kernel in kernels if id(kernel) not in seen}
+            seen |= new.keys()
             packed = options.get("packed", False)
-            report["usage"] += [vars(usage(x)) | dict(arch=arch, packed=packed) for x in new]
-            names = [(x.metadata.name, x) for x in new]
+            report["usage"] += [
+                vars(usage(x)) | dict(arch=arch, packed=packed) for x in new.values()
+            ]
+            names = [(x.metadata.name, x) for x in new.values()]
             report["loops"] += [(n, main_loops(x)) for n, x in names if n.startswith("s2_hopper")]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
@@ -102,7 +109,26 @@ def compile_all(arch: int) -> dict:
     return report
 
 
+def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
+    """What this program prints, run where kernels can be compiled.
+
+    Args:
+        triton: a folder with another Triton than the environment's.
+    """
+    root = Path(__file__).parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [*([triton] if triton else []), root / "kernels", root / "tests/support"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 if __name__ == "__main__":
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     reports = [compile_all(arch) for arch in ARCHITECTURES]
-    print(json.dumps({key: [x for report in reports for x in report[key]] for key in reports[0]}))
+    whole = {key: [x for report in reports for x in report[key]] for key in reports[0]}
+    print(json.dumps(whole | dict(triton=triton.__version__)))
