@@ -104,7 +104,6 @@ TOLD: dict[str, str] = {
     "data_path": "other data from here on",
     "train_data_path": "other data from here on",
     "split": "other data from here on",
-    "s2_data": "the files of data.train were made anew: other documents from here on",
     "global_batch_size": "other tokens a step; the samples go on from where they were",
     "train_samples": "the run has another length",
     "clip_grad": "gradients are clipped at another norm",
@@ -153,6 +152,11 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
         f"{change}: {TOLD[change.name.removeprefix('megatron.')]}"
         for change in _differences(_plain(*TOLD), saved, now)
         if change.name not in seen
+    ]
+    told += [
+        f"dataset {prefix}: was made anew, other documents from here on"
+        for prefix, digest in getattr(now, "s2_data", {}).items()
+        if getattr(saved, "s2_data", {}).get(prefix, digest) != digest
     ]
     return Comparison(shape, _differences(_OPTIMIZER, saved, now), schedule, told)
 
