@@ -91,4 +91,6 @@ if __name__ == "__main__":
     sys.path[:0] = [str(HERE), *map(str, rooms)]
     module, function, *arguments = sys.argv[1:]
     sys.argv = sys.argv[:1]
-    print("\n" + json.dumps(getattr(importlib.import_module(module), function)(*arguments)))
+    result = getattr(importlib.import_module(module), function)(*arguments)
+    print("\n" + json.dumps(result), flush=True)
+    os._exit(0)  # hundreds of threads of process groups long destroyed may take minutes to end
