@@ -56,14 +56,16 @@ class Kind:
 MOVES = [("DP2", "DP2"), ("DP2", "TP2"), ("TP2", "one rank"), ("PP2", "TP2"), ("DP2", "one rank")]
 KINDS = {
     "1.3B": Kind("llama_1.3b_32k", ODD_BUCKETS, MOVES),
-    "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, MOVES),
-    "quickstart": Kind("quickstart", {"async_save": "false"}, MOVES),
+    "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, [("PP2", "TP2")]),
+    "quickstart": Kind("quickstart", {"async_save": "false"}, [("DP2", "TP2"), ("PP2", "TP2")]),
     "by bucket": Kind(
         "llama_7b_32k",
         {"dist_ckpt_optim_fully_reshardable": "false"},
         [("DP2", "DP2"), ("DP2", "one rank")],
     ),
-    "fused Adam": Kind("llama_1.3b_32k", ODD_BUCKETS, MOVES, fused_adam=True),
+    "fused Adam": Kind(
+        "llama_1.3b_32k", ODD_BUCKETS, [("DP2", "DP2"), ("DP2", "TP2")], fused_adam=True
+    ),
 }
 ON_GPUS = {
     "bf16": Kind(
