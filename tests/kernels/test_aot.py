@@ -19,6 +19,7 @@ from s2_kernels import backward_dkdv, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as block_sparse_kernels
 from s2_kernels.backward import launch_backward
+from s2_kernels.decode import launch_decode, launch_write
 from s2_kernels.forward import launch_forward
 from s2_kernels.hopper.backward import launch_hopper_backward
 from s2_kernels.hopper.forward import launch_hopper_forward
@@ -61,6 +62,16 @@ def run_hopper(n, d, pattern, packing=None, dtype=torch.bfloat16):
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
 
 
+def run_pages(n):  # a token of two sequences of n, and a chunk of a prompt
+    pages = torch.zeros(3, 64, 128, dtype=torch.bfloat16)
+    table = torch.zeros(2, 4, n // 64, dtype=torch.int32)
+    lengths = torch.full((2,), n - 1, dtype=torch.int32)
+    for s in (1, 200):
+        k = torch.zeros(2, s, 4, 128, dtype=torch.bfloat16)
+        launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
+        launch_decode(k, pages, pages, table, lengths, pattern, 0.1)
+
+
 def packed(n):
     cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
     return Packing(cu_seqlens, cu_seqlens, n, n)
@@ -76,6 +87,7 @@ def run_all(n):  # returns how many launches came before those of packed sequenc
     run_hopper(n, 128, pattern, dtype=torch.float16)
     run_hopper(n, 64, pattern)
     run_hopper(n, 256, pattern)
+    run_pages(n)
     dense = len(kernels)
     run(n, packed(n))
     run_hopper(n, 128, pattern, packed(n))
@@ -128,6 +140,9 @@ KERNELS = dict(  # how many kinds of each: dense and packed; dk and dv also fuse
     s2_sparse_forward_kernel=1,
     s2_sparse_dkdv_kernel=1,
     s2_sparse_dq_kernel=1,
+    s2_decode_kernel=2,  # one token, a chunk
+    s2_merge_kernel=2,
+    s2_write_kernel=1,
 )
 
 
