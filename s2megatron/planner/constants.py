@@ -8,9 +8,9 @@ import itertools
 import math
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).with_name("gpus")
@@ -118,6 +118,30 @@ def load_machine(name: str) -> Machine:
             "`s2megatron calibrate --out FILE.yaml` measures your own"
         )
     try:
-        return Machine.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--gpu {path}: {error}") from None
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"), f"--gpu {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--gpu {path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict) or "sparsity" in tree or "megatron" in tree:
+        what = (
+            "a run file, which stands without an option" if isinstance(tree, dict) else "no table"
+        )
+        raise ConfigError(f"--gpu {path}: must hold a machine's constants; it is {what}. {_MAKE}")
+    try:
+        return Machine.model_validate(tree)
+    except ValidationError as errors:
+        wrong = [_explain(error) for error in errors.errors()]
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ConfigError(f"--gpu {path}: {'; '.join(wrong[:4])}{more}. {_MAKE}") from None
+
+
+_MAKE = "`s2megatron calibrate --out FILE.yaml` measures your own machine"
+
+
+def _explain(error: dict) -> str:
+    """One pydantic error in one line."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{where} is unknown{did_you_mean(where, Machine.model_fields)}"
+    return f"{where}: {error['input']!r}: {error['msg']}"

@@ -8,6 +8,7 @@ from s2megatron.attention.checks import add_model_check, check_model_options
 from s2megatron.attention.megatron_fixes import keep_rope_scaling_factor
 from s2megatron.attention.spec import build_layer_spec
 from s2megatron.config import SparsityConfig
+from s2megatron.training.optimizer_fixes import mend_distributed_optimizer
 from s2megatron.training.resume import check_resume
 
 
@@ -34,6 +35,7 @@ def attach(
     args.s2_sparsity = record(patterns)
     model_config.transformer_layer_spec = layer_spec(sparsity)
     keep_rope_scaling_factor(model_config, args)
+    mend_distributed_optimizer()
     add_model_check(model_config, patterns, seq_len=args.seq_length)
     return patterns
 

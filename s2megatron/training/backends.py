@@ -136,6 +136,10 @@ def default_options(backends: Backends, chosen: dict) -> dict:
         "create_attention_mask_in_dataloader": False,
         "eval_interval": 1000,  # Megatron divides by it, and has no default
         "distributed_backend": "nccl" if backends.cuda else "gloo",
+        # The distributed optimizer's state by parameter and not by bucket: at another TP or PP
+        # there are other buckets. Every rank asks for whole parameters then; read once for all.
+        "dist_ckpt_optim_fully_reshardable": True,
+        "ckpt_fully_parallel_load": True,
         "gradient_accumulation_fusion": backends.gradient_accumulation_fusion,
     }
     if not use_te:

@@ -8,69 +8,19 @@ import sys
 
 import pytest
 import yaml
+from in_process import run_command_line
 from launches import ROOT
+from planner_cases import SIMPLE, make_model
 
-from s2_kernels import dense, local_stride
-from s2megatron.accounting import ModelShape
+from s2megatron.cli import main
 from s2megatron.errors import ConfigError
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Attention, Machine, Network, interpolate, load_machine
-from s2megatron.planner.costs import Model, gather_seconds, layer_matmuls
+from s2megatron.planner.constants import Attention, Network, interpolate, load_machine
+from s2megatron.planner.costs import gather_seconds, layer_matmuls
 from s2megatron.planner.layout import Layout, candidates
 from s2megatron.planner.report import check_fits_gpus
 from s2megatron.planner.search import search
 from s2megatron.planner.step import plan
-
-LLAMA_1_3B = {
-    "layers": 24,
-    "hidden": 2048,
-    "ffn": 5504,
-    "heads": 16,
-    "kv_heads": 16,
-    "head_dim": 128,
-    "vocab": 32000,
-}
-PLAIN = {
-    "gated": True,
-    "bias": False,
-    "qkv_bias": False,
-    "norm_bias": False,
-    "qk_norm": False,
-    "tied_embeddings": False,
-    "position_embeddings": 0,
-    "experts": 0,
-    "experts_per_token": 0,
-    "expert_ffn": 0,
-    "shared_expert_ffn": 0,
-}
-
-
-def make_model(seq_len: int = 32768, dense_layers: int = 0, **sizes) -> Model:
-    """Sparse layers after so many dense ones."""
-    sizes = LLAMA_1_3B | sizes
-    moe = (sizes.get("experts", 0) > 0,) * sizes["layers"]
-    shape = ModelShape(**(PLAIN | sizes), seq_len=seq_len, moe_layers=moe)
-    heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "block_size": 64}
-    sparse = local_stride(**heads, local_blocks=16, stride=shape.kv_heads)
-    patterns = (dense(**heads),) * dense_layers + (sparse,) * (shape.layers - dense_layers)
-    return Model(shape, patterns)
-
-
-SIMPLE = Machine(
-    gpu="simple",
-    source="round numbers",
-    memory_gib=80,
-    gpus_per_node=8,
-    matmul_tflops={1024: 100},
-    memory_tb_s=1e6,  # so fast that only the products count
-    # Backward kernels do 10 operations where the model has 8 (scores again): 8 at a rate of 100.
-    dense_attention=Attention(forward={1024: 100}, backward={1024: 125}),
-    s2_attention=Attention(forward={1024: 100}, backward={1024: 125}),
-    node=Network(gb_s=1e9, latency_us=0),
-    cluster=Network(gb_s=1e9, latency_us=0),
-    host_layer_us=0,
-    step_ms=0,
-)
 
 
 def test_layers_add_up_to_the_model():
@@ -275,6 +225,28 @@ def test_machines_by_name_by_file_and_wrong(tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match="memory_tb_s"):
         load_machine(str(tmp_path / "bad.yaml"))
+
+
+def test_a_run_file_for_a_machine_is_told_in_one_line(tmp_path):
+    """Megatron-free: the machine is read before the run file."""
+    (tmp_path / "some.yaml").write_text("gpu: x\nmemory: 3\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for name, said in (
+        (f"{ROOT}/configs/quickstart.yaml", "is a run file"),
+        (f"{tmp_path}/some.yaml", "source is missing; memory_gib is missing"),
+        (f"{tmp_path}/list.yaml", "holds no machine"),
+        (str(tmp_path), "is neither a file nor one of"),
+    ):
+        status, _, error = run_command_line(main, ["plan", "x.yaml", "--gpus", "1", "--gpu", name])
+        assert status == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_calibrate_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "mine.yaml"
+    status, _, error = run_command_line(main, ["calibrate", "--out", str(out)])
+    assert status == 2 and "there is no GPU here" in error and "--small" in error
+    assert not out.exists()
 
 
 def command_line(*arguments):
