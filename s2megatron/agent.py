@@ -14,11 +14,30 @@ that a batch system can act on:
     1   failed
 """
 
+import os
+import signal
+
+STOPPED = 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def stop_before_training(number, frame) -> None:
+    """Nothing has begun, so nothing is to be saved: leaves with the status of a stopped run."""
+    text = (
+        f"s2megatron: {signal.Signals(number).name} before training began (exit status {STOPPED})"
+    )
+    os.write(1, f"{text}\n".encode())
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":  # what is imported below takes seconds, in which a signal may come
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_before_training)
+
+# ruff: noqa: E402
 import argparse
 import hashlib
 import importlib.metadata
-import os
-import signal
 import socket
 import sys
 import threading
@@ -37,8 +56,10 @@ from s2megatron.config import RunConfig, load_config
 from s2megatron.errors import ConfigError
 from s2megatron.training.checkpoint_folder import TRACKER, resume_point
 
-FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+FINISHED, FAILED, REFUSED = 0, 1, 2
 WORKER = "s2megatron.pretrain"
+LOST_PEER = ("closed by peer", "reset by peer", "ncclRemote", "Broken pipe")
+"""What a rank says when another one went away in the middle of a collective."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,13 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("pretrain", nargs="+", metavar="-- --config run.yaml ...",
                         help="what s2megatron.pretrain is given")  # fmt: skip
     options = parser.parse_args(argv)
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_before_training)
     ranks = options.nproc_per_node or torch.cuda.device_count() or 1
     try:
         run, content = _read_run(options.pretrain)
         nodes = _nodes(options)
         environment.apply_threads(ranks)
         environment.apply()
-        store = open_store(nodes, options.wait)
+        store = open_store(nodes, options.wait, _say)
         nodes = Nodes(count=nodes.count, rank=nodes.rank, addr=nodes.addr, port=store.port)
         call_roll(store, nodes, options.wait, same=_same(options, ranks, content), say=_say)
     except ConfigError as error:
@@ -82,6 +105,12 @@ def _read_run(arguments: list[str]) -> tuple[RunConfig, bytes]:
 
 
 def _nodes(options) -> Nodes:
+    if options.nnodes < 1:
+        raise ConfigError(f"NNODES={options.nnodes}: must be 1 or more, the machines in the job")
+    if options.nproc_per_node < 0:
+        raise ConfigError(f"GPUS_PER_NODE={options.nproc_per_node}: must be 1 or more")
+    if not options.wait > 0:
+        raise ConfigError(f"WAIT={options.wait:g}: must be more than 0 seconds")
     if not 0 <= options.node_rank < options.nnodes:
         raise ConfigError(
             f"NODE_RANK={options.node_rank}: with NNODES={options.nnodes} it must be from 0 to "
@@ -118,13 +147,13 @@ class Agent:
 
     def __init__(self, nodes: Nodes, ranks: int, pretrain: list[str], run: RunConfig):
         self.nodes, self.ranks, self.pretrain, self.run_config = nodes, ranks, pretrain, run
-        self.stopping = False
+        self.stopping = self.over = False
         self.lost = ""
         """Why another node ended the job."""
 
     def run(self) -> int:
         """Returns the exit status."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._stop)
         adopt_orphans()
         watch = Watch(self.nodes, self._end)
@@ -134,11 +163,16 @@ class Agent:
         except ChildFailedError as error:
             status, failure = self._why(error)
         except SignalException as error:
-            status = FAILED
-            failure = "" if self.lost else f"stopped by {signal.Signals(error.sigval).name}"
+            status = STOPPED if self.stopping and not self.lost else FAILED
+            if status == FAILED and not self.lost:
+                failure = f"stopped by {signal.Signals(error.sigval).name}"
         else:
             status = STOPPED if self.stopping else FINISHED
+        self.over = True
         end_children()  # writers of checkpoints whose rank is gone
+        if failure and any(text in failure for text in LOST_PEER) and not self.lost:
+            self.lost = watch.who_is_lost() if self.nodes.count > 1 else ""
+            failure += f"; {self.lost or 'a rank of this job went away first'}"
         watch.leave(failure and f"node {self.nodes.rank} ({socket.gethostname()}): {failure}")
         self._report(status, failure)
         return status
@@ -181,9 +215,13 @@ class Agent:
         self.lost = reason
         _say(f"the job ends here too: {reason}")
         # The workers may end by themselves, with what they saw, or wait for a peer in vain.
-        timer = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGQUIT))
+        timer = threading.Timer(5.0, self._end_workers)
         timer.daemon = True
         timer.start()
+
+    def _end_workers(self) -> None:
+        if not self.over:
+            os.kill(os.getpid(), signal.SIGQUIT)
 
     def _why(self, error: ChildFailedError) -> tuple[int, str]:
         rank, first = error.get_first_failure()
@@ -206,13 +244,11 @@ class Agent:
         if status == STOPPED:
             _say(f"stopped by a signal; {self._resume(folder)} (exit status {STOPPED})")
             return
-        if self.lost:
-            failure = self.lost
-        elif any(text in failure for text in ("closed by peer", "reset by peer", "ncclRemote")):
-            failure += "; a rank on another node went away first: look at that node's log"
+        failure = self.lost or failure
+        no_way_on = status == REFUSED or "could not be loaded" in failure  # it says what to do
         print(
             f"s2megatron: the job failed on node {self.nodes.rank} ({socket.gethostname()}): "
-            f"{failure}" + ("" if status == REFUSED else f"\ns2megatron: {self._resume(folder)}"),
+            f"{failure}" + ("" if no_way_on else f"\ns2megatron: {self._resume(folder)}"),
             file=sys.stderr,
             flush=True,
         )

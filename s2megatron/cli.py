@@ -1,10 +1,12 @@
-"""`s2megatron`: look at a run file, make a dataset, plan a run, convert checkpoints."""
+"""`s2megatron`: look at a run file, make a dataset, plan a run, convert checkpoints, evaluate."""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from s2megatron.errors import ConfigError, hide_import_warnings
+from s2megatron.paths import user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,17 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--blocks", type=int, help="side of the squares in blocks (default: 64)")
     show.set_defaults(run=_show)
 
-    data = commands.add_parser("data", help="text files, folders or JSONL -> Megatron .bin/.idx")
-    data.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders")
-    data.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx")
-    data.add_argument("--tokenizer", default="bytes",
-                      help="bytes, huggingface:NAME_OR_DIR or sentencepiece:FILE")  # fmt: skip
-    data.add_argument("--suffix", action="append", help="file ending to look for in folders")
-    data.add_argument("--field", default="text", help="the text field of JSONL lines")
-    data.set_defaults(run=_data)
-
+    _add_data(
+        commands.add_parser("data", help="text files, folders or JSONL -> Megatron .bin/.idx")
+    )
     _add_planner(commands)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
+    _add_evaluate(commands)
+    _add_generate(commands.add_parser("generate", help="text from a Hugging Face model"))
 
     options, rest = parser.parse_known_args(argv)
     # argparse takes key.path=value only beside the other positional arguments; let it stand last.
@@ -40,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     hide_import_warnings()
+    for name, value in vars(options).items():
+        if isinstance(value, str):
+            setattr(options, name, user_path(value))
     try:
         options.run(options)
     except ConfigError as error:
@@ -51,6 +52,63 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `s2megatron show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    add = data.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="files or folders")
+    add("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx")
+    add("--tokenizer", default="bytes", help="bytes, huggingface:NAME_OR_DIR, sentencepiece:FILE")
+    add("--suffix", action="append", help="file ending to look for in folders; '*': every file")
+    add("--exclude", action="append", default=[], metavar="PATTERN",
+        help="leave out files whose path below the input matches")  # fmt: skip
+    add("--field", default="text", help="the text field of JSONL lines")
+    add("--format", choices=("auto", "text", "jsonl"), default="auto",
+        help="a document per file, or per line; auto: as each file looks")  # fmt: skip
+    add("--encoding", help="of the files, as latin-1 or utf-16 (default: UTF-8)")
+    add("--skip-bad", action="store_true",
+        help="leave out lines and files that cannot be read, and count them")  # fmt: skip
+    add("--group-by", choices=("file", "directory"), default="file",
+        help="directory: the files of a folder are one document")  # fmt: skip
+    add("--hold-out", type=float, metavar="SHARE",
+        help="keep apart whole subtrees with this share of the bytes")  # fmt: skip
+    add("--hold-out-depth", type=int, default=1, metavar="N",
+        help="so many folders below INPUT the subtrees lie (1)")  # fmt: skip
+    add("--hold-out-to", metavar="PREFIX", help="their dataset")
+    add("--train-tokenizer", metavar="bpe:SIZE",
+        help="train one on the input first, into --tokenizer's folder")  # fmt: skip
+    add("--tokenizer-mb", type=float, default=256, metavar="MB",
+        help="text that it is trained on, at most (256)")  # fmt: skip
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1),
+        help="processes that encode (the cores, at most 16)")  # fmt: skip
+    data.set_defaults(run=_data)
+
+
+def _data(options) -> None:
+    from s2megatron.data.build import BuildOptions, build
+    from s2megatron.data.reading import ReadOptions
+    from s2megatron.data.sources import TEXT_SUFFIXES
+
+    reading = ReadOptions(
+        options.field, options.encoding, options.format, options.skip_bad, options.group_by
+    )
+    for line in build(
+        BuildOptions(
+            inputs=options.inputs,
+            out=options.out,
+            tokenizer=options.tokenizer,
+            suffixes=options.suffix or TEXT_SUFFIXES,
+            exclude=options.exclude,
+            reading=reading,
+            hold_out=options.hold_out,
+            hold_out_depth=options.hold_out_depth,
+            hold_out_to=options.hold_out_to,
+            train_tokenizer=options.train_tokenizer,
+            tokenizer_mb=options.tokenizer_mb,
+            workers=options.workers,
+        )
+    ):
+        print(line, flush=True)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +138,66 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     look.add_argument("checkpoint", metavar="CKPT_DIR")
     look.add_argument("--step", type=int, help="iteration (default: the latest)")
     look.set_defaults(run=_inspect)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="HF_DIR", help="a model that `convert to-hf` wrote")
+    add("--prompt-file", required=True, metavar="FILE", help="the text to go on from; - is stdin")
+    add("--max-new-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest with this much in all")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--device", help="cuda or cpu (default: a GPU where there is one)")
+    add("--dtype", help="bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)")
+    add("--graph", action="store_true", help="run a step as one CUDA graph")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options) -> None:
+    from s2megatron.generate import Sampling, generate_text
+
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    report = generate_text(
+        options.folder,
+        options.prompt_file,
+        sampling,
+        device=options.device,
+        dtype=options.dtype,
+        graph=options.graph,
+    )
+    print(report, file=sys.stderr)
+
+
+def _add_evaluate(commands) -> None:
+    from s2megatron.evaluation.options import add_arguments
+
+    add_arguments(
+        commands.add_parser("evaluate", help="loss and retrieval of a Hugging Face model")
+    )
+    commands.choices["evaluate"].set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="what one evaluation does better than another")
+    compare.add_argument("first", metavar="A", help="folder that `evaluate` wrote")
+    compare.add_argument("second", metavar="B", help="another, of the same options")
+    compare.add_argument("--out", metavar="FILE.md", help="write it there too")
+    compare.set_defaults(run=_compare)
+
+
+def _evaluate(options) -> None:
+    from s2megatron.evaluation.command import run
+
+    out = run(options)
+    print(f"{out}: evaluation.md, evaluation.json, rows.json and pictures")
+
+
+def _compare(options) -> None:
+    from s2megatron.evaluation.compare import compare
+
+    text = compare(options.first, options.second)
+    if options.out:
+        Path(options.out).write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 def _to_hf(options) -> None:
@@ -156,13 +274,19 @@ def _show(options) -> None:
 
 def _sizes(megatron: dict) -> dict[str, int]:
     """The head and layer counts of a run file, as Megatron reads them."""
-    for name in ("num_layers", "num_attention_heads", "seq_length"):
-        if not isinstance(megatron.get(name), int):
+    names = ["num_layers", "num_attention_heads", "seq_length"]
+    if megatron.get("group_query_attention"):
+        megatron = {"num_query_groups": 1} | megatron
+        names.append("num_query_groups")
+    for name in names:
+        if not isinstance(megatron.get(name), int) or isinstance(megatron[name], bool):
             raise ConfigError(f"megatron.{name}: {megatron.get(name)!r}: must be a number")
     heads = megatron["num_attention_heads"]
-    grouped = megatron.get("group_query_attention")
-    kv_heads = megatron.get("num_query_groups", 1) if grouped else heads
-    return {"num_layers": megatron["num_layers"], "heads": heads, "kv_heads": kv_heads}
+    return {
+        "num_layers": megatron["num_layers"],
+        "heads": heads,
+        "kv_heads": megatron[names[-1]] if len(names) == 4 else heads,
+    }
 
 
 def _numbers(option: str, text: str | None, allowed: range) -> list[int] | None:
@@ -219,23 +343,6 @@ def _calibrate(options) -> None:
     from s2megatron.planner.calibrate import calibrate
 
     calibrate(options.out, base=options.base, small=options.small)
-
-
-def _data(options) -> None:
-    from s2megatron.data import TEXT_SUFFIXES, documents, find_files, write_dataset
-
-    files = find_files(options.inputs, tuple(options.suffix or TEXT_SUFFIXES))
-    plain = all(file.suffix != ".jsonl" for file in files)
-    report = write_dataset(
-        documents(files, options.field),
-        options.out,
-        options.tokenizer,
-        total=len(files) if plain else None,
-    )
-    print(
-        f"{report.prefix}.bin, .idx: {report.documents:,} documents, {report.tokens:,} tokens, "
-        f"vocabulary {report.vocab_size} ({options.tokenizer})"
-    )
 
 
 if __name__ == "__main__":

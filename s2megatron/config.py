@@ -11,7 +11,8 @@
     output: {...}             # checkpoints and logs: one folder, resumed from when it is there
 
 Everything that comes from outside is checked here: an error names the field, the value and the way
-out, and an unknown key is an error that suggests the nearest known one.
+out, and an unknown key is an error that suggests the nearest known one. Keys may be written with
+`-` or with `_`, as on Megatron's command line or in its code; from here on they have `_`.
 """
 
 import re
@@ -19,12 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from s2_kernels import pattern as patterns
 from s2_kernels.pattern import LayerPattern
+from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
+from s2megatron.paths import user_path
+from s2megatron.strict_yaml import one_spelling
 
 
 class _Checked(BaseModel):
@@ -187,7 +190,7 @@ class SparsityConfig(_Checked):
                 numbers = entry.numbers(num_layers)
                 merged = entry.over(self.default)
             except ValueError as error:
-                raise ConfigError(f"{_path(('sparsity', *where))}: {_first(error)}") from None
+                raise ConfigError(f"{_path(('sparsity', *where))}: {error}") from None
             for n in numbers:
                 chosen[n - 1] = (where, merged)
         resolved, built = [], {}
@@ -207,7 +210,7 @@ class DataConfig(_Checked):
     """Where the tokens come from. Paths are prefixes of Megatron's PREFIX.bin and PREFIX.idx."""
 
     train: list[str] = Field(default_factory=list)
-    """Dataset prefixes, or "WEIGHT PREFIX" to blend."""
+    """Dataset prefixes, or "WEIGHT PREFIX" to blend; a prefix may hold spaces."""
     valid: list[str] = Field(default_factory=list)
     test: list[str] = Field(default_factory=list)
     tokenizer: str = "bytes"
@@ -221,12 +224,19 @@ class DataConfig(_Checked):
     @field_validator("tokenizer")
     @classmethod
     def _known_tokenizer(cls, value: str) -> str:
-        if value in ("bytes", "megatron") or re.fullmatch(r"(huggingface|sentencepiece):.+", value):
+        if value in ("bytes", "megatron"):
             return value
+        if match := re.fullmatch(r"(huggingface|sentencepiece):(.+)", value):
+            return f"{match[1]}:{user_path(match[2])}"
         raise ValueError(
             f"{value!r}: must be 'bytes', 'huggingface:NAME_OR_DIR', 'sentencepiece:FILE' or "
             "'megatron'"
         )
+
+    @field_validator("cache")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and user_path(value)
 
     @field_validator("train", "valid", "test", mode="before")
     @classmethod
@@ -242,6 +252,11 @@ class OutputConfig(_Checked):
     keep: int = Field(default=3, ge=1)
     """So many of the newest complete checkpoints stay; older ones are deleted."""
 
+    @field_validator("folder")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and user_path(value)
+
 
 class RunConfig(_Checked):
     """One run file."""
@@ -251,6 +266,14 @@ class RunConfig(_Checked):
     data: DataConfig = DataConfig()
     output: OutputConfig = OutputConfig()
 
+    @field_validator("megatron")
+    @classmethod
+    def _home(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: user_path(value) if isinstance(value, str) else value
+            for name, value in options.items()
+        }
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run file and applies `key.path=value` overrides (values are YAML).
@@ -258,13 +281,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value does not fit.
     """
-    path = Path(path)
+    path = Path(user_path(str(path)))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from None
+    tree = one_spelling(strict_yaml.load(text, f"--config {path}"))
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path}: must be a mapping with 'sparsity' and 'megatron'")
     for override in overrides:
@@ -275,7 +299,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(tree: dict) -> RunConfig:
     """A run file's content, already read. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(one_spelling(tree))
     except ValidationError as errors:
         raise ConfigError("\n".join(_explain(e) for e in errors.errors())) from None
 
@@ -285,16 +309,15 @@ def _override(tree: dict, text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"override {text!r}: must look like key.path=value")
-    *parents, last = path.split(".")
+    *parents, last = path.replace("-", "_").split(".")
+    value = one_spelling(strict_yaml.load(value, f"override {text!r}"))
     node = tree
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+        node[int(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, AttributeError, TypeError):
         raise ConfigError(f"override {text!r}: the run file has no place {path!r}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
 
 
 def _path(parts: Sequence) -> str:
@@ -302,13 +325,6 @@ def _path(parts: Sequence) -> str:
     for part in parts:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".")
-
-
-def _first(error: ValueError) -> str:
-    """The plain message of a ValueError, also when pydantic wrapped it."""
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error)
 
 
 _MODELS = {

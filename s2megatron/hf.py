@@ -11,7 +11,15 @@ transformers never saves which attention a model was loaded with: a plain `from_
 The block grid starts at the first token of each sequence, as in training. Left-padded batches are
 computed one sequence at a time from its first real token; whatever else a mask can say (sliding
 windows, packed sequences, 4-D masks, holes, static caches) is refused by name.
+
+    text = s2megatron.hf.generate(model, ids, max_new_tokens=200)
+
+generates with a `PagedCache`, which frees every block of keys and values that no later token
+attends to (docs/inference.md). transformers' own `model.generate` keeps all of them.
 """
+
+import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +29,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
+from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
+from s2megatron.serving.cache import PagedCache, Tokens
 
 NAME = "s2"
 
@@ -34,7 +44,10 @@ def load(folder, **from_pretrained):
             and is loaded as transformers would.
         from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
     """
-    config = from_pretrained.pop("config", None) or AutoConfig.from_pretrained(folder)
+    config = from_pretrained.pop("config", None)
+    if config is None:
+        local = Path(folder).is_dir()
+        config = read_config(Path(folder)) if local else AutoConfig.from_pretrained(folder)
     if getattr(config, NAME, None) is not None:
         from_pretrained.setdefault("attn_implementation", NAME)
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)
@@ -55,7 +68,8 @@ def s2_attention_forward(
     Args:
         module: a layer's attention, with `layer_idx` and `config.s2`.
         query: [b, h, s, d], the last s of t positions.
-        key, value: [b, g, t, d], not repeated, the cache included.
+        key, value: [b, g, t, d], not repeated, the cache included; or what a `PagedCache` made of
+            the new ones.
         attention_mask: what `s2_mask` made: None, or int64 [b], the first real token.
 
     Returns:
@@ -66,20 +80,78 @@ def s2_attention_forward(
     """
     _refuse(module, dropout, options)
     pattern = layer_pattern(module)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    offset = k.shape[1] - q.shape[1]
-    if attention_mask is None:
-        return s2_attention(q, k, v, pattern, softmax_scale=scaling, q_offset=offset), None
-    if attention_mask.dim() != 1:
+    if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(
             f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
             "causal mask is built in; give a 2-D one of zeros (left padding) and ones"
         )
+    cached = isinstance(key, Tokens)
+    positions = options.get("position_ids")
+    if module.layer_idx == 0 and positions is not None and not (cached and key.cache.capturing):
+        if cached:
+            key.refuse_going_back(positions)
+            offset, first = key.begin, key.first(attention_mask)
+        else:
+            offset, first = key.shape[2] - query.shape[2], attention_mask
+        _refuse_restarts(positions, first, offset)
+    attend = functools.partial(_attend, pattern, scaling)
+    if cached:
+        key.refuse_another_model(pattern)
+        return key.attend(query, attention_mask, scaling, attend), None
+    return attend(*(x.transpose(1, 2) for x in (query, key, value)), attention_mask), None
+
+
+def generate(
+    model, input_ids: Tensor, *, cache: PagedCache | None = None, graph: bool = False, **options
+):
+    """`model.generate` with a `PagedCache`: greedy or sampling, left-padded batches.
+
+    Args:
+        model: from `load`, with an `s2` key in its config.
+        input_ids: int64 [b, s] on the model's device, all tokens so far.
+        cache: of earlier turns, to go on with; default: a new one with room for `max_new_tokens`
+            (or `max_length`), one of which must be given.
+        graph: run steps of one token as a CUDA graph; of a given cache its own setting counts.
+        options: of transformers' `generate` (attention_mask, max_new_tokens, do_sample, ...).
+
+    Returns:
+        What `model.generate` returns.
+
+    Raises:
+        ConfigError: as `PagedCache`; no length is given.
+        ValueError: beam search, assisted generation, positions that go back.
+    """
+    if cache is None:
+        new, most = options.get("max_new_tokens"), options.get("max_length")
+        if new is None and most is None:
+            raise ConfigError(
+                "generate: neither max_new_tokens nor max_length is given: the cache takes its "
+                "memory at once and must know how long the text may become"
+            )
+        cache = PagedCache(
+            model,
+            batch_size=input_ids.shape[0] * (options.get("num_return_sequences") or 1),
+            max_length=most if new is None else input_ids.shape[1] + new,
+            graph=graph,
+        )
+    elif cache.total >= input_ids.shape[1]:
+        raise ValueError(
+            f"generate: {input_ids.shape[1]} tokens are given, and the cache holds "
+            f"{cache.total}: a position cannot go back; give all tokens so far and new ones"
+        )
+    return model.generate(input_ids, past_key_values=cache, **options)
+
+
+def _attend(pattern: LayerPattern, scaling, q, k, v, first: Tensor | None) -> Tensor:
+    """[b, s, h, d] of q [b, s, h, d], the last s of the t tokens of k and v [b, t, g, d]."""
+    offset = k.shape[1] - q.shape[1]
+    if first is None:
+        return s2_attention(q, k, v, pattern, softmax_scale=scaling, q_offset=offset)
     rows = [
-        _one_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], pattern, scaling, first)
-        for i, first in enumerate(attention_mask.tolist())
+        _one_sequence(q[i : i + 1], k[i : i + 1], v[i : i + 1], pattern, scaling, start)
+        for i, start in enumerate(first.tolist())
     ]
-    return torch.cat(rows), None
+    return torch.cat(rows)
 
 
 def _one_sequence(q, k, v, pattern: LayerPattern, scaling, first: int) -> Tensor:
@@ -113,7 +185,7 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
 
 # Options of transformers' attention functions that S2 attention has no place for.
 _NOT_COMPUTED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
-_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")
+_PACKED_OR_PAGED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "block_table", "cache")
 
 
 def _refuse(module, dropout: float, options: dict) -> None:
@@ -128,6 +200,34 @@ def _refuse(module, dropout: float, options: dict) -> None:
     for name, asked in asked_for.items():
         if asked:
             raise ValueError(f"attention 's2' does not compute {name}: leave it out")
+
+
+def _refuse_restarts(positions: Tensor, first: Tensor | None, offset: int) -> None:
+    """Raises ValueError for position_ids that do not count on from each sequence's first token.
+
+    Where they start anew, a packed document begins, which would see the one before it.
+    transformers looks for that only without a mask and without a cache (`s2_mask` is told then),
+    and every layer gets the same ones, so the first looks at them: one wait for the GPU a pass.
+
+    Args:
+        positions: [b or 1, s]
+        first: [b], row of the first real token; None is 0. Padding in front has any position.
+        offset: row of the first query.
+    """
+    rows = torch.arange(offset, offset + positions.shape[-1], device=positions.device)
+    counts_on = (positions == rows).all(dim=-1)
+    if first is not None:
+        # transformers counts rows where it is given no positions, `generate` counts real tokens.
+        start = first.to(positions.device)[:, None]
+        padding = rows < start
+        by_row, by_token = positions == rows, positions == rows - start
+        counts_on = (by_row | padding).all(dim=-1) | (by_token | padding).all(dim=-1)
+    if not counts_on.all():
+        raise ValueError(
+            "attention 's2': position_ids that start anew or leave positions out are not "
+            "supported: packed sequences would see each other; give each sequence a row of its "
+            "own in the batch and leave position_ids out"
+        )
 
 
 def s2_mask(
@@ -160,6 +260,11 @@ def s2_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+        raise ValueError(
+            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for "
+            f"{kv_length} keys; give a 2-D one with a column for every token, the cached ones too"
+        )
     real = attention_mask[:, :kv_length].bool()
     if real.all():
         return None

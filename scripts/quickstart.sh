@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: dataset from Python's own source, 200 steps of a small hybrid S2
 # model under torchrun (TP=2 + SP; GPUs if there are any, else CPU and gloo), evaluation on held-out
-# files, a checkpoint, and 20 more steps resumed from it. Run it again at once: it picks up what is
-# there.
+# files, a checkpoint, and 20 more steps resumed from it; then the model as a Hugging Face folder, and
+# a few lines that it writes. Run it again at once: it picks up what is there.
 #   scripts/quickstart.sh [STEPS [FOLDER]]     (200, runs/quickstart)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -52,3 +52,14 @@ start=$SECONDS
 [ "$(reached)" -ge $((steps + 20)) ] || { echo "== resuming from the checkpoint for 20 more steps"; train; }
 .venv/bin/s2megatron show configs/quickstart.yaml --plot "$run/masks.png" --blocks 16 >"$run/layers.txt"
 .venv/bin/python scripts/quality/quickstart_report.py "$run" "$steps" $((SECONDS - start))
+
+model="$run/model-hf"
+if [ ! "$model/config.json" -nt "$run/checkpoints/latest_checkpointed_iteration.txt" ]; then
+    rm -rf "$model"
+    .venv/bin/s2megatron convert to-hf "$run/checkpoints" --out "$model" 2>"$run/convert.log" ||
+        { cat "$run/convert.log" >&2; exit 1; }
+fi
+printf 'import os\nimport sys\n\n\ndef main():\n    """' >"$run/prompt.txt"
+echo "== what it writes after:"
+cat "$run/prompt.txt"
+.venv/bin/s2megatron generate "$model" --prompt-file "$run/prompt.txt" --max-new-tokens 300

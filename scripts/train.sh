@@ -5,6 +5,8 @@
 # With output.folder the same command resumes what is there, and `kill -TERM PID` saves and stops
 # (exit status 75: start again to go on). Settings: GPUS_PER_NODE (ranks), MASTER_PORT, PYTHON.
 set -euo pipefail
+# A signal before training begins: nothing is to be saved (exit status 75, as docs/launch.md says).
+trap 'echo "s2megatron: stopped by a signal before training began (exit status 75)"; exit 75' TERM USR1
 if [ $# -lt 1 ]; then
     sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
     exit 2

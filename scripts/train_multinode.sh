@@ -6,6 +6,8 @@
 # WAIT         seconds to wait for the others (600); those that did not come are named
 # GPUS_PER_NODE, PYTHON                as in train.sh; docs/launch.md
 set -euo pipefail
+# A signal before training begins: nothing is to be saved (exit status 75, as docs/launch.md says).
+trap 'echo "s2megatron: stopped by a signal before training began (exit status 75)"; exit 75' TERM USR1
 root=$(cd "$(dirname "$0")/.." && pwd)
 for name in NNODES NODE_RANK MASTER_ADDR; do
     if [ -z "${!name:-}" ]; then

@@ -1,18 +1,18 @@
 """`s2_attention` and `s2_attention_varlen`: check the inputs and choose a backend."""
 
-import importlib.util
 import itertools
 import math
 import os
 
 import torch
 
+from s2_kernels.autograd import refuse_other_modes
 from s2_kernels.blocked import blocked_attention, blocked_backward
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import reference_attention
+from s2_kernels.versions import NO_TRITON
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # only Linux has it
-if HAS_TRITON:
+if NO_TRITON is None:
     from s2_kernels import ops
     from s2_kernels.launch import capability
 
@@ -41,7 +41,7 @@ def s2_attention(
         k: [b, t, g, d]; v: [b, t, g, dv]; h a multiple of g, and query head i reads KV head
             i // (h / g). Nothing is repeated in memory.
         pattern: lifetimes for exactly these h and g heads (`LayerPattern.shard` under TP).
-        softmax_scale: default 1 / sqrt(d).
+        softmax_scale: above 0; default 1 / sqrt(d).
         q_offset: position of the first query token in the KV sequence (tokens).
         return_lse: also return lse [b, h, s]: the natural log of the softmax denominator,
             float32 (float64 for float64 inputs), differentiable.
@@ -60,10 +60,14 @@ def s2_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; names the argument and the value.
+        RuntimeError: forward-mode AD, torch.func, or, but for "blocked", a second derivative:
+            only "reference" has them all.
     """
     _check(q, k, v, pattern, q_offset, dims=4)
     backend = _choose(backend, q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if backend != "reference":
+        refuse_other_modes("s2_attention", q, k, v)
+    scale = check_scale(softmax_scale, q)
     if backend in ON_GPU:
         numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
         out, lse = ops.attend(q, k, v, None, None, *numbers)
@@ -111,7 +115,9 @@ def s2_attention_backward(
         if x.shape != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shapes[name]}")
     backend = _choose(backend, q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if backend != "reference":
+        refuse_other_modes("s2_attention_backward", q, k, v, out, lse, dout)
+    scale = check_scale(softmax_scale, q)
     if backend == "reference":
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
@@ -170,7 +176,9 @@ def s2_attention_varlen(
             "must be as many"
         )
     backend = _choose(backend, q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if backend != "reference":
+        refuse_other_modes("s2_attention_varlen", q, k, v)
+    scale = check_scale(softmax_scale, q)
     if backend in ON_GPU:
         alike = cu_seqlens_k is cu_seqlens_q  # then the Hopper kernels take them
         cu_seqlens_q = cu_seqlens_q.int().contiguous()
@@ -257,6 +265,23 @@ def _check_packing(x, name, cu_seqlens, max_seqlen) -> None:
             )
 
 
+def check_scale(softmax_scale: float | None, q: torch.Tensor) -> float:
+    """The scale to run with.
+
+    Raises:
+        ValueError: not a finite number above 0. The kernels look for the largest score before they
+            scale it, so that a negative scale would overflow, and 0 times a masked score is NaN.
+    """
+    if softmax_scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    if not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"softmax_scale={softmax_scale}: must be a finite number above 0; for a negative one "
+            "pass -q"
+        )
+    return float(softmax_scale)
+
+
 def _choose(backend, q, k, v) -> str:
     """The backend to run; raises where Triton is meant and cannot."""
     if backend not in BACKENDS:
@@ -275,8 +300,8 @@ def check_triton(
     way_out: str = "backend='blocked' (PyTorch, any device) takes it",
 ) -> None:
     """Raises ValueError, with the argument, its value and the way out, where Triton cannot run."""
-    if not HAS_TRITON:
-        raise ValueError(f"triton is not installed; {way_out}")
+    if NO_TRITON:
+        raise ValueError(f"{NO_TRITON}; {way_out}")
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"q is on {q.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1, to debug); "

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from s2_kernels.backward_dkdv import launch_dkdv
 from s2_kernels.backward_dq import launch_dq
-from s2_kernels.configs import TileConfig, backward_config, fit
+from s2_kernels.configs import FUSED, TileConfig, backward_config, fit
 from s2_kernels.launch import Packing, capability, empty_like, head_major, pad, rows_and_heads
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, head_offset, load_rows
@@ -95,6 +95,7 @@ def row_terms(out, lse, dout, dlse) -> tuple[torch.Tensor, torch.Tensor]:
         DV=dv,
         BLOCK_DV=pad(dv),
         M=TERM_ROWS,
+        **FUSED,
     )
     return lse2, delta
 

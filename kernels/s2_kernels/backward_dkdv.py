@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from s2_kernels.configs import TileConfig
+from s2_kernels.configs import FUSED, TileConfig
 from s2_kernels.launch import (
     Packing,
     concurrent_programs,
@@ -367,4 +367,5 @@ def add_pieces(
         BLOCK_DV=pad(dv.shape[-1]),
         N=tile,
         PACKED=packing is not None,
+        **FUSED,
     )

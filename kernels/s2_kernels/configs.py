@@ -10,6 +10,9 @@ from typing import Literal
 
 import torch
 
+FUSED = dict(enable_fp_fusion=True)
+"""Of every launch: a * b + c is rounded once. What Triton does unasked, up to 3.9."""
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -55,7 +58,7 @@ class TileConfig:
 
     def options(self) -> dict:
         """Launch options of the compiled kernel."""
-        options = dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, **FUSED)
         return options | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from s2_kernels import hopper
+from s2_kernels.autograd import once
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
 from s2_kernels.launch import Packing, capability, empty_like
@@ -125,23 +126,11 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-class _Once(torch.autograd.Function):
-    """`attention_backward` under create_graph: it has no gradient itself, and says so."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        return attention_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("s2_attention has no second derivative")
-
-
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = (_Once.apply if torch.is_grad_enabled() else attention_backward)(
-        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
+    grads = once(
+        attention_backward, q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
     )
     return *grads, *(None,) * (len(ctx.numbers) + 2)
 

@@ -90,7 +90,8 @@ def kept_segments(rule, i_first, i_last, k_last, SPANS: tl.constexpr, N_BANDS: t
     count = tl.minimum(i_last, k_last) - start + 1
     if i_first > k_last:  # queries past the keys: do they still keep the last block?
         count = tl.where(i_first - start < lifetime(rule, start, N_BANDS), count, 0)
-    return segments + (start, 1, count)  # noqa: RUF005 - Triton has no (*a, b)
+    segments = segments + (start, 1, count)  # noqa: RUF005 - Triton has no (*a, b)
+    return segments  # not the sum itself: Triton 3.8 returns constants only of a variable
 
 
 @triton.jit

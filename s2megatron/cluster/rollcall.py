@@ -26,6 +26,8 @@ REPORT_S = 15.0
 SIGN_OF_LIFE_S = 2.0
 SILENT_S = 60.0
 """A node without a sign of life for so long is taken for dead."""
+LOST_S = 8.0
+"""A node that another one lost its connection to, and that is silent for so long, is gone."""
 FAREWELL_S = 10.0
 """Node 0, which holds the store, waits so long for the others to read why the job ended."""
 
@@ -42,23 +44,57 @@ class Nodes:
     """Node 0's; 0 picks a free one (one node only)."""
 
 
-def open_store(nodes: Nodes, wait_s: float) -> TCPStore:
+def open_store(nodes: Nodes, wait_s: float, say: Callable[[str], None]) -> TCPStore:
     """Node 0 starts the store, the others connect to it.
 
+    Args:
+        say: told every REPORT_S whom this node waits for.
+
     Raises:
-        ConfigError: the port is taken, the address is not this node's, or node 0 does not answer.
+        ConfigError: the port is taken, the address is not this node's, or node 0 does not answer
+            within wait_s.
     """
     if nodes.rank == 0:
         return _serve(nodes)
-    try:
-        return _connect(nodes, wait_s)
-    except (DistError, RuntimeError) as error:
-        raise ConfigError(
-            f"node {nodes.rank} ({socket.gethostname()}) could not reach node 0 at "
-            f"{nodes.addr}:{nodes.port} within {wait_s:.0f} s ({_first_line(error)}). Check that "
-            "node 0 was started (NODE_RANK=0), that MASTER_ADDR and MASTER_PORT are the same on "
-            "all nodes, and that no firewall stands between (nc -vz MASTER_ADDR MASTER_PORT)"
-        ) from None
+    began = time.monotonic()
+    reason = _wait_for_node_0(nodes, wait_s, say)
+    if not reason:
+        try:
+            return _connect(nodes, max(5.0, wait_s - (time.monotonic() - began)))
+        except (DistError, RuntimeError) as error:
+            reason = _first_line(error)
+    raise ConfigError(
+        f"node {nodes.rank} ({socket.gethostname()}) could not reach node 0 at "
+        f"{nodes.addr}:{nodes.port} within {wait_s:.0f} s ({reason}). Check that "
+        "node 0 was started (NODE_RANK=0), that MASTER_ADDR and MASTER_PORT are the same on "
+        "all nodes, and that no firewall stands between (nc -vz MASTER_ADDR MASTER_PORT)"
+    )
+
+
+def _wait_for_node_0(nodes: Nodes, wait_s: float, say: Callable[[str], None]) -> str:
+    """'' as soon as its port answers, else the last error.
+
+    In Python and in short steps: torch's client says nothing while it waits, goes on for longer
+    than it was told to, and lets no signal through.
+    """
+    began = said = time.monotonic()
+    while True:
+        left = wait_s - (time.monotonic() - began)
+        try:
+            socket.create_connection((nodes.addr, nodes.port), max(0.1, min(2.0, left))).close()
+            return ""
+        except OSError as error:  # a name that cannot be resolved is one too
+            reason = error.strerror or str(error)
+        now = time.monotonic()
+        if now - began >= wait_s:
+            return reason
+        if now - said > REPORT_S or said == began:
+            said = now
+            say(
+                f"node {nodes.rank} waits for node 0 at {nodes.addr}:{nodes.port}: {reason} "
+                f"({now - began:.0f} s of {wait_s:.0f})"
+            )
+        time.sleep(min(0.5, max(0.0, wait_s - (now - began))))
 
 
 def _serve(nodes: Nodes) -> TCPStore:
@@ -135,17 +171,30 @@ def call_roll(
         store.set("verdict", verdict)
     else:
         say(f"node {nodes.rank} of {nodes.count} ({host}) has reported to {nodes.addr}")
-        try:
-            store.wait(["verdict"], datetime.timedelta(seconds=wait_s + 2 * REPORT_S))
-            verdict = store.get("verdict").decode()
-        except (DistError, RuntimeError) as error:
-            raise ConfigError(
-                f"node 0 ({nodes.addr}) went away before all nodes had come "
-                f"({_first_line(error)}); its log says why"
-            ) from None
+        verdict = _hear_verdict(store, nodes, wait_s)
     if verdict:
         _say_farewell(store, nodes)
         raise ConfigError(verdict)
+
+
+def _hear_verdict(store: TCPStore, nodes: Nodes, wait_s: float) -> str:
+    """Node 0's verdict, on another node. Node 0 may have come last, and then waits wait_s itself.
+
+    Raises:
+        ConfigError: node 0 is gone, or says nothing for REPORT_S longer than that.
+    """
+    deadline = time.monotonic() + wait_s + REPORT_S
+    reason = "no verdict"
+    try:
+        while time.monotonic() < deadline:
+            if store.check(["verdict"]):
+                return store.get("verdict").decode()
+            time.sleep(0.1)  # here signals are heard
+    except (DistError, RuntimeError) as error:
+        reason = _first_line(error)
+    raise ConfigError(
+        f"node 0 ({nodes.addr}) went away before all nodes had come ({reason}); its log says why"
+    )
 
 
 def _verdict(store: TCPStore, nodes: Nodes, wait_s: float, say: Callable[[str], None]) -> str:
@@ -160,7 +209,7 @@ def _verdict(store: TCPStore, nodes: Nodes, wait_s: float, say: Callable[[str], 
                 f"{nodes.count - len(missing)} of {nodes.count} nodes came within {wait_s:.0f} s; "
                 f"missing: node {_list(missing)} (NODE_RANK). Look at their logs: is the job "
                 f"running there, and can they reach {nodes.addr}:{nodes.port}? Waiting time: "
-                "--wait SECONDS"
+                "WAIT=SECONDS"
             )
         if missing and now - said > REPORT_S:
             said = now
@@ -226,6 +275,33 @@ class Watch:
             else:
                 self._store.set(f"left/{self.nodes.rank}", "")
 
+    def who_is_lost(self) -> str:
+        """Which node a rank of this one lost its connection to; '' where all others are there.
+
+        Asks for the others' signs of life until each has given a new one, at most LOST_S. Call it
+        before `leave`.
+        """
+        others = [rank for rank in range(self.nodes.count) if rank != self.nodes.rank]
+        first: dict[int, bytes] = {}
+        deadline = time.monotonic() + LOST_S
+        try:
+            store = _connect(self.nodes, 5.0)  # the thread's own serves one caller at a time
+            while others and time.monotonic() < deadline:
+                if store.check(["ended"]) and (reason := store.get("ended").decode()):
+                    return reason
+                for rank in list(others):
+                    key = f"alive/{rank}"
+                    value = store.get(key) if store.check([key]) else b""
+                    if first.setdefault(rank, value) != value or store.check([f"left/{rank}"]):
+                        others.remove(rank)
+                time.sleep(0.1)
+            if not others:
+                return ""
+            named = [f"node {rank} ({_host(store, rank)})" for rank in others]
+        except (DistError, RuntimeError) as error:
+            return f"node 0 ({self.nodes.addr}) is gone ({_first_line(error)})"
+        return f"{', '.join(named[:16])} has given no sign of life for {LOST_S:.0f} s: it is gone"
+
     def _run(self) -> None:
         beats = 0
         while not self._leaving.wait(SIGN_OF_LIFE_S):
@@ -253,12 +329,15 @@ class Watch:
             if rank not in self._last or self._last[rank][0] != value:
                 self._last[rank] = (value, now)
             elif now - self._last[rank][1] > self.silent_s:
-                host = json.loads(self._store.get(f"hello/{rank}"))["host"]
                 return (
-                    f"node {rank} ({host}) has given no sign of life for {self.silent_s:.0f} s: "
-                    "it, its network or its process is gone"
+                    f"node {rank} ({_host(self._store, rank)}) has given no sign of life for "
+                    f"{self.silent_s:.0f} s: it, its network or its process is gone"
                 )
         return ""
+
+
+def _host(store: TCPStore, rank: int) -> str:
+    return json.loads(store.get(f"hello/{rank}"))["host"]
 
 
 def _list(ranks: list[int]) -> str:

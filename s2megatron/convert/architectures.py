@@ -252,6 +252,19 @@ def rope_config(model: CheckpointModel) -> dict:
     return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
 
 
+# Fields of config.json that are sizes; transformers takes zeros and negative numbers.
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_EXPERT_SIZES = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "qwen3_moe": (
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    ),
+}  # fmt: skip
+
+
 def from_hugging_face(config, where: str) -> CheckpointModel:
     """The model of a transformers configuration.
 
@@ -270,24 +283,15 @@ def from_hugging_face(config, where: str) -> CheckpointModel:
         refuse("auto_map", config.auto_map, "models with code of their own are not supported")
     if getattr(config, "quantization_config", None):
         refuse("quantization_config", "...", "quantized weights cannot be trained; dequantize them")
-    expected = {"hidden_act": "silu", "attention_dropout": 0.0, **dict(kind.fixed)}
-    for field, value in expected.items():
-        found = getattr(config, field, value)
-        if found != value:
-            refuse(field, found, f"Megatron here has no place for it: only {value!r}")
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        refuse("layer_types", sorted(layer_types), "only full_attention layers are supported")
-    if (getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
-        refuse("partial_rotary_factor", config.partial_rotary_factor, "only 1.0 is supported")
-    theta, factor = _rope(config, refuse)
+    _check_fields(config, kind, refuse)
     heads = config.num_attention_heads
+    theta, factor = _rope(config, refuse)
     model = CheckpointModel(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         ffn=config.intermediate_size,
         heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
+        kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab=config.vocab_size,
         tied_embeddings=bool(config.tie_word_embeddings),
@@ -299,6 +303,28 @@ def from_hugging_face(config, where: str) -> CheckpointModel:
         max_positions=config.max_position_embeddings,
     )
     return _with_experts(model, config) if kind.experts else model
+
+
+def _check_fields(config, kind: Architecture, refuse) -> None:
+    """Calls `refuse(field, value, way out)` for a field that Megatron has no place for."""
+    expected = {"hidden_act": "silu", "attention_dropout": 0.0, **dict(kind.fixed)}
+    for field, value in expected.items():
+        found = getattr(config, field, value)
+        if found != value:
+            refuse(field, found, f"Megatron here has no place for it: only {value!r}")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        refuse("layer_types", sorted(layer_types), "only full_attention layers are supported")
+    if (getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
+        refuse("partial_rotary_factor", config.partial_rotary_factor, "only 1.0 is supported")
+    own_head_dim = ("head_dim",) if getattr(config, "head_dim", None) is not None else ()
+    for field in _SIZES + own_head_dim + _EXPERT_SIZES.get(config.model_type, ()):
+        value = getattr(config, field)
+        if type(value) is not int or value < 1:
+            refuse(field, value, "must be a whole number of at least 1")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"does not divide num_attention_heads={heads}")
 
 
 def _with_experts(model: CheckpointModel, config) -> CheckpointModel:
@@ -330,12 +356,22 @@ def _rope(config, refuse) -> tuple[float, float | None]:
     if rope is None:
         rope = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta") or 10000.0)
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         refuse("rope_scaling.rope_type", kind, "only 'default' and 'llama3' are supported")
-    for name, value in LLAMA3.items():
+    scaled = kind == "llama3"
+    known = {"rope_type", "type", "rope_theta"} | ({"factor", *LLAMA3} if scaled else set())
+    for name, value in rope.items():
+        if name not in known and value is not None and (name, value) != _WHOLE_ROTATION:
+            refuse(f"rope_scaling.{name}", value, f"rope of type {kind!r} has no place for it")
+    numbers = ("rope_theta", "factor") if scaled else ("rope_theta",)
+    for name in numbers:
+        value = rope.get(name)
+        if type(value) not in (int, float) or not value > 0:
+            refuse(f"rope_scaling.{name}", value, "must be a number above 0")
+    for name, value in LLAMA3.items() if scaled else ():
         if rope.get(name) != value:
             refuse(f"rope_scaling.{name}", rope.get(name), f"Megatron's is fixed at {value}")
-    return theta, float(rope["factor"])
+    return float(rope["rope_theta"]), float(rope["factor"]) if scaled else None
+
+
+_WHOLE_ROTATION = ("partial_rotary_factor", 1.0)

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint folder: read tensor by tensor, written shard by shard."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,10 +10,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from s2megatron.convert.hf_config import read_config, read_json, write_json
+from s2megatron.convert.weight_files import (
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    choose_weights,
+    hub_tensors,
+    read_index,
+)
 from s2megatron.errors import ConfigError
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -25,8 +30,13 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class HuggingFaceFolder:
     """Reads config.json and safetensors of a local folder.
 
+    Attributes:
+        shapes: of all tensors, under the names that they have on the hub; experts that
+            transformers 5 fused are one tensor each.
+        notes: what a user should know about the files that were read.
+
     Raises:
-        ConfigError: files are missing, cut short, or do not fit the index.
+        ConfigError: files are missing, cut short, ambiguous, or do not fit the index.
     """
 
     def __init__(self, folder: str | Path):
@@ -34,94 +44,87 @@ class HuggingFaceFolder:
         if not self.folder.is_dir():
             raise ConfigError(f"{folder}: there is no such folder (a local one is needed)")
         self.raw_config = read_json(self.folder / "config.json")
+        self.notes: list[str] = []
         self._files: dict[str, object] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of = self._find_tensors()
+        self._tensors = self._find_tensors()
+        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
 
     @property
     def config(self):
-        """The transformers configuration. Raises ConfigError for an unknown architecture."""
+        """The transformers configuration. Raises ConfigError, see `read_config`."""
         return read_config(self.folder)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+        stored = self._tensors[name]
         try:
-            return self._open(self._file_of[name]).get_tensor(name)
+            if stored.expert is None:
+                return self._open(stored.file).get_tensor(stored.name)
+            whole = self._open(stored.file).get_slice(stored.name)
+            return whole[stored.expert, slice(*stored.rows)]
         except (SafetensorError, OSError) as error:
-            file = self.folder / self._file_of[name]
-            raise ConfigError(f"{file}: {name} cannot be read ({error})") from None
+            file = self.folder / stored.file
+            raise ConfigError(f"{file}: {stored.name} cannot be read ({error})") from None
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor, without reading it."""
-        stored = self._open(self._file_of[name]).get_slice(name).get_dtype()
-        if stored not in _DTYPES:
+        stored = self._tensors[name]
+        dtype = self._open(stored.file).get_slice(stored.name).get_dtype()
+        if dtype not in _DTYPES:
             raise ConfigError(
-                f"{self.folder / self._file_of[name]}: {name} is {stored}; only "
+                f"{self.folder / stored.file}: {stored.name} is {dtype}; only "
                 f"{', '.join(_DTYPES)} can be trained"
             )
-        return _DTYPES[stored]
+        return _DTYPES[dtype]
 
-    def _find_tensors(self) -> dict[str, str]:
-        """File of every tensor; opens every file once, which checks its length."""
-        if (self.folder / INDEX).is_file():
-            index = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise ConfigError(f"{self.folder / INDEX}: has no weight_map; it is damaged")
-        elif (self.folder / SINGLE).is_file():
-            index = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+    def _find_tensors(self) -> dict[str, StoredTensor]:
+        """Where every tensor lies; opens every file once, which checks its length."""
+        weights = choose_weights(self.folder, self.raw_config, self.notes)
+        if weights.endswith(".json"):
+            index = read_index(self.folder, weights)
         else:
-            raise ConfigError(
-                f"{self.folder}: has neither {SINGLE} nor {INDEX}; only safetensors are read "
-                "(load it in transformers and call save_pretrained)"
-            )
+            index = dict.fromkeys(self._open(weights).keys(), weights)
+        found: dict[str, StoredTensor] = {}
+        seen = set()
         for file in sorted(set(index.values())):
-            stored = self._open(file)
-            for name in stored.keys():  # noqa: SIM118 - safe_open is no dict
+            opened = self._open(file, named_by=weights)
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no dict
                 if index.get(name) != file:
                     raise ConfigError(
-                        f"{self.folder / INDEX}: has no entry for {name}, which {file} holds"
+                        f"{self.folder / weights}: has no entry for {name}, which {file} holds"
                     )
-                self.shapes[name] = tuple(stored.get_slice(name).get_shape())
+                seen.add(name)
+                shape = tuple(opened.get_slice(name).get_shape())
+                self._add(found, StoredTensor(file, name, shape))
         for name, file in index.items():
-            if name not in self.shapes:
-                raise ConfigError(f"{self.folder / file}: {name} is missing, which {INDEX} names")
-        return index
+            if name not in seen:
+                raise ConfigError(f"{self.folder / file}: {name} is missing, which {weights} names")
+        return found
 
-    def _open(self, name: str):
+    def _add(self, found: dict[str, StoredTensor], stored: StoredTensor) -> None:
+        """Adds what a stored tensor stands for; nothing may be there twice."""
+        for name, part in hub_tensors(stored, self.raw_config.get("model_type")).items():
+            if name in found:
+                raise ConfigError(
+                    f"{self.folder / stored.file}: {stored.name} and {found[name].name} (in "
+                    f"{found[name].file}) are both {name}; keep one of them"
+                )
+            found[name] = part
+
+    def _open(self, name: str, named_by: str = ""):
         if name not in self._files:
             try:
                 # pread, because every page of a mapped file that was ever read counts as memory
                 self._files[name] = safe_open(self.folder / name, framework="pt", backend="pread")
             except FileNotFoundError:
                 raise ConfigError(
-                    f"{self.folder / name}: is missing, which {INDEX} names"
+                    f"{self.folder / name}: is missing, which {named_by} names"
                 ) from None
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
                     f"{self.folder / name}: cannot be read, it may be cut short ({error})"
                 ) from None
         return self._files[name]
-
-
-def read_json(file: Path) -> dict:
-    """A JSON file of a model folder. Raises ConfigError when it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: is missing; is this a Hugging Face model folder?") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON: {error}") from None
-
-
-def read_config(folder: Path):
-    """The transformers configuration of a folder. Raises ConfigError when it is not known."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{folder / 'config.json'}: transformers refuses it: {first}") from None
 
 
 def parse_size(text: str) -> int:
@@ -189,10 +192,6 @@ def _default_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def write_json(file: Path, data: dict) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from s2_kernels.record import read_record
 from s2megatron.convert import architectures, hf_folder
+from s2megatron.convert.hf_config import read_config, read_json, write_json
 from s2megatron.convert.model import FIELD_NAMES, CheckpointModel, differences
 from s2megatron.convert.reader import CheckpointReader, Place
 from s2megatron.convert.tensors import TensorRule, tensor_rules
@@ -19,6 +20,7 @@ from s2megatron.convert.tokenizer import (
     copy_files,
     find_files,
     run_tokenizer,
+    write_byte_tokenizer,
 )
 from s2megatron.convert.writing import check_output, check_space, whole_folder
 from s2megatron.errors import ConfigError, as_config_error
@@ -71,7 +73,7 @@ def to_hugging_face(
     reader = CheckpointReader(checkpoint, step)
     where = f"checkpoint {reader.folder}"
     source = _source_folder(reader, like)
-    source_config = hf_folder.read_config(source) if source else None
+    source_config = read_config(source) if source else None
     notes = _rope_note(reader.args)
     tokenizer = run_tokenizer(reader.args)
     vocab = _true_vocab(reader, tokenizer, source_config, vocab_size, notes)
@@ -97,7 +99,7 @@ def to_hugging_face(
         ) as bar:
             tensors = _tensors(reader, rules, places, model, cast)
             hf_folder.write_shards(part, shards, tensors, bar.update)
-        hf_folder.write_json(part / "config.json", config)
+        write_json(part / "config.json", config)
         _write_companions(reader, tokenizer, source, part, notes)
     parameters = sum(torch.Size(s).numel() for r in rules for s in r.part_shapes(model))
     iteration = reader.common.get("iteration", 0)
@@ -200,7 +202,7 @@ def _sizes(rules, places, model, cast) -> list[tuple[str, int]]:
 
 def _commonest(places: list[Place]) -> torch.dtype:
     dtypes = [place.dtype for place in places]
-    return max(set(dtypes), key=dtypes.count)
+    return max(dict.fromkeys(dtypes), key=dtypes.count)  # of two, always the same
 
 
 def _tensors(reader, rules, places, model, cast) -> Iterator[tuple[str, Tensor]]:
@@ -243,7 +245,8 @@ def recorded_patterns(reader: CheckpointReader, model: CheckpointModel):
 
 def _merged(source: Path, source_config, config: dict, model, notes: list[str]) -> dict:
     """The raw config of `source`, so that all its other fields survive."""
-    raw = hf_folder.read_json(source / "config.json")
+    raw = read_json(source / "config.json")
+    raw.pop("transformers_weights", None)  # its own file's name, which is not written here
     described = architectures.from_hugging_face(source_config, str(source / "config.json"))
     changed = differences(model, described)
     for field in changed:
@@ -269,7 +272,9 @@ def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes
 
     files = (find_files(source) if source else {}) or tokenizer.files
     copy_files(files, part)
-    if not files:
+    if not files and tokenizer.is_bytes:
+        write_byte_tokenizer(part)
+    elif not files:
         kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
         notes.append(
             f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}); --like "
@@ -278,4 +283,4 @@ def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes
     if source and (source / hf_folder.GENERATION_CONFIG).is_file():
         shutil.copyfile(source / hf_folder.GENERATION_CONFIG, part / hf_folder.GENERATION_CONFIG)
     else:
-        GenerationConfig.from_model_config(hf_folder.read_config(part)).save_pretrained(part)
+        GenerationConfig.from_model_config(read_config(part)).save_pretrained(part)

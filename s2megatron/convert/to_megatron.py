@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from s2_kernels import LayerPattern
 from s2_kernels.record import describe_difference, read_record, record
+from s2megatron.config import load_config
 from s2megatron.convert import architectures, hf_folder
 from s2megatron.convert.model import FIELD_NAMES, CheckpointModel, differences
 from s2megatron.convert.tensors import LAYERS, MLP_NORM, TensorRule, tensor_rules
@@ -60,7 +61,7 @@ def to_megatron(
     hf_config = folder.config
     model = architectures.from_hugging_face(hf_config, where)
     args, patterns, on_resume = read_run(config, overrides)
-    notes: list[str] = []
+    notes = folder.notes
     _check_against_run(model, args, f"--config {config}", where, notes)
     padded = _padded_vocab(model, args, notes)
     rules = list(tensor_rules(model, mixtral_names=hf_config.model_type == "mixtral"))
@@ -94,11 +95,12 @@ def to_megatron(
 def read_run(config: str, overrides: tuple[str, ...]):
     """(Megatron's validated arguments, patterns, sparsity.on_resume) of a run file, untrained.
 
-    Its datasets and checkpoints are not looked at: they may be on another machine.
+    Its datasets and checkpoints are not looked at: they may be on another machine. It need not say
+    what only training asks for (`micro_batch_size`).
     """
     from s2megatron.training.prepare import prepare_without_launch
 
-    unused = (
+    unused = [
         "data.train=[]",
         "data.valid=[]",
         "data.test=[]",
@@ -106,7 +108,10 @@ def read_run(config: str, overrides: tuple[str, ...]):
         "megatron.load=null",
         "megatron.save=null",
         "megatron.pretrained_checkpoint=null",
-    )
+        "output.folder=null",
+    ]
+    if load_config(config, overrides).megatron.get("micro_batch_size") is None:
+        unused.append("megatron.micro_batch_size=1")
     ready = prepare_without_launch(config, (*overrides, *unused))
     return ready.args, ready.patterns, ready.run.sparsity.on_resume
 
@@ -174,8 +179,8 @@ def _check_tensors(folder, rules: list[TensorRule], model: CheckpointModel) -> N
             )
     left = [n for n in folder.shapes if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
     if model.tied_embeddings and "lm_head.weight" in left:
-        embedding = folder.read("model.embed_tokens.weight")
-        if torch.equal(folder.read("lm_head.weight"), embedding):
+        head, embedding = (folder.read(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+        if head.dtype == embedding.dtype and torch.equal(head, embedding):
             left.remove("lm_head.weight")
     if left:
         raise ConfigError(
@@ -214,7 +219,7 @@ def _sparsity(
 def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int) -> list[Chunk]:
     """All of Megatron's tensors, each layer a chunk of its own."""
     per_layer = bool(model.moe_layers) and not all(model.moe_layers)
-    chunks = []
+    chunks, first_part = [], {}
     for rule in rules:
         shape = (padded, *rule.shape[1:]) if rule.kind == "vocab" else rule.shape
 
@@ -230,6 +235,7 @@ def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int
         for name in rule.megatron if both else rule.megatron[:1]:
             if rule.layer is not None:
                 name = f"{LAYERS}.{rule.layer}.{name}" if per_layer else f"{LAYERS}.{name}"
+            _check_dtypes(folder, name, rule, first_part.setdefault(name, rule.hugging_face[0]))
             chunks.append(
                 Chunk(
                     key=name,
@@ -241,6 +247,18 @@ def _chunks(folder, rules: list[TensorRule], model: CheckpointModel, padded: int
                 )
             )
     return chunks
+
+
+def _check_dtypes(folder, key: str, rule: TensorRule, first: str) -> None:
+    """Every part of a Megatron tensor has the dtype of its first. Raises ConfigError."""
+    for name in rule.hugging_face:
+        if folder.dtype(name) != folder.dtype(first):
+            raise ConfigError(
+                f"{folder.folder}: {first} is {folder.dtype(first)}, {name} is "
+                f"{folder.dtype(name)}; Megatron keeps both in {key}, and a tensor has one dtype. "
+                "Give the model one: in transformers, from_pretrained(..., dtype=torch.bfloat16) "
+                "and save_pretrained"
+            )
 
 
 def _leading_axes(rule: TensorRule, model, per_layer: bool) -> list[tuple[int, int]]:

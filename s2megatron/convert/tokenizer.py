@@ -1,8 +1,11 @@
 """The tokenizer that a run was trained with: its size, special tokens, and files to hand on."""
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from s2megatron.data.tokenizers import BYTE_VOCAB, END_OF_TEXT
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -21,6 +24,8 @@ class RunTokenizer:
     pad: int | None = None
     files: dict[str, Path] = field(default_factory=dict)
     """Name in a Hugging Face folder -> file."""
+    is_bytes: bool = False
+    """It was `bytes`, which no file describes: `write_byte_tokenizer` makes them."""
 
     @property
     def token_ids(self) -> dict[str, int | None]:
@@ -34,7 +39,8 @@ def run_tokenizer(args) -> RunTokenizer:
     size = getattr(args, "vocab_size", None)
     if kind == "NullTokenizer" and size:
         end = getattr(args, "null_tokenizer_eod_id", None)
-        return RunTokenizer(size, eos=size - 1 if end is None else end)
+        is_bytes = getattr(args, "s2_tokenizer", None) == "bytes" and size == BYTE_VOCAB
+        return RunTokenizer(size, eos=size - 1 if end is None else end, is_bytes=is_bytes)
     if kind == "HuggingFaceTokenizer" and model and Path(model).is_dir():
         from transformers import AutoTokenizer
 
@@ -58,3 +64,28 @@ def find_files(folder: Path) -> dict[str, Path]:
 def copy_files(files: dict[str, Path], target: Path) -> None:
     for name, file in files.items():
         shutil.copyfile(file, target / name)
+
+
+def write_byte_tokenizer(target: Path) -> None:
+    """tokenizer.json and its config for `tokenizer: bytes`: token i is byte i, 256 ends a text.
+
+    A byte-level BPE without merges. Its vocabulary names every byte by a printable character, as
+    the format has it: printable ones by themselves, the others by those from U+0100 on.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    vocab = {chr(b if b in printable else next(others)): b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {END_OF_TEXT: BYTE_VOCAB - 1}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    tokenizer.save(str(target / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")

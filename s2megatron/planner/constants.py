@@ -8,9 +8,9 @@ import itertools
 import math
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).with_name("gpus")
@@ -118,6 +118,7 @@ def load_machine(name: str) -> Machine:
             "`s2megatron calibrate --out FILE.yaml` measures your own"
         )
     try:
-        return Machine.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"), f"--gpu {path}")
+        return Machine.model_validate(tree)
+    except (ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gpu {path}: {error}") from None

@@ -1,8 +1,8 @@
 """A folder of torch_dist checkpoints: which are complete, which to resume from, which to delete.
 
 Megatron writes `iter_*/` first, its `.metadata` when all ranks' files are there, and last the
-tracker `latest_checkpointed_iteration.txt`. A folder that the tracker does not name or that has no
-`.metadata` is half-written and is never picked up.
+tracker `latest_checkpointed_iteration.txt`. A folder that has no `.metadata` is half-written and is
+never picked up.
 """
 
 import pickle
@@ -15,6 +15,7 @@ from s2megatron.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _GOING = ".deleting-"
+_ASIDE = "aside-"
 
 
 def iteration_dir(folder: Path, iteration: int) -> Path:
@@ -59,17 +60,30 @@ def damage(checkpoint: Path) -> str:
 
 def tracked(folder: Path) -> int | None:
     """The iteration that Megatron's tracker names; None where there is none or it is damaged."""
+    text = _tracker_text(folder) or ""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _tracker_text(folder: Path) -> str | None:
+    """What the tracker holds, whatever its bytes; None where there is none."""
     try:
-        text = (folder / TRACKER).read_text().strip()
+        return (folder / TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
-    return int(text) if text.isdigit() else None
+
+
+def write_tracker(folder: Path, iteration: int) -> None:
+    """Beside, then renamed: a reader sees the old text or the new one, never half of it."""
+    beside = folder / f".{TRACKER}.new"
+    beside.write_text(str(iteration))
+    beside.rename(folder / TRACKER)
 
 
 def resume_point(folder: Path) -> tuple[int | None, list[str]]:
-    """The iteration to resume from, and what was passed over.
+    """The iteration to resume from, and why it is not the tracker's.
 
-    That is the tracker's, or, where that one is damaged, the newest complete one before it.
+    That is the one which the tracker names. Where the tracker is missing, is damaged, or names a
+    checkpoint that is not complete, it is the newest complete checkpoint.
 
     Returns:
         (iteration, notes); iteration is None where nothing was ever completed.
@@ -77,24 +91,76 @@ def resume_point(folder: Path) -> tuple[int | None, list[str]]:
     Raises:
         ConfigError: a tracker exists, and no checkpoint beside it is complete.
     """
-    notes: list[str] = []
+    missing = {n: missing_parts(iteration_dir(folder, n)) for n in iterations(folder)}
+    complete = [number for number, lacks in missing.items() if not lacks]
+    text, named = _tracker_text(folder), tracked(folder)
+    if named in complete:
+        return named, []
+    if text is None and not complete:
+        return None, []
     tracker = folder / TRACKER
-    newest = tracked(folder)
-    if newest is None and tracker.exists():
-        notes.append(f"{tracker} is damaged ({tracker.read_text()!r})")
-    elif newest is None:
-        return None, notes
-    for number in reversed(iterations(folder)):
-        if newest is not None and number > newest:
-            continue  # begun and never finished
-        missing = missing_parts(iteration_dir(folder, number))
-        if not missing:
-            return number, notes
-        notes.append(f"{iteration_dir(folder, number)} is incomplete: {missing}")
+    if text is None:
+        notes = [f"{tracker} is missing"]
+    elif named is None:
+        notes = [f"{tracker} is damaged ({text[:80]!r})"]
+    else:
+        lacks = missing.get(named, "it is not there")
+        notes = [f"{tracker} names {iteration_dir(folder, named)}, which is not complete: {lacks}"]
+    newest = complete[-1] if complete else -1
+    notes += [
+        f"{iteration_dir(folder, number)} is incomplete: {lacks}"
+        for number, lacks in missing.items()
+        if number > newest
+    ]
+    if complete:
+        return newest, [*notes, "the newest complete checkpoint is taken"]
+    way_out = "restore one, name another output.folder, or remove the tracker to start from nothing"
+    if text == "release":
+        way_out = (
+            "this is a converted model, not a run's own checkpoint: start from it with "
+            f"megatron.load={folder} megatron.finetune=true and an output.folder of its own"
+        )
     raise ConfigError(
         f"output.folder: {folder} has a checkpoint tracker and no complete checkpoint: "
-        f"{'; '.join(notes) or 'no iter_* folder'}; restore one, or name another output.folder"
+        f"{'; '.join(notes)}; {way_out}"
     )
+
+
+def set_aside_newer(folder: Path, iteration: int) -> list[str]:
+    """Renames complete checkpoints newer than `iteration`, which training would write over.
+
+    They are there when the tracker was set back by hand, or when a run was cut off between its last
+    file and the tracker. A folder without `.metadata` is half a save, and stays to be written over:
+    a new save into a complete folder would look complete from its first byte on.
+
+    Returns:
+        A line for each, for the log.
+    """
+    notes = []
+    for number in iterations(folder):
+        checkpoint = iteration_dir(folder, number)
+        if number <= iteration or missing_parts(checkpoint):
+            continue
+        aside = folder / f"{_ASIDE}{checkpoint.name}"
+        again = 1
+        while aside.exists():
+            again += 1
+            aside = folder / f"{_ASIDE}{checkpoint.name}-{again}"
+        checkpoint.rename(aside)
+        notes.append(f"{checkpoint} is newer than where this run resumes: kept as {aside}")
+    return notes
+
+
+def way_back(folder: Path, iteration: int) -> str:
+    """How to resume from the checkpoint before `iteration`, where one is whole; for a message."""
+    sound = [
+        number
+        for number in iterations(folder)
+        if number < iteration and not damage(iteration_dir(folder, number))
+    ]
+    if not sound:
+        return "no earlier one is complete"
+    return f"to go back to the one before it: echo {sound[-1]} > {folder}/{TRACKER}"
 
 
 class Keeper:

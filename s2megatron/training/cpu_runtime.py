@@ -118,9 +118,10 @@ def install() -> None:
         )
     # torch.compile's tables list torch.cuda's functions by identity: make them before any change.
     importlib.import_module("torch._dynamo")
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.training import initialize, training
+    from megatron.training import training
 
     _answer_for_the_device()
     # initialize_megatron asserts a GPU unless told otherwise, and pretrain() does not pass it on.
@@ -129,8 +130,11 @@ def install() -> None:
     )
     # The background writer of checkpoints: a fresh process would ask for a GPU, a fork knows this
     # module's answers.
-    start_writer = initialize.init_persistent_async_worker
-    initialize.init_persistent_async_worker = lambda rank, _: start_writer(rank, "fork")
+    # Megatron starts one at the beginning, and another for the save after the last iteration.
+    start_writer = PersistentAsyncCaller._get_process
+    PersistentAsyncCaller._get_process = lambda rank, mp_mode="fork", *priorities: start_writer(
+        rank, "fork", *priorities
+    )
     os.register_at_fork(after_in_child=die_with_parent)
     FileSystemWriterAsync.preload_tensors = staticmethod(_preload_copies)
     # Its warm-up of fused kernels only compiles them.

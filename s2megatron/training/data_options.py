@@ -1,13 +1,14 @@
 """The run file's `data:` section as Megatron options, its files checked before anything starts."""
 
+import math
+import shlex
 import struct
 from pathlib import Path
 
 from s2megatron.config import DataConfig
+from s2megatron.data.tokenizers import BYTE_VOCAB
 from s2megatron.errors import ConfigError
-
-BYTE_VOCAB = 257
-"""256 bytes and the end of document, token 256."""
+from s2megatron.paths import user_path
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 # numpy types that Megatron's index header numbers, and their sizes in bytes
@@ -18,11 +19,8 @@ def resolve(data: DataConfig, options: dict) -> dict:
     """Adds dataset and tokenizer options to Megatron's. Raises ConfigError."""
     added: dict = {}
     for split in ("train", "valid", "test"):
-        entries = [part for entry in getattr(data, split) for part in entry.split()]
-        if entries:
-            for prefix in _prefixes(entries):
-                check_dataset(prefix, f"data.{split}")
-            added[f"{split}_data_path"] = entries
+        if getattr(data, split):
+            added[f"{split}_data_path"] = _data_path(getattr(data, split), f"data.{split}")
     if data.mock:
         if added:
             raise ConfigError("data.mock: true beside data.train, valid or test: choose one")
@@ -51,19 +49,41 @@ def _tokenizer(name: str) -> dict:
     return {}
 
 
-def _prefixes(entries: list[str]) -> list[str]:
-    """Dataset prefixes of 'PREFIX ...' or 'WEIGHT PREFIX ...'."""
-    if len(entries) % 2 == 0 and all(_is_number(entry) for entry in entries[::2]):
-        return entries[1::2]
-    return entries
+def _data_path(entries: list[str], field: str) -> list[str]:
+    """Megatron's list of prefixes, or of weights and prefixes, from 'PREFIX' or 'WEIGHT PREFIX'.
+
+    Raises:
+        ConfigError: a dataset is missing or corrupt, or only some entries have a weight.
+    """
+    parts = [_weight_and_prefix(entry) for entry in entries]
+    for _, prefix in parts:
+        check_dataset(prefix, field)
+    without = [prefix for weight, prefix in parts if weight is None]
+    if not without:
+        return [part for pair in parts for part in pair]
+    if len(without) < len(parts):
+        raise ConfigError(
+            f"{field}: {without[0]!r} has no weight and others have one; write 'WEIGHT PREFIX' for "
+            "all of them, or for none"
+        )
+    return without
 
 
-def _is_number(text: str) -> bool:
+def _weight_and_prefix(entry: str) -> tuple[str | None, str]:
+    """What is written before the first blank is a weight if it is a number, else of the prefix."""
+    weight, _, prefix = entry.strip().partition(" ")
+    if not prefix.strip() or not _is_weight(weight):
+        weight, prefix = None, entry
+    prefix = user_path(prefix.strip())
+    # Megatron takes a number in its list for a weight.
+    return weight, f"./{prefix}" if _is_weight(prefix) else prefix
+
+
+def _is_weight(text: str) -> bool:
     try:
-        float(text)
+        return 0 <= float(text) < math.inf
     except ValueError:
         return False
-    return True
 
 
 def check_dataset(prefix: str, field: str) -> None:
@@ -76,13 +96,11 @@ def check_dataset(prefix: str, field: str) -> None:
         ConfigError: a file is missing, the index is corrupt or does not fit the data.
     """
     data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    command = f"`s2megatron data INPUT --out {shlex.quote(prefix)}`"
     for file in (data, index):
         if not file.is_file():
-            raise ConfigError(
-                f"{field}: {file} does not exist; make it with "
-                f"`s2megatron data INPUT --out {prefix}`"
-            )
-    remedy = f"make it again with `s2megatron data INPUT --out {prefix}`"
+            raise ConfigError(f"{field}: {file} does not exist; make it with {command}")
+    remedy = f"make it again with {command}"
     with index.open("rb") as stream:
         header = stream.read(34)
     if len(header) < 34 or header[:9] != _INDEX_MAGIC:

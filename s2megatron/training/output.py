@@ -12,7 +12,15 @@ from pathlib import Path
 
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
-from s2megatron.training.checkpoint_folder import damage, iteration_dir, iterations, resume_point
+from s2megatron.training.checkpoint_folder import (
+    damage,
+    iteration_dir,
+    resume_point,
+    set_aside_newer,
+    tracked,
+    way_back,
+    write_tracker,
+)
 
 FIRST_START_ONLY = (
     "finetune",
@@ -25,6 +33,10 @@ FIRST_START_ONLY = (
 """Options that say how a run begins from somebody else's weights; a resumed one leaves them out."""
 
 
+LEAST_FREE = 2**20
+"""Bytes: a disk with less is full, and a start on it would end at the first line it writes."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a run writes, and what it does at start."""
@@ -33,6 +45,8 @@ class Output:
     checkpoints: Path
     options: dict
     """Megatron's, the run file's own included."""
+    iteration: int | None
+    """What is resumed from; None for a first start."""
     notes: list[str] = field(default_factory=list)
     """For the log: what is resumed, what was passed over."""
 
@@ -78,8 +92,7 @@ def resolve(output: OutputConfig, chosen: dict) -> Output | None:
         options.setdefault("async_strategy", "nvrx" if nvrx else "mcore")
     iteration, notes = resume_point(checkpoints)
     if iteration is None:
-        return Output(folder, checkpoints, options, notes)
-    passed_over = bool(notes)
+        return Output(folder, checkpoints, options, None, notes)
     notes.append(f"resuming from {iteration_dir(checkpoints, iteration)}")
     dropped = [name for name in FIRST_START_ONLY if options.get(name) not in (None, False)]
     if options.get("load"):
@@ -88,51 +101,41 @@ def resolve(output: OutputConfig, chosen: dict) -> Output | None:
         names = ", ".join(f"megatron.{name}" for name in dropped)
         notes.append(f"{names}: only for the first start, left out now")
     options = {name: value for name, value in options.items() if name not in FIRST_START_ONLY}
-    options["load"] = str(checkpoints)
-    if passed_over:  # the tracker names another
-        options["ckpt_step"] = iteration
-    return Output(folder, checkpoints, options, notes)
+    # Every rank decides here, rank 0 mends the tracker later (make_ready): the step is named.
+    options |= {"load": str(checkpoints), "ckpt_step": iteration}
+    return Output(folder, checkpoints, options, iteration, notes)
 
 
-def check_undamaged(output: Output) -> None:
-    """Reads the sizes of all files of the checkpoint to resume from; for one rank.
+def make_ready(output: Output) -> list[str]:
+    """Checks the checkpoint to resume from, and makes Megatron find it; for one rank, under lock.
+
+    Reads the sizes of all its files. A tracker that does not name it is written anew, and complete
+    checkpoints that are newer are set aside.
+
+    Returns:
+        What was set aside, for the log.
 
     Raises:
-        ConfigError: one is too short; names the checkpoint before it.
+        ConfigError: a file is too short; names the checkpoint before it.
     """
-    iteration = output.options.get("ckpt_step") or resume_point(output.checkpoints)[0]
+    iteration, folder = output.iteration, output.checkpoints
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(f"output.folder: {folder} cannot be written: {error.strerror}") from None
+    if free < LEAST_FREE:
+        raise ConfigError(
+            f"output.folder: the disk of {folder} is full ({free} bytes are free): make room "
+            "(output.keep says how many checkpoints are kept), or name another folder"
+        )
     if iteration is None:
-        return
-    found = damage(iteration_dir(output.checkpoints, iteration))
-    if not found:
-        return
-    sound = [
-        number
-        for number in iterations(output.checkpoints)
-        if number < iteration and not damage(iteration_dir(output.checkpoints, number))
-    ]
-    way_out = (
-        f"to go back to the one before it: echo {sound[-1]} > "
-        f"{output.checkpoints}/latest_checkpointed_iteration.txt"
-        if sound
-        else "no earlier one is complete"
-    )
-    raise ConfigError(
-        f"output.folder: {iteration_dir(output.checkpoints, iteration)} is damaged: {found}; "
-        f"{way_out}"
-    )
-
-
-def save_failed(folder: str, error: BaseException) -> str:
-    """What to tell a user whose checkpoint could not be written.
-
-    Megatron's background writer passes on an error's type and not its text: the free space tells a
-    full disk from other troubles.
-    """
-    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    free = shutil.disk_usage(folder).free
-    full = "the disk is full" if free < 2**20 else f"{free / 2**30:.1f} GiB are free there"
-    return (
-        f"a checkpoint or log could not be written to {folder} ({full}): {last}. The last complete "
-        "checkpoint stays as it is; make room (output.keep says how many are kept) and start again"
-    )
+        return []
+    if found := damage(iteration_dir(folder, iteration)):
+        raise ConfigError(
+            f"output.folder: {iteration_dir(folder, iteration)} is damaged: {found}; "
+            f"{way_back(folder, iteration)}"
+        )
+    if tracked(folder) != iteration:
+        write_tracker(folder, iteration)
+    return set_aside_newer(folder, iteration)

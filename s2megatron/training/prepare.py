@@ -17,6 +17,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
+from s2megatron.training.schedule import check_rates, check_schedule
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
-    from s2megatron.training.megatron_options import to_argv
-    from s2megatron.training.resume import check_resumable
+    from s2megatron.training.megatron_options import canonical, check_required, to_argv
+    from s2megatron.training.resume_layout import check_resumable
 
     skip_missing_makefile()
-    options = default_options(backends, run.megatron)
+    options = default_options(backends, canonical(run.megatron))
     options = data_options.resolve(run.data, options)
+    check_required(options)
     place = output.resolve(run.output, options)
     options = place.options if place else options
     if not writers:
@@ -69,6 +71,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     # Megatron's parser reads the command line: from here on it is the run file's.
     argv, parsed = to_argv(options)
     check_run_options(parsed)
+    check_rates(parsed)
     sys.argv = [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args()
@@ -81,6 +84,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     check_resumable(args, backends.fused_adam)
     model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
+    args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
     shape = ModelShape.from_megatron(model_config.transformer, args)
     return Prepared(run, backends, args, model_config, patterns, shape, place)
 
@@ -117,6 +121,7 @@ def _quiet_megatron() -> Iterator[None]:
 def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     ready = prepare_without_launch(config, overrides)
+    check_schedule(ready.args)
     return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
 
 

@@ -1,15 +1,23 @@
-"""What a run resumes from: the checkpoint's sparsity is compared with the configured one.
+"""What a run resumes from: the checkpoint's sparsity and options, against the configured ones.
 
 An S2 model has exactly a dense model's weights, so a checkpoint would load under any sparsity and
 silently train another model. The resolved patterns travel in the checkpoint's own `args` (as
 `s2_sparsity`), which Megatron saves in the common state of every format.
 """
 
+import pickle
+import re
 from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from s2_kernels import LayerPattern
 from s2_kernels.record import describe_difference, read_record
 from s2megatron.errors import ConfigError, as_config_error
+from s2megatron.training.changed_options import compare, refusal
+from s2megatron.training.checkpoint_folder import way_back
+from s2megatron.training.load_fixes import settle_schedule
+from s2megatron.training.resume_layout import check_layout
 
 
 def latest_iteration_dir(load: str | Path, step: int | None = None) -> Path | None:
@@ -33,36 +41,70 @@ def load_common(folder: Path) -> dict:
     from megatron.core.dist_checkpointing import load_common_state_dict
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    unreadable = (CheckpointException, CheckpointingException, OSError, EOFError, KeyError)
     try:
         return load_common_state_dict(str(folder))
-    except (CheckpointingException, OSError, EOFError, KeyError) as error:
+    except (*unreadable, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        number = re.fullmatch(r"iter_(\d+)", folder.name)
+        back = f"; {way_back(folder.parent, int(number[1]))}" if number else ""
         raise ConfigError(
-            f"checkpoint {folder}: cannot be read ({type(error).__name__}: {error}); it may be "
-            "incomplete or not in torch_dist format: name an earlier one with megatron.ckpt_step"
+            f"checkpoint {folder}: cannot be read ({type(error).__name__}: {reason}): it is "
+            f"incomplete, damaged, or not in torch_dist format{back}"
         ) from None
 
 
 def check_resume(args, patterns: tuple[LayerPattern, ...], on_resume: str) -> None:
-    """Compares the checkpoint that Megatron is about to load with the configured sparsity.
+    """Compares the checkpoint that Megatron is about to load with what is configured.
+
+    What differs and may differ is printed on rank 0.
 
     Args:
-        args: Megatron's arguments (`load`, `pretrained_checkpoint`, `ckpt_step`).
+        args: Megatron's arguments. Where the checkpoint's schedule is to be used
+            (use_checkpoint_opt_param_scheduler), they get its values.
         on_resume: "error" or "replace" (`sparsity.on_resume`).
 
     Raises:
-        ConfigError: they differ and `on_resume` is "error"; the message shows the difference.
+        ConfigError: another model, optimizer, schedule or sparsity than the checkpoint's; with the
+            fields, both values and the way out.
     """
-    folder = None
-    if args.load:
-        folder = latest_iteration_dir(args.load, args.ckpt_step)
-    if folder is None and args.pretrained_checkpoint:
-        folder = latest_iteration_dir(args.pretrained_checkpoint)
-    if folder is None:
+    found = _checkpoint_to_load(args)
+    if found is None:
         return
+    folder, whole = found
     common = load_common(folder)
-    if args.load:
+    if whole:
         check_layout(args, common, folder)
-    saved = getattr(common.get("args"), "s2_sparsity", None)
+    saved = common.get("args")
+    notes = []
+    if saved is not None:
+        comparison = compare(saved, args, optimizer=whole)
+        if refused := refusal(comparison, folder, args):
+            raise ConfigError(refused)
+        notes += comparison.told
+        notes += settle_schedule(comparison, saved, args)
+    notes += _check_sparsity(folder, saved, patterns, on_resume)
+    if args.rank == 0:
+        for note in notes:
+            print(f"s2megatron: {note}", flush=True)
+
+
+def _checkpoint_to_load(args) -> tuple[Path, bool] | None:
+    """The folder, and whether the optimizer's state and the schedule are loaded too."""
+    folder = latest_iteration_dir(args.load, args.ckpt_step) if args.load else None
+    weights_only = getattr(args, "finetune", False) or getattr(args, "no_load_optim", False)
+    if folder is None and args.pretrained_checkpoint:
+        folder, weights_only = latest_iteration_dir(args.pretrained_checkpoint), True
+    if folder is None:
+        return None
+    return folder, not weights_only and folder.name != "release"
+
+
+def _check_sparsity(
+    folder: Path, args, patterns: tuple[LayerPattern, ...], on_resume: str
+) -> list[str]:
+    """A line for the log where another sparsity is gone on with. Raises ConfigError."""
+    saved = getattr(args, "s2_sparsity", None)
     if saved is None:
         difference = "it records no sparsity: a dense checkpoint"
         same = all(pattern.is_dense for pattern in patterns)
@@ -72,7 +114,7 @@ def check_resume(args, patterns: tuple[LayerPattern, ...], on_resume: str) -> No
         same = saved_patterns == patterns
         difference = "" if same else describe_difference(saved_patterns, patterns)
     if same:
-        return
+        return []
     message = (
         f"checkpoint {folder} was trained with another sparsity than configured:\n{difference}"
     )
@@ -81,61 +123,4 @@ def check_resume(args, patterns: tuple[LayerPattern, ...], on_resume: str) -> No
             f"{message}\nRestore the sparsity, or set sparsity.on_resume=replace to go on with "
             "the configured one"
         )
-    if args.rank == 0:
-        print(f"s2megatron: {message}\ngoing on with the configured one (sparsity.on_resume)")
-
-
-def check_layout(args, common: dict, folder: Path) -> None:
-    """Refuses another TP or PP where the optimizer's state was saved by bucket.
-
-    Args:
-        common: the checkpoint's common state.
-
-    Raises:
-        ConfigError: names both layouts and the ways out.
-    """
-    metadata = common.get("content_metadata") or {}
-    by_bucket = metadata.get("distrib_optim_sharding_type") == "dp_reshardable"
-    if not by_bucket or args.no_load_optim or args.finetune or not args.use_distributed_optimizer:
-        return
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        saved, wanted = getattr(common["args"], name), getattr(args, name)
-        if saved != wanted:
-            raise ConfigError(
-                f"megatron.{name}={wanted}: checkpoint {folder} was saved at {saved}, with the "
-                "distributed optimizer's state by bucket (dist_ckpt_optim_fully_reshardable=false)"
-                f", which only another data-parallel size can read; go on at {saved} until a "
-                "checkpoint is saved with megatron.dist_ckpt_optim_fully_reshardable=true, or "
-                "leave the optimizer's state behind with megatron.no_load_optim=true"
-            )
-
-
-def check_resumable(args, fused_adam: str | None) -> None:
-    """Refuses a run whose checkpoints its own optimizer could not be resumed from.
-
-    Args:
-        args: Megatron's arguments, validated.
-        fused_adam: who brings Adam (`Backends.fused_adam`); None for torch.
-
-    Raises:
-        ConfigError: the option, and the one that makes resuming possible.
-    """
-    if not args.save or not args.use_distributed_optimizer:
-        return
-    local = args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable
-    refused = [
-        ("optimizer", args.optimizer == "sgd" or (args.optimizer == "lion" and not fused_adam),
-         "the distributed optimizer saves Adam's state and no other; set "
-         "use_distributed_optimizer=false, or optimizer=adam"),
-        ("ckpt_format", args.ckpt_format == "torch",
-         "is gathered by the distributed optimizer for one layout; use 'torch_dist'"),
-        ("non_persistent_ckpt_type", local,
-         "Megatron's local checkpoints hold optimizer state by bucket only; set "
-         "dist_ckpt_optim_fully_reshardable=false, with which TP and PP are fixed"),
-    ]  # fmt: skip
-    for name, asked_for, way_out in refused:
-        if asked_for:
-            raise ConfigError(
-                f"megatron.{name}={getattr(args, name)!s} with use_distributed_optimizer: its "
-                f"checkpoints could not be resumed: {way_out}"
-            )
+    return [f"{message}\ngoing on with the configured one (sparsity.on_resume)"]

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from s2megatron.errors import ConfigError
 
 NAME = "run.lock"
@@ -21,16 +23,20 @@ SIGN_OF_LIFE_S = 60.0
 SILENT_S = 900.0
 """A lock without a sign of life for so long belongs to a run that is gone."""
 
+SAME_START_S = 2.0
+"""A process's start may be read a little differently when the machine's clock was set."""
+
 
 class RunLock:
     """Takes the lock of `folder`; held until `release` or the end of the process.
 
     A lock left behind is taken over where its run is known to be gone: the same host and a process
-    that is no more, the same job started again (SLURM requeue), or 15 minutes without a sign of
-    life.
+    that is no more (or whose number now belongs to one that started at another time), the same job
+    started again (SLURM requeue), an empty lock, or 15 minutes without a sign of life.
 
     Raises:
-        ConfigError: another run holds it; says who, since when, and the way out.
+        ConfigError: another run holds it; says who, since when, and the way out. Or the folder
+            cannot be written; then no lock is left.
     """
 
     def __init__(self, folder: Path, environ: Mapping[str, str] = os.environ):
@@ -38,21 +44,21 @@ class RunLock:
         self._me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
             "job": environ.get("SLURM_JOB_ID", ""),
             "restart": environ.get("SLURM_RESTART_COUNT", "0"),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        folder.mkdir(parents=True, exist_ok=True)
         self.note = ""
         """What was taken over, for the log."""
-        if not self._create():
-            reason = self._why_stale()
-            if not reason:
-                raise ConfigError(self._held())
-            self.note = f"took over {self.path}: {reason}"
-            self.path.unlink(missing_ok=True)
-            if not self._create():
-                raise ConfigError(self._held())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise ConfigError(
+                f"output.folder: {folder} cannot be written ({error.strerror}): make room, see who "
+                "may write there, or name another folder"
+            ) from None
         self._released = threading.Event()
         threading.Thread(target=self._show_life, daemon=True).start()
         atexit.register(self.release)
@@ -63,13 +69,28 @@ class RunLock:
             if self._read().get("pid") == self._me["pid"]:
                 self.path.unlink(missing_ok=True)
 
+    def _take(self) -> None:
+        if self._create():
+            return
+        reason = self._why_stale()
+        if not reason:
+            raise ConfigError(self._held())
+        self.note = f"took over {self.path}: {reason}"
+        self.path.unlink(missing_ok=True)
+        if not self._create():
+            raise ConfigError(self._held())
+
     def _create(self) -> bool:
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "w") as stream:
-            json.dump(self._me, stream)
+        try:
+            with os.fdopen(handle, "w") as stream:
+                json.dump(self._me, stream)
+        except OSError:  # a full disk has room for a name, and none for what is in it
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> dict:
@@ -81,8 +102,14 @@ class RunLock:
     def _why_stale(self) -> str:
         """Why the run that holds the lock is known to be gone, or ''."""
         holder = self._read()
-        if holder.get("host") == self._me["host"] and not _is_alive(holder.get("pid", 0)):
-            return f"process {holder.get('pid')} of this host is gone"
+        if not holder and self._silent_for() > SIGN_OF_LIFE_S:
+            return "it is empty: its run ended before it could write its name"
+        if holder.get("host") == self._me["host"]:
+            pid = holder.get("pid", 0)
+            if not _is_alive(pid):
+                return f"process {pid} of this host is gone"
+            if _started_later(pid, holder.get("started")):
+                return f"process {pid} of this host is gone (the number is another process's now)"
         restarted = holder.get("restart") != self._me["restart"]
         if self._me["job"] and holder.get("job") == self._me["job"] and restarted:
             return f"SLURM job {self._me['job']} was requeued"
@@ -104,6 +131,11 @@ class RunLock:
 
     def _held(self) -> str:
         holder = self._read()
+        if not holder:
+            return (
+                f"output.folder: {self.path} is being written by another run; start again in a "
+                "minute, or give this run a folder of its own"
+            )
         job = f", SLURM job {holder['job']}" if holder.get("job") else ""
         return (
             f"output.folder: {self.path.parent} is in use by another run: process "
@@ -126,3 +158,13 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return pid > 0
+
+
+def _started_later(pid: int, started: float | None) -> bool:
+    """Whether a process is not the one that started at that time (seconds since the epoch)."""
+    if started is None:  # a lock of an earlier version
+        return False
+    try:
+        return abs(psutil.Process(pid).create_time() - started) > SAME_START_S
+    except psutil.Error:
+        return False

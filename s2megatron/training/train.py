@@ -1,25 +1,31 @@
 """A prepared run, handed to Megatron's `pretrain()`."""
 
-import errno
 import json
 from collections.abc import Sequence
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from s2megatron.errors import ConfigError
 from s2megatron.training import output
+from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import Keeper
+from s2megatron.training.load_fixes import name_damaged_files
 from s2megatron.training.prepare import Prepared, prepare, summary
 from s2megatron.training.run_lock import RunLock
+from s2megatron.training.schedule import check_schedule
 
 
 def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
     """Locks the output folder and checks what is in it; for one rank. Raises ConfigError."""
     place = ready.output
     lock = RunLock(place.folder)
-    place.checkpoints.mkdir(exist_ok=True)
-    output.check_undamaged(place)
-    for note in [lock.note, *place.notes]:
+    try:
+        aside = output.make_ready(place)
+    except ConfigError:
+        lock.release()
+        raise
+    for note in [lock.note, *place.notes, *aside]:
         if note:
             print(f"s2megatron: {note}", flush=True)
     keeper = Keeper(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
@@ -40,6 +46,7 @@ def _summarize() -> None:
 def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ready = prepare(config, overrides)
+    check_schedule(ready.args)
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, is_last_rank, pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -47,6 +54,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     from s2megatron.training.gpt_loop import datasets_provider, make_forward_step
     from s2megatron.training.throughput import ThroughputMeter, peak_tflops
 
+    name_damaged_files()
     args = ready.args
     lock, keeper = None, None
     if args.rank == 0:
@@ -83,15 +91,17 @@ def train(config: str, overrides: Sequence[str]) -> None:
             ModelType.encoder_or_decoder,
             make_forward_step(meter, keeper.after if keeper else None),
         )
-    except SystemExit as stop:  # Megatron's way out after a signal, a duration, exit_interval
+    except SystemExit as stop:
+        # Megatron's way out after a signal, a duration or exit_interval has a code; without one it
+        # leaves because of what it has just printed, and the other ranks would wait for this one.
+        if stop.code is None:
+            raise RuntimeError("Megatron gave up; its reason is the last that it printed") from stop
         if stop.code:
             raise
-    except CheckpointException as error:  # a BaseException, which error reports pass over
-        raise RuntimeError(output.save_failed(args.save, error)) from error
-    except OSError as error:  # a full disk may meet TensorBoard's writer first
-        if error.errno != errno.ENOSPC or not args.save:
+    except (CheckpointException, Exception) as error:  # the former is a BaseException
+        if not (told := explain(error, load=args.load, step=args.ckpt_step, save=args.save)):
             raise
-        raise RuntimeError(output.save_failed(args.save, error)) from error
+        raise RuntimeError(told) from error
     finally:
         if lock:
             lock.release()

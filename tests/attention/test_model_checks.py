@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from in_process import call
-from launches import ON_CPU, ROOT, TINY, start, write_run_file
+from launches import ON_CPU, ROOT, TINY, torchrun, write_run_file
 
 from s2megatron import stock
 
@@ -19,7 +19,58 @@ CASES = {
     ),
     "bad_value": (["megatron.num_layers=four"], ["megatron.num-layers", "four"]),
     "flag_with_value": (["megatron.swiglu=1"], ["megatron.swiglu", "true or false"]),
-    "megatron_assert": (["megatron.micro_batch_size=null"], ["Megatron refuses"]),
+    "megatron_assert": (["megatron.hidden_size=66"], ["Megatron refuses"]),
+    "missing": (["megatron.micro_batch_size=null"], ["megatron.micro_batch_size: is missing"]),
+    "on_is_no_number": (["megatron.num-layers=on"], ["megatron.num_layers: True", "a value"]),
+    "two_names": (
+        ["megatron.no_rope_fusion=true", "megatron.apply_rope_fusion=true"],
+        ["megatron.no_rope_fusion and megatron.apply_rope_fusion"],
+    ),
+    "long_warmup": (
+        ["megatron.train_iters=2"],
+        [
+            "lr_warmup_iters: 2 is not less than megatron.train_iters, 2",
+            "override_opt_param_scheduler",
+        ],
+    ),
+    "long_warmup_of_samples": (
+        [
+            "megatron.train_iters=null",
+            "megatron.train_samples=9",
+            "megatron.lr_warmup_iters=0",
+            "megatron.lr_warmup_samples=8",
+            "megatron.lr_decay_samples=8",
+        ],
+        ["lr_warmup_samples: 8 is not less than megatron.lr_decay_samples, 8"],
+    ),
+    "warmup_is_all": (
+        ["megatron.lr_warmup_iters=0", "megatron.lr_warmup_fraction=1"],
+        ["lr_warmup_fraction: 1"],
+    ),
+    "no_end": (["megatron.train_iters=null"], ["megatron.train_iters: is missing"]),
+    "no_rate": (["megatron.lr=null", "megatron.min_lr=0"], ["megatron.lr: is missing"]),
+    "rate_rises": (
+        ["megatron.min_lr=1"],
+        ["megatron.min_lr: 1 is greater than megatron.lr, 0.003"],
+    ),
+    "rate_below_0": (["megatron.min_lr=-1"], ["megatron.min_lr: -1 is negative"]),
+    "warm_start": (["megatron.lr_warmup_init=1"], ["megatron.lr_warmup_init: 1 is greater"]),
+    "no_last_phase": (["megatron.lr_decay_style=WSD"], ["lr_wsd_decay_iters: is missing"]),
+    "decay_falls": (
+        [
+            "megatron.weight_decay_incr_style=linear",
+            "megatron.start_weight_decay=0.2",
+            "megatron.end_weight_decay=0.1",
+        ],
+        ["start_weight_decay: 0.2 to end_weight_decay 0.1"],
+    ),
+    "two_schedules": (
+        [
+            "megatron.override_opt_param_scheduler=true",
+            "megatron.use_checkpoint_opt_param_scheduler=true",
+        ],
+        ["override_opt_param_scheduler", "leave one of them out"],
+    ),
     "layer_outside": (["sparsity.layers.0.layers=[5]"], ["layer 5 of 4"]),
     "heads_over_tp": (
         ["megatron.tensor_model_parallel_size=3"],
@@ -285,7 +336,7 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
     (tmp_path / "apex" / "__init__.py").write_text("'a web framework'")
     config = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
     short = ["megatron.train_iters=2", "megatron.lr_decay_iters=20"]
-    done = start(config, *short, env={"PYTHONPATH": str(tmp_path)})
+    done = torchrun(config, *short, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-4000:]
     for words in ("torch AdamW", "off (NVIDIA Apex not found)", "(Transformer Engine: not found)"):
         assert words in done.stdout

@@ -1,16 +1,22 @@
 """What goes wrong before and between launches: nodes, ports, locks, half-written checkpoints."""
 
+import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from launches import ROOT, TINY, write_run_file
 
+from s2megatron.agent import STOP_SIGNALS
+from s2megatron.agent import main as agent_main
 from s2megatron.cluster import environment, rollcall
 from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
 from s2megatron.config import OutputConfig
@@ -33,7 +39,7 @@ def report(count: int, ranks: list[int], same: list[dict], wait: float = 10.0) -
     def node(place: int) -> str:
         nodes = Nodes(count=count, rank=ranks[place], addr="127.0.0.1", port=port)
         try:
-            store = open_store(nodes, wait)
+            store = open_store(nodes, wait, print)
             stores.append(store)
             call_roll(store, nodes, wait, same=same[place], say=print)
         except ConfigError as error:
@@ -66,15 +72,27 @@ def test_port_in_use_and_foreign_address():
         taken.listen()
         nodes = Nodes(count=2, rank=0, addr="127.0.0.1", port=taken.getsockname()[1])
         with pytest.raises(ConfigError, match="another process listens there; set MASTER_PORT"):
-            open_store(nodes, 1.0)
+            open_store(nodes, 1.0, print)
     with pytest.raises(ConfigError, match="must be node 0's own"):
-        open_store(Nodes(count=2, rank=0, addr="192.0.2.1", port=29500), 1.0)
+        open_store(Nodes(count=2, rank=0, addr="192.0.2.1", port=29500), 1.0, print)
 
 
 def test_node_zero_that_does_not_answer():
+    """It says whom it waits for, and not longer than it was told to."""
+    said, began = [], time.monotonic()
     nodes = Nodes(count=2, rank=1, addr="127.0.0.1", port=free_port())
     with pytest.raises(ConfigError, match=r"could not reach node 0 at 127.0.0.1:\d+ within 1 s"):
-        open_store(nodes, 1.0)
+        open_store(nodes, 1.0, said.append)
+    assert time.monotonic() - began < 3
+    assert "node 1 waits for node 0 at 127.0.0.1" in said[0] and "Connection refused" in said[0]
+
+
+def test_node_zero_that_goes_away_is_named(monkeypatch):
+    monkeypatch.setattr(rollcall, "REPORT_S", 0.2)
+    nodes = Nodes(count=2, rank=1, addr="127.0.0.1", port=free_port())
+    store = open_store(Nodes(count=2, rank=0, addr="127.0.0.1", port=nodes.port), 1.0, print)
+    with pytest.raises(ConfigError, match=r"node 0 \(127.0.0.1\) went away .*no verdict"):
+        call_roll(store, nodes, 0.3, same={}, say=print)
 
 
 @pytest.fixture
@@ -83,7 +101,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(rollcall, "SIGN_OF_LIFE_S", 0.05)
     port, told, watches = free_port(), [[], []], []
     places = [Nodes(count=2, rank=r, addr="127.0.0.1", port=port) for r in (0, 1)]
-    store = open_store(places[0], 5.0)
+    store = open_store(places[0], 5.0, print)
     for place in places:
         store.set(f"hello/{place.rank}", json.dumps({"host": f"host{place.rank}"}))
         heard = threading.Event()
@@ -111,19 +129,92 @@ def test_silent_node_is_named(watched):
     assert heard.wait(5) and "node 1 (host1) has given no sign of life" in said[0]
 
 
-def agent(*arguments, config, **env):
-    command = [sys.executable, "-m", "s2megatron.agent", *arguments, "--", "--config", str(config)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **env}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=env)
+def test_lost_node_is_named_before_a_minute_is_over(watched, monkeypatch):
+    """A rank's connection closed: which node went away is asked for, not waited out."""
+    monkeypatch.setattr(rollcall, "LOST_S", 1.0)
+    (first, _, _), (other, _, _) = watched
+    assert first.who_is_lost() == "" and other.who_is_lost() == ""
+    other._leaving.set()  # its agent was killed
+    other._thread.join()
+    assert "node 1 (host1) has given no sign of life" in first.who_is_lost()
 
 
-def test_agent_refuses_with_status_2(tmp_path):
+def test_reason_of_the_node_that_failed_comes_before_a_guess(watched):
+    (first, _, _), (other, _, _) = watched
+    other._store.compare_set("ended", "", "node 1 (host1): rank 3 failed: out of memory")
+    assert "out of memory" in first.who_is_lost()
+
+
+@pytest.fixture
+def agent(tmp_path, monkeypatch, capsys):
+    """An agent in the test's own process, whose handlers and environment are put back."""
     run = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
-    done = agent("--nnodes", "2", "--node-rank", "2", config=run)
-    assert done.returncode == 2 and "NODE_RANK=2: with NNODES=2" in done.stderr
-    wait = ["--nnodes", "2", "--master-port", str(free_port()), "--wait", "0.5"]
-    done = agent(*wait, config=run)
-    assert done.returncode == 2 and "missing: node 1 (NODE_RANK)" in done.stderr
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield lambda *arguments: (
+        agent_main([*arguments, "--", "--config", str(run)]),
+        capsys.readouterr().err,
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_agent_refuses_with_status_2(agent):
+    code, said = agent("--nnodes", "2", "--node-rank", "2")
+    assert code == 2 and "NODE_RANK=2: with NNODES=2" in said
+    code, said = agent("--nnodes", "2", "--master-port", str(free_port()), "--wait", "0.5")
+    assert code == 2 and "missing: node 1 (NODE_RANK)" in said and "WAIT=SECONDS" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--nnodes", "0"], "NNODES=0: must be 1 or more"),
+        (["--nproc-per-node", "-1"], "GPUS_PER_NODE=-1: must be 1 or more"),
+        (["--wait", "0"], "WAIT=0: must be more than 0 seconds"),
+    ],
+)
+def test_number_that_makes_no_sense(arguments, said, agent):
+    code, error = agent(*arguments)
+    assert code == 2 and said in error
+
+
+def start_and_signal(command: list[str], number: int, when: str, **env) -> tuple[int, str]:
+    """Status and output of a command that gets a signal once `when` is in its output."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **env}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           cwd=ROOT, env=env)  # fmt: skip
+    said = ""
+    while when not in said and (line := job.stdout.readline()):
+        said += line
+    job.send_signal(number)
+    said += job.communicate(timeout=60)[0]
+    return job.returncode, said
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signal_while_the_agent_is_imported(number):
+    """-v prints what is imported: torch comes seconds before the first line of `main`."""
+    command = [sys.executable, "-v", "-m", "s2megatron.agent", "--", "--config", "x.yaml"]
+    code, said = start_and_signal(command, number, "torch/__init")
+    assert code == 75 and f"{number.name} before training began" in said[-3000:]
+
+
+def test_signal_while_a_node_waits_for_the_others(tmp_path):
+    run = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
+    command = [sys.executable, "-u", "-m", "s2megatron.agent", "--nnodes", "2", "--node-rank", "1",
+               "--master-port", str(free_port()), "--", "--config", str(run)]  # fmt: skip
+    code, said = start_and_signal(command, signal.SIGTERM, "waits for node 0")
+    assert code == 75 and "SIGTERM before training began" in said
+
+
+def test_signal_while_the_script_looks_for_python(tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/bash\necho looking\nsleep 1\n")
+    slow.chmod(0o755)
+    command = ["bash", "scripts/train.sh", "x.yaml"]
+    code, said = start_and_signal(command, signal.SIGTERM, "looking", PYTHON=str(slow))
+    assert code == 75 and "before training began" in said
 
 
 def test_scripts_name_what_is_missing(tmp_path):
@@ -139,6 +230,8 @@ def test_scripts_name_what_is_missing(tmp_path):
     assert code == 2 and "MASTER_ADDR is not set" in said
     code, said = script("slurm/train.sbatch", "x.yaml", SLURM_SUBMIT_DIR=str(tmp_path))
     assert code == 2 and "submit from the repository" in said
+    code, said = script("slurm/train.sbatch", "x.yaml", SLURM_SUBMIT_DIR=str(ROOT))
+    assert code == 2 and "SLURM_JOB_ID is not set: this script runs under SLURM" in said
     code, said = script("train.sh", "x.yaml", PYTHON="/nowhere/python")
     assert code == 1 and "/nowhere/python cannot import s2megatron" in said
 
@@ -188,6 +281,41 @@ def test_lock_of_a_run_that_is_gone_is_taken_over(tmp_path):
     lock.release()
 
 
+def test_lock_whose_number_is_another_process_now(tmp_path):
+    me = psutil.Process()
+    leave_lock(tmp_path, host=socket.gethostname(), pid=me.pid, started=me.create_time() - 3600)
+    lock = RunLock(tmp_path, {})
+    assert "the number is another process's now" in lock.note
+    with pytest.raises(ConfigError, match="is in use by another run"):
+        RunLock(tmp_path, {})
+    lock.release()
+
+
+def test_empty_lock_is_taken_over_and_never_left(tmp_path, monkeypatch):
+    (tmp_path / "run.lock").touch()
+    with pytest.raises(ConfigError, match="is being written by another run"):
+        RunLock(tmp_path, {})
+    old = time.time() - run_lock.SIGN_OF_LIFE_S - 10
+    os.utime(tmp_path / "run.lock", (old, old))
+    lock = RunLock(tmp_path, {})
+    assert "it is empty" in lock.note
+    lock.release()
+
+    def full(value, stream):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_lock.json, "dump", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
+        RunLock(tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\)"):
+        RunLock(tmp_path / "file" / "run", {})
+
+
 # --- checkpoints
 
 
@@ -218,6 +346,13 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     track(tmp_path, "30")
     assert resume_point(tmp_path)[0] == 20
     track(tmp_path, "4")
+    number, notes = resume_point(tmp_path)
+    assert number == 20 and "iter_0000004, which is not complete: it is not there" in notes[0]
+
+
+def test_tracker_without_a_complete_checkpoint_is_refused(tmp_path):
+    checkpoint(tmp_path, 30, complete=False)
+    track(tmp_path, "30")
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         resume_point(tmp_path)
 
@@ -248,7 +383,7 @@ def test_output_folder_resumes_and_drops_what_is_for_the_first_start(tmp_path):
     track(tmp_path / "checkpoints", "20")
     again = output.resolve(section, begin)
     assert again.options["load"] == str(tmp_path / "checkpoints") and again.options["lr"] == 1e-4
-    assert "finetune" not in again.options and "ckpt_step" not in again.options
+    assert "finetune" not in again.options and again.options["ckpt_step"] == 20
     assert any("megatron.finetune" in note and "left out now" in note for note in again.notes)
     track(tmp_path / "checkpoints", "30")
     assert output.resolve(section, begin).options["ckpt_step"] == 20

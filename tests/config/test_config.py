@@ -220,7 +220,7 @@ def test_dataset_input_mistakes(tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(ConfigError, match=r"lines\.jsonl, line 2.*'text'"):
-        list(documents([lines]))
+        list(documents(find_files([lines])))
     with pytest.raises(ConfigError, match="holds no text"):
         write_dataset([""], str(tmp_path / "empty"))
     assert not list(tmp_path.glob("empty*"))  # nothing half-written

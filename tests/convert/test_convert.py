@@ -9,15 +9,14 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import zygote
 from convert_models import DENSE, LLAMA3, MODELS, S2, SMALL, make_model, run_tree, tokens
-from launches import ON_CPU, ROOT, write_run_file
+from launches import ON_CPU, write_run_file
 from safetensors.torch import load_file
 
 from s2megatron import hf
@@ -64,13 +63,8 @@ def home(tmp_path_factory):
         case = {"model": name, "name": f"s2-{layout}", "layout": layout, "config": config}
         plan["cases"].append(case)
     (home / "plan.json").write_text(json.dumps(plan))
-    command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        str(ROOT / "tests/support/convert_worker.py"), str(home),
-    ]  # fmt: skip
     env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env)
+    done = zygote.run("convert_worker:main", [str(home)], ranks=2, env=env, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return home
 

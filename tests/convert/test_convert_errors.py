@@ -7,6 +7,7 @@ from pathlib import Path
 
 import convert_errors
 import pytest
+from convert_round_trips import CASES
 from in_process import call
 from launches import ON_CPU, ROOT
 
@@ -41,6 +42,12 @@ SOURCES = {
     "truncated": ["safetensors", "cut short"],
     "index_entry": ["no entry for model.layers.2.mlp.up_proj.weight"],
     "shard_missing": ["safetensors: is missing"],
+    "query_dtype": ["q_proj.weight is torch.bfloat16", "layers.0.", "linear_qkv.weight"],
+    "value_dtype": ["layers.1.self_attn.v_proj.weight is torch.bfloat16", "one dtype"],
+    "up_dtype": ["gate_proj.weight is torch.float32", "up_proj.weight is torch.float16"],
+    "first_layer_dtype": ["layers.0.mlp.down_proj.weight is torch.bfloat16", "linear_fc2"],
+    "last_layer_dtype": ["layers.3.input_layernorm.weight is torch.bfloat16"],
+    "two_sets": ["two sets of weights", "model.safetensors", "model-00001-of"],
     "left_over": ["model.layers.0.extra has no place"],
     "empty": ["config.json: is missing"],
 }
@@ -96,6 +103,14 @@ def test_bad_hugging_face_folder(bad_input, name):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bad_checkpoint(bad_input, name):
     check(bad_input["bad_checkpoints"][name], CHECKPOINTS[name])
+
+
+@pytest.mark.parametrize("name", ["-".join(case) for case in CASES])
+def test_round_trip_keeps_every_bit_and_dtype(bad_input, name):
+    """Norms and routers in float32, the rest in bfloat16; NaNs, infinities; fused experts."""
+    single = not name.endswith(("sharded", "fused"))
+    expected = {"differ": [], "single": single, "named": False}
+    assert bad_input["round_trips"][name] == expected
 
 
 @pytest.mark.parametrize("name", ["not_empty", "not_empty_back"])

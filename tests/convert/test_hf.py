@@ -1,11 +1,12 @@
 """Attention "s2" in transformers against a dense mask: forward, backward, cache, padding."""
 
+import copy
 import json
 
 import pytest
 import torch
 import transformers
-from convert_models import MODELS, S2, make_model, run_tree, tokens
+from convert_models import MODELS, S2, SMALL, make_model, run_tree, tokens
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -151,21 +152,98 @@ def refusal(function) -> str:
     return str(error.value)
 
 
-def test_masks_that_are_not_computed_are_refused(model, prompt):
-    packed = torch.cat([torch.arange(30), torch.arange(40)]).expand(2, -1)
-    assert "packed sequences" in refusal(
-        lambda: model(prompt, position_ids=packed, use_cache=False)
+PACKED = torch.cat([torch.arange(30), torch.arange(40)])[None]
+HOLE = torch.ones(2, 70, dtype=torch.long).index_fill(1, torch.tensor([5]), 0)
+# every way of calling a model with one more argument
+WAYS = {
+    "cache": {},
+    "no-cache": {"use_cache": False},
+    "all-ones-mask": {"attention_mask": torch.ones(2, 70, dtype=torch.long)},
+    "all-ones-mask-no-cache": {"attention_mask": torch.ones(2, 70).bool(), "use_cache": False},
+}
+REFUSED = {
+    "packed": ({"position_ids": PACKED}, "packed sequences"),
+    "packed-rows": ({"position_ids": PACKED.expand(2, -1)}, "packed sequences"),
+    "positions-left-out": ({"position_ids": PACKED + 100 * (PACKED > 29)}, "packed sequences"),
+    "cu_seq_lens": ({"cu_seq_lens_q": torch.tensor([0, 30, 70])}, "cu_seq_lens_q"),
+    "seq_idx": ({"seq_idx": (torch.arange(70) >= 30).int()[None]}, "seq_idx"),
+    "hole": ({"attention_mask": HOLE}, "zeros between ones"),
+    "3-D": ({"attention_mask": torch.ones(2, 70, 70).tril()}, "shape [2, 70, 70]"),
+    "4-D": ({"attention_mask": torch.ones(2, 1, 70, 70).bool().tril()}, "4-D attention_mask"),
+    "4-D-added": ({"attention_mask": torch.zeros(2, 1, 70, 70)}, "4-D attention_mask"),
+    "output_attentions": ({"output_attentions": True}, "output_attentions"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_refused_in_every_way_of_calling(model, prompt, case, way):
+    arguments, reason = REFUSED[case]
+    assert reason in refusal(lambda: model(prompt, **{**WAYS[way], **arguments}))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_static_caches_dropout_and_sliding_windows_are_refused(folders, model, prompt, way):
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    arguments = WAYS[way] | {"past_key_values": static}
+    assert "static" in refusal(lambda: model(prompt, **arguments))
+    config = transformers.AutoConfig.from_pretrained(folders["llama"], attention_dropout=0.1)
+    trained = s2hf.load(folders["llama"], config=config).train()
+    assert "attention_dropout" in refusal(lambda: trained(prompt, **WAYS[way]))
+    fields = config.to_dict() | {"sliding_window": 200, "num_hidden_layers": 1}
+    windowed = transformers.AutoModelForCausalLM.from_config(
+        transformers.MistralConfig(**fields), attn_implementation="s2"
     )
-    hole = torch.ones_like(prompt)
-    hole[0, 5] = 0
-    assert "zeros between ones" in refusal(lambda: model(prompt, attention_mask=hole))
-    four = torch.ones(2, 1, 70, 70, dtype=torch.bool)
-    assert "4-D attention_mask" in refusal(lambda: model(prompt, attention_mask=four))
-    assert "output_attentions" in refusal(lambda: model(prompt, output_attentions=True))
-    assert "static" in refusal(
-        lambda: model.generate(
-            prompt, attention_mask=hole | 1, cache_implementation="static", max_new_tokens=2
-        )
+    assert "sliding" in refusal(lambda: windowed(prompt, **WAYS[way]))
+
+
+def test_generation_with_a_static_cache_is_refused(model, prompt):
+    options = dict(cache_implementation="static", max_new_tokens=2)
+    ones = torch.ones_like(prompt)
+    assert "static" in refusal(lambda: model.generate(prompt, attention_mask=ones, **options))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_hands_its_positions_to_the_attention(name, folders, prompt):
+    """Without them a packed batch could not be told from a plain one."""
+    kind, fields, _ = MODELS[name]
+    own = copy.deepcopy(fields)  # transformers writes into nested fields
+    config = kind(**{**SMALL, **own, "num_hidden_layers": 1, "mlp_only_layers": []})
+    config.s2 = transformers.AutoConfig.from_pretrained(folders["llama"]).s2
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="s2")
+    assert "packed sequences" in refusal(lambda: model(prompt, position_ids=PACKED))
+    model(prompt, position_ids=torch.arange(70)[None])
+
+
+def test_a_document_that_starts_in_the_cache_is_refused(model, prompt):
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt[:, :30], past_key_values=cache)
+        new = {"past_key_values": cache, "position_ids": torch.arange(40)[None]}
+        assert "packed sequences" in refusal(lambda: model(prompt[:, 30:], **new))
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused(model, prompt):
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt[:, :30], past_key_values=cache)
+    short = {"past_key_values": cache, "attention_mask": torch.ones(2, 40)}
+    assert "the cached ones too" in refusal(lambda: model(prompt[:, 30:], **short))
+
+
+def test_positions_given_with_padding_in_front(model, prompt):
+    """Counted by row as transformers does, or by token as generate does: the same logits."""
+    mask = torch.ones_like(prompt)
+    mask[1, :20] = 0
+    by_token = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        by_row = model(prompt, attention_mask=mask).logits
+        got = model(prompt, attention_mask=mask, position_ids=by_token).logits
+    assert (got[1, 20:] - by_row[1, 20:]).abs().max() < 1e-4
+    packed = by_token.clone()
+    packed[1, 50:] -= 30
+    assert "packed sequences" in refusal(
+        lambda: model(prompt, attention_mask=mask, position_ids=packed)
     )
 
 
@@ -195,6 +273,14 @@ def test_load_picks_the_attention_up(folders, tmp_path):
     plain.save_pretrained(tmp_path)  # the key survives transformers
     assert s2hf.load(tmp_path).config._attn_implementation == "s2"
     assert s2hf.load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_load_takes_the_config_that_it_is_given(folders):
+    config = transformers.AutoConfig.from_pretrained(folders["llama"])
+    config.pad_token_id = 7
+    assert s2hf.load(folders["llama"], config=config).config.pad_token_id == 7
+    del config.s2
+    assert s2hf.load(folders["llama"], config=config).config._attn_implementation == "sdpa"
 
 
 def test_models_without_the_key(tmp_path):

@@ -2,44 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from pattern_cases import any_pattern, head_counts
 
 from s2_kernels import FOREVER, LayerPattern, dense, local_stride, ranges, sliding_window
 from s2_kernels.reference import token_mask
-
-settings.register_profile("s2", deadline=None, max_examples=60)
-settings.load_profile("s2")
-
-
-@st.composite
-def head_counts(draw):
-    kv_heads = draw(st.integers(1, 8))
-    return kv_heads * draw(st.integers(1, 4)), kv_heads
-
-
-@st.composite
-def any_pattern(draw):
-    heads, kv_heads = draw(head_counts())
-    block_size = draw(st.sampled_from([16, 32, 64]))
-    reach, stride = draw(st.integers(1, 5)), 1
-    bands = [(reach, 1)]
-    for _ in range(draw(st.integers(0, 2))):
-        reach, stride = reach + draw(st.integers(1, 6)), stride * draw(st.integers(1, 4))
-        bands.append((reach, stride))
-    if draw(st.booleans()):
-        factors = draw(st.lists(st.integers(1, 3), min_size=kv_heads, max_size=kv_heads))
-        bands.append((None, [stride * f for f in factors]))
-    return ranges(
-        heads=heads,
-        kv_heads=kv_heads,
-        block_size=block_size,
-        bands=bands,
-        head_offset=draw(st.integers(0, 40)),
-        head_step=draw(st.none() | st.integers(0, 5)),
-        homogeneous=draw(st.booleans()),
-        dense_heads=draw(st.integers(0, kv_heads)),
-    )
 
 
 def dkernel_rule(heads, kv_heads, n, local_blocks, stride, offset, step=None):
@@ -131,6 +99,15 @@ def test_per_head_strides_and_dense_heads():
     assert mask[0, 31, 0:31:2].all() and not mask[0, 31, 1:31:2].any()
     assert mask[1, 31].sum() == 8 and mask[1, 31, 3] and mask[1, 31, 31]
     assert mask[3].equal(torch.ones(32, 32).tril().bool())
+
+
+def test_ranges_give_every_head_another_shard_unless_told():
+    bands = [(2, 1), (8, 2), (None, 4)]
+    assert [rule.shift for rule in ranges(heads=4, bands=bands).rules] == [0, 1, 2, 3]
+    same = ranges(heads=4, bands=bands, homogeneous=True, head_offset=6)
+    assert [rule.shift for rule in same.rules] == [2, 2, 2, 2]
+    apart = ranges(heads=4, bands=bands, head_offset=1, head_step=2, dense_heads=1)
+    assert [rule.shift for rule in apart.rules] == [1, 3, 1, 0] and apart.rules[3].is_dense
 
 
 def test_named_kinds():

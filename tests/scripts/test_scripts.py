@@ -72,6 +72,9 @@ def test_quickstart_learns_and_resumes(tmp_path):
     assert "140 steps, the last 20 of them resumed" in done.stdout
     for name in ("train.log", "loss.png", "masks.png", "checkpoints/iter_0000140"):
         assert (run / name).exists()
+    written = done.stdout.split("def main():", 1)[1]
+    assert len(written) > 200 and "\n" in written
+    assert "tokens/s" in done.stderr and "dense would have kept" in done.stderr
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env)
     assert again.returncode == 0 and "== 2 rank(s)" not in again.stdout  # nothing left to do
 

@@ -30,7 +30,9 @@ class Bench:
     def __init__(self):
         self.home = Path(tempfile.mkdtemp())
         make_model("llama", self.home / "hf")
-        self.config = str(write_run_file(self.home / "run.yaml", run_tree("llama", S2)))
+        tree = run_tree("llama", S2)
+        del tree["megatron"]["micro_batch_size"]  # a conversion does not need it
+        self.config = str(write_run_file(self.home / "run.yaml", tree))
         self.count = 0
         result = self.run(["to-megatron", self.home / "hf", "--config", self.config], "megatron")
         assert result[0] == 0, result
@@ -69,9 +71,11 @@ def cut(file: Path) -> None:
 
 
 def bad_input() -> dict:
-    """All cases that need no disk or process of their own."""
+    """All cases that need no disk or process of their own, the good ones of `round_trips` too."""
     bench = Bench()
-    kinds = (wrong_run_files, bad_sources, bad_checkpoints)
+    from convert_round_trips import round_trips
+
+    kinds = (wrong_run_files, bad_sources, bad_checkpoints, round_trips)
     return {kind.__name__: kind(bench) for kind in kinds}
 
 
@@ -131,6 +135,14 @@ def bad_sources(bench: Bench) -> dict:
     sorted(folder.glob("*.safetensors"))[0].unlink()
     results["shard_missing"] = bench.to_megatron(folder)
 
+    for name, dtypes in MIXED.items():
+        results[name] = bench.to_megatron(_with_dtypes(bench, dtypes))
+
+    folder = bench.copy("hf")
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shutil.copyfile(folder / names["model.norm.weight"], folder / "model.safetensors")
+    results["two_sets"] = bench.to_megatron(folder)
+
     results["left_over"] = bench.to_megatron(_with_extra_tensor(bench))
     folder = bench.copy("hf")
     shutil.rmtree(folder)
@@ -145,6 +157,30 @@ def _other_sparsity() -> dict:
 
     tree = run_tree("llama", {"block_size": 32, "default": {"local_blocks": 1, "stride": 2}})
     return record(parse_config(tree).sparsity.resolve(num_layers=4, heads=4, kv_heads=2))
+
+
+# One tensor in another dtype than the rest of its Megatron tensor: the first part, a later part, a
+# whole layer of the stack, which is the first one or not.
+MIXED = {
+    "query_dtype": {"model.layers.1.self_attn.q_proj.weight": "bfloat16"},
+    "value_dtype": {"model.layers.1.self_attn.v_proj.weight": "bfloat16"},
+    "up_dtype": {"model.layers.0.mlp.up_proj.weight": "float16"},
+    "first_layer_dtype": {"model.layers.0.mlp.down_proj.weight": "bfloat16"},
+    "last_layer_dtype": {"model.layers.3.input_layernorm.weight": "bfloat16"},
+}
+
+
+def _with_dtypes(bench: Bench, dtypes: dict[str, str]) -> Path:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = bench.copy("hf")
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in dtypes.keys() & tensors.keys():
+            tensors[name] = tensors[name].to(getattr(torch, dtypes[name]))
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def _with_extra_tensor(bench: Bench) -> Path:

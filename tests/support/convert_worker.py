@@ -1,14 +1,12 @@
 """Megatron's side of the conversion tests, all cases in one launch of two ranks.
 
-torchrun convert_worker.py HOME: reads HOME/plan.json, converts Hugging Face folders, and for every
+`main` finds HOME in sys.argv: it reads HOME/plan.json, converts Hugging Face folders, and for every
 case loads the result at a layout with Megatron's own loader, writes its logits, and saves it again.
 """
 
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 # Nothing heavy up here: Megatron's checkpoint writer starts a process that imports this module.
 LAYOUTS = {
@@ -124,7 +122,9 @@ def forward(model, args, stock: bool):
     return gather_from_tensor_model_parallel_region(out)
 
 
-def main(home: Path) -> None:
+def main() -> None:
+    home = Path(sys.argv[1])
+    sys.argv = sys.argv[:1]
     import torch
 
     from s2megatron.training import cpu_runtime
@@ -145,9 +145,3 @@ def main(home: Path) -> None:
         run_case(home, case)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    home = Path(sys.argv[1])
-    sys.argv = sys.argv[:1]
-    main(home)

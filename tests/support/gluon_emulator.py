@@ -197,7 +197,7 @@ class mbarrier:
 
 class tma:
     @staticmethod
-    def async_copy_global_to_shared(desc, coord, barrier, buffer):
+    def async_load(desc, coord, barrier, buffer):
         part, inside = desc.part(coord)
         buffer.data.fill_(float("nan"))
 
@@ -209,7 +209,7 @@ class tma:
         here.launch.loads.put(load)
 
     @staticmethod
-    def async_copy_shared_to_global(desc, coord, buffer):
+    def async_store(desc, coord, buffer):
         part, inside = desc.part(coord)
         here.stores.append(lambda: part.copy_(buffer.data[inside]))
 
@@ -289,6 +289,9 @@ REPLACED = dict(
     tl=language,
     mbarrier=mbarrier,
     tma=tma,
+    async_load=tma.async_load,
+    async_store=tma.async_store,
+    thread_barrier=ignored,
     warpgroup_mma=warpgroup_mma,
     warpgroup_mma_wait=warpgroup_mma_wait,
     fence_async_shared=ignored,
@@ -327,7 +330,7 @@ def argument(x):
     return Int(x) if isinstance(x, int) else x
 
 
-def run(self, *arguments, grid, warmup, num_warps, maxnreg, **constants):
+def run(self, *arguments, grid, warmup, num_warps, maxnreg, enable_fp_fusion, **constants):
     """In place of GluonJITFunction.run: all programs at the same time."""
     launch, function = Launch(), translated(self)
     constants = {k: v.value if isinstance(v, constexpr) else v for k, v in constants.items()}

@@ -210,7 +210,6 @@ FUNCTIONS = dict(
     load=load,
     store=store,
     atomic_add=atomic_add,
-    thread_barrier=ignored,
     NVMMASharedLayout=types.SimpleNamespace(get_default_for=ignored),
     BlockedLayout=ignored,
     DotOperandLayout=ignored,

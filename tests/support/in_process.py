@@ -1,4 +1,4 @@
-"""Runs many small cases in one fresh interpreter, because the CPU runtime changes the process.
+"""Runs many small cases in one process of their own, because the CPU runtime changes the process.
 
 python in_process.py MODULE FUNCTION   -> prints FUNCTION()'s JSON result as the last line
 """
@@ -13,29 +13,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import zygote
 from launches import ON_CPU
 
 HERE = Path(__file__).resolve().parent
+RESULT = "result "
 
 
-def call(module: str, function: str, *arguments: str, env: dict | None = None):
-    """The JSON result of a function, run in an interpreter of its own."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "in_process.py"), module, function, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=HERE.parents[1],
-        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2", **(env or {})},
-    )
-    assert done.returncode == 0, done.stderr[-2500:]
-    return json.loads(done.stdout.splitlines()[-1])
+def call(module: str, function: str, *arguments: str):
+    """The JSON result of a function, run in a process of its own."""
+    return _call(module, function, *arguments, ranks=None, threads="2")[0]
 
 
-def call_on_ranks(
-    module: str, function: str, *arguments: str, ranks: int, env: dict = ON_CPU
-) -> list:
-    """The JSON results of a function that torchrun runs on ranks of their own."""
+def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> list:
+    """The JSON results of a function on ranks of their own, with torchrun's environment."""
+    return _call(module, function, *arguments, ranks=ranks, threads="1")
+
+
+def call_on_gpus(module: str, function: str, *arguments: str, ranks: int) -> list:
+    """The same under a real torchrun, which sees the GPUs."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
          "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
@@ -44,10 +40,21 @@ def call_on_ranks(
         text=True,
         timeout=300,
         cwd=HERE.parents[1],
-        env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    return _results(done)
+
+
+def _call(module: str, function: str, *arguments: str, ranks: int | None, threads: str) -> list:
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": threads}
+    argv = [module, function, *arguments]
+    return _results(zygote.run("in_process:main", argv, ranks=ranks, env=env, timeout=600))
+
+
+def _results(done: subprocess.CompletedProcess) -> list:
     assert done.returncode == 0, done.stderr[-2500:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    marked = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    return [json.loads(line.removeprefix(RESULT)) for line in marked]
 
 
 def run_command_line(main, argv: list[str]) -> tuple[int, str, str]:
@@ -86,11 +93,15 @@ def build_model(config: str, *overrides: str):
     return ready, builder.build_distributed_models(groups, wrap_with_ddp=False)
 
 
-if __name__ == "__main__":
-    rooms = (room for room in HERE.parent.iterdir() if room.is_dir())  # their cases, by name
-    sys.path[:0] = [str(HERE), *map(str, rooms)]
+def main() -> None:
     module, function, *arguments = sys.argv[1:]
     sys.argv = sys.argv[:1]
     result = getattr(importlib.import_module(module), function)(*arguments)
-    print("\n" + json.dumps(result), flush=True)
-    os._exit(0)  # hundreds of threads of process groups long destroyed may take minutes to end
+    print(f"\n{RESULT}{json.dumps(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    rooms = (room for room in HERE.parent.iterdir() if room.is_dir())  # their cases, by name
+    sys.path[:0] = [str(HERE), *map(str, rooms)]
+    main()
+    os._exit(0)  # hundreds of threads of process groups long destroyed can take minutes to end

@@ -1,4 +1,4 @@
-"""Starts real runs under torchrun on the CPU, as a user would, and reads their losses."""
+"""Starts real runs on the CPU, and reads their losses."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import yaml
+import zygote
 
 from s2megatron.plot import read_scalars
 
@@ -55,8 +56,18 @@ def write_run_file(path: Path, tree: dict) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str, ranks: int = 1, env: dict | None = None):
+def start(config: Path, *overrides: str, ranks: int = 1):
+    """The launcher on ranks of its own, forked ready (zygote.py); returns the finished process."""
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"}
+    arguments = ["--config", str(config), *overrides]
+    return zygote.run("s2megatron.pretrain:main", arguments, ranks=ranks, env=env)
+
+
+def torchrun(config: Path, *overrides: str, ranks: int = 1, env: dict | None = None):
     """One torchrun launch on loopback and a free port; returns the finished process."""
+    environment = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", **(env or {})}
+    paths = [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
@@ -68,7 +79,7 @@ def start(config: Path, *overrides: str, ranks: int = 1, env: dict | None = None
         text=True,
         cwd=ROOT,
         timeout=300,
-        env={**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", **(env or {})},
+        env=environment,
     )
 
 

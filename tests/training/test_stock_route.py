@@ -1,12 +1,11 @@
 """`pretrain_gpt.py --spec s2megatron.layer_spec s2_layer_spec`: the same losses as our launcher."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launches import ON_CPU, ROOT, TINY, losses, write_run_file
+import zygote
+from launches import ON_CPU, TINY, losses, write_run_file
 
 from s2megatron.plot import read_scalars
 from s2megatron.training.backends import Backends, default_options
@@ -29,17 +28,8 @@ def stock(folder: Path, options: dict, config: Path | None, spec=("layer_spec", 
     env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "2"}
     if config:
         env["S2MEGATRON_CONFIG"] = str(config)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1",
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-         str(ROOT / "tests/support/stock_route.py"), *argv,
-         "--spec", f"s2megatron.{module}", function],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env=env,
-    )  # fmt: skip
+    arguments = [*argv, "--spec", f"s2megatron.{module}", function]
+    return zygote.run("stock_route:main", arguments, ranks=1, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,18 @@ lifetimes belong in `s2_attention`, which needs no table.
 """
 
 import hashlib
-import math
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from s2_kernels.api import HAS_TRITON, check_triton
+from s2_kernels.api import check_scale, check_triton
+from s2_kernels.autograd import once, refuse_other_modes
 from s2_kernels.pattern import BLOCK_SIZES
+from s2_kernels.versions import NO_TRITON
 
-if HAS_TRITON:
+if NO_TRITON is None:
     from s2_kernels.block_sparse.kernels import launch_backward, launch_forward
 
 
@@ -66,7 +67,7 @@ def block_sparse_attention(
         block_mask: bool [h or g, ceil(s / block_size), ceil(t / block_size)], on any device; what
             lies above the diagonal is not read.
         block_size: tokens, one of 16, 32, 64, 128, 256.
-        softmax_scale: default 1 / sqrt(d).
+        softmax_scale: above 0; default 1 / sqrt(d).
         return_lse: also return lse [b, h, s], float32, differentiable.
 
     Returns:
@@ -75,9 +76,11 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; names the argument and the value.
+        RuntimeError: forward-mode AD, torch.func, or a second derivative.
     """
     _check(q, k, v, block_mask, block_size)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    refuse_other_modes("block_sparse_attention", q, k, v)
+    scale = check_scale(softmax_scale, q)
     tables = _tables_of(block_mask, q.device)
     out, lse = _BlockSparseAttention.apply(q, k, v, tables, block_size, scale)
     return (out, lse) if return_lse else out
@@ -96,9 +99,8 @@ class _BlockSparseAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = launch_backward(
-            q, k, v, out, lse, dout, dlse, ctx.tables, ctx.block_size, ctx.scale
-        )
+        problem = (ctx.tables, ctx.block_size, ctx.scale)
+        grads = once(launch_backward, q, k, v, out, lse, dout, dlse, *problem)
         return *grads, None, None, None
 
 

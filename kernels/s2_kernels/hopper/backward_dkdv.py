@@ -35,9 +35,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, column_rows, pair_of_sequence
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     ROWS,
     TERM_LAYOUT,
     descriptor,
@@ -145,15 +147,11 @@ def producer(
                 ready = q_ready.index(stage)
                 mbarrier.expect(ready, d_q.block_type.nbytes + d_lse2.block_type.nbytes)
                 load_rows(d_q, i_batch, i_head, row, ready, q_bufs.index(stage))
-                tma.async_copy_global_to_shared(
-                    d_lse2, [term, term_row], ready, lse_bufs.index(stage)
-                )
+                async_load(d_lse2, [term, term_row], ready, lse_bufs.index(stage))
                 ready = do_ready.index(stage)
                 mbarrier.expect(ready, d_dout.block_type.nbytes + d_delta.block_type.nbytes)
                 load_rows(d_dout, i_batch, i_head, row, ready, do_bufs.index(stage))
-                tma.async_copy_global_to_shared(
-                    d_delta, [term, term_row], ready, delta_bufs.index(stage)
-                )
+                async_load(d_delta, [term, term_row], ready, delta_bufs.index(stage))
                 done += 1
         i_round += 1
         item = next_item(p_taken, n_items)
@@ -408,8 +406,7 @@ def launch_hopper_dkdv(
         GROUP=h // g,
         PACKED=packing is not None,
         TERM_LAYOUT=TERM_LAYOUT,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     if n_slots:
         add_pieces(partial, dk, dv, work, ROWS)

@@ -35,14 +35,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, column_rows
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     ROWS,
     TERM_LAYOUT,
     descriptor,
@@ -93,7 +94,7 @@ def load_place(desc, terms, i_batch, i_head, term, row, turn, bufs, term_bufs, r
     mbarrier.wait(free.index(place), phase ^ 1)
     mbarrier.expect(ready.index(place), desc.block_type.nbytes + terms.block_type.nbytes)
     load_rows(desc, i_batch, i_head, row, ready.index(place), bufs.index(place))
-    tma.async_copy_global_to_shared(terms, [term, row], ready.index(place), term_bufs.index(place))
+    async_load(terms, [term, row], ready.index(place), term_bufs.index(place))
 
 
 @gluon.jit
@@ -410,7 +411,6 @@ def launch_hopper_dkdv_wide(
         N_BANDS=pattern.n_bands,
         GROUP=h // g,
         TERM_LAYOUT=TERM_LAYOUT,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     add_pieces(partial, dk, dv, work, ROWS)

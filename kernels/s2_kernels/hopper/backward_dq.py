@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.packed import term_rows
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -348,7 +349,6 @@ def launch_hopper_dq(
         N_BANDS=pattern.n_bands,
         PACKED=packing is not None,
         STAGES=4 if pad(d) == 128 else 8,  # what fits 227 KiB of shared memory
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     return lse2, delta

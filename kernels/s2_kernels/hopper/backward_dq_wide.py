@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.hopper.backward_dkdv_wide import store_sum
 from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -275,6 +276,5 @@ def launch_hopper_dq_wide(
         D=d,
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )

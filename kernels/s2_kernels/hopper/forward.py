@@ -30,8 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, listed_row, query_list
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -66,8 +68,8 @@ def load_half_tiles(desc, i_batch, i_kv, row_0, row_1, ready, buffer):
     D: gl.constexpr = buffer.shape[1]
     halves = buffer.reshape([1, 2, 64, D])
     mbarrier.expect(ready, 2 * desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [i_batch, i_kv, row_0, 0], ready, halves.slice(0, 1, 1))
-    tma.async_copy_global_to_shared(desc, [i_batch, i_kv, row_1, 0], ready, halves.slice(1, 1, 1))
+    async_load(desc, [i_batch, i_kv, row_0, 0], ready, halves.slice(0, 1, 1))
+    async_load(desc, [i_batch, i_kv, row_1, 0], ready, halves.slice(1, 1, 1))
 
 
 @gluon.jit
@@ -397,7 +399,6 @@ def launch_hopper_forward(
         PACKED=packing is not None,
         K_STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
         V_STAGES=3 if pad(d) == 128 else 6,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     return out, lse if packing is None else lse[0]

@@ -38,8 +38,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from s2_kernels.hopper.compat import async_store
 from s2_kernels.hopper.lists import off_diagonal, query_list
 from s2_kernels.hopper.primitives import (
+    OPTIONS,
     count_items,
     descriptor,
     extents,
@@ -226,7 +228,7 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
         out_buf.store(gl.convert_layout(halves[i], half_layout))
         fence_async_shared()
         at = [i_batch, i_head, row, i * HALF]
-        tma.async_copy_shared_to_global(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
+        async_store(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
 @gluon.jit
@@ -357,7 +359,6 @@ def launch_hopper_forward_wide(
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
         STAGES=STAGES,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers over 12 warps; the partitions share them out as they need
+        **OPTIONS,
     )
     return out, lse

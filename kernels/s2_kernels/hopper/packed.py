@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.configs import FUSED
+
 
 @triton.jit(do_not_specialize=["n_seqs", "n_slots"])
 def s2_packed_slots_kernel(p_cu, p_slots, n_seqs, n_slots, EXTRA: tl.constexpr, M: tl.constexpr):
@@ -56,5 +58,5 @@ def packed_slots(cu_seqlens: torch.Tensor, tokens: int, extra: int = 0) -> torch
     n_slots = tokens // 128 + n_seqs * (1 + extra)
     slots = cu_seqlens.new_empty((n_slots, 4))
     grid = (triton.cdiv(n_slots, 64),)
-    s2_packed_slots_kernel[grid](cu_seqlens, slots, n_seqs, n_slots, EXTRA=extra, M=64)
+    s2_packed_slots_kernel[grid](cu_seqlens, slots, n_seqs, n_slots, EXTRA=extra, M=64, **FUSED)
     return slots

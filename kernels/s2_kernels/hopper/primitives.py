@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.configs import FUSED
+from s2_kernels.hopper.compat import async_load, async_store, thread_barrier
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
 from s2_kernels.pattern import LayerPattern
@@ -20,6 +22,9 @@ from s2_kernels.schedule import query_tiles
 
 ROWS = 64
 """Rows of a half-tile."""
+
+OPTIONS = dict(num_warps=4, maxnreg=168, **FUSED)
+"""Of every launch: 65,536 registers over 12 warps; the partitions share them out as they need."""
 
 
 @gluon.jit
@@ -105,7 +110,7 @@ def write_notes(notes, first, values):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for i in gl.static_range(len(values)):
         notes.index(first + i).store(gl.full([1], values[i], gl.int32, layout))
-    gl.thread_barrier()  # before that lane does so
+    thread_barrier()  # before that lane does so
 
 
 @gluon.jit
@@ -123,9 +128,7 @@ def read_scalar(notes, index):
 def load_rows(desc, i_batch, i_head, row, ready, buffer):
     """64 rows of a head into a buffer [64, D]; zeros where they lie outside of the tensor."""
     D: gl.constexpr = buffer.shape[1]
-    tma.async_copy_global_to_shared(
-        desc, [i_batch, i_head, row, 0], ready, buffer.reshape([1, 1, 64, D])
-    )
+    async_load(desc, [i_batch, i_head, row, 0], ready, buffer.reshape([1, 1, 64, D]))
 
 
 @gluon.jit
@@ -145,7 +148,7 @@ def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length):
 def store_rows(desc, i_batch, i_head, row, buffer):
     """64 rows of a head out of a buffer [64, D]; rows outside of the tensor are left out."""
     D: gl.constexpr = buffer.shape[1]
-    tma.async_copy_shared_to_global(desc, [i_batch, i_head, row, 0], buffer.reshape([1, 1, 64, D]))
+    async_store(desc, [i_batch, i_head, row, 0], buffer.reshape([1, 1, 64, D]))
 
 
 class QueryItems(NamedTuple):

@@ -1,0 +1,608 @@
+"""Attention of a few query tokens, or many, against paged KV: the Triton kernels of decoding.
+
+The work is cut as on no grid: a *unit* is a query tile of one KV head of one sequence, with all
+query heads of the group; its list of live pages is arithmetic on lifetimes, so its length is known
+without reading anything but the sequence's length. All lists, one behind the other, are cut into
+equal ranges of tiles, one per program, whatever the lengths of the sequences are. A program writes
+one part (output and log of the softmax's sum) for every unit it touches; `merge_kernel` adds the
+parts of a unit up in their order. The grid depends on shapes alone and the host reads nothing, so
+that a CUDA graph can hold it. The same inputs give the same bits on the same GPU; another number of
+programs adds in another order.
+
+A list is computed from lifetimes, never from page numbers: the entry of a dead block may be stale,
+and its page may belong to another head or hold NaN.
+
+Shapes: b sequences, s new tokens, h query heads, g KV heads, G = h / g, d head size, dv head size
+of V, B block size, M rows of a unit (tokens x G, padded), N KV rows of a tile, U units.
+    q [b, s, h, d]   k_pages [pages, B, d]   v_pages [pages, B, dv]   out [b, s, h, dv]
+    page_table int32 [b, g, blocks]: the page of a block   lengths int32 [b]: tokens, new ones too
+Token j of the s new ones stands at position length - s + j; before position 0 there is padding.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from s2_kernels.launch import device_table, pad
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
+
+MOST_UNITS = 4096
+"""Units of a launch: every program adds up the lengths of all lists."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """KV rows of a tile, warps, stages, and programs per multiprocessor of the decode kernel."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    per_sm: int
+
+    def __str__(self) -> str:
+        return f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}"
+
+
+@triton.jit
+def positions_of(i_tile, length, s, TOKENS: tl.constexpr):
+    """First and last position of a query tile; the last is negative where all is padding."""
+    first = length - s + i_tile * TOKENS
+    last = tl.minimum(first + TOKENS, length) - 1
+    return tl.maximum(first, 0), last
+
+
+@triton.jit
+def live_segments(rule, first, last, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The blocks that positions first..last attend to: per band (start, stride, count), far first.
+
+    What any of them keeps, the first keeps or it lies between them. Each block is listed once, in
+    the band of its age at the first; the block of the last position is the last on the list.
+    Scalars, or one list per element of a tile.
+    """
+    i_first, i_last = first // B, last // B
+    segments = ()
+    for j in tl.static_range(N_BANDS - 1, -1, -1):
+        stride = rule[2 + 2 * j]
+        low = tl.maximum(i_first - rule[1 + 2 * j] + 1, 0)
+        high = i_last if j == 0 else i_first - rule[2 * j - 1]
+        start = low + (stride - (low + rule[0]) % stride) % stride
+        count = tl.where((start <= high) & (last >= 0), (high - start) // stride + 1, 0)
+        segments += (start, stride, count)
+    return segments
+
+
+@triton.jit
+def listed_blocks(segments, N_BANDS: tl.constexpr):
+    """How many blocks are on a list."""
+    total = segments[2]
+    for j in tl.static_range(1, N_BANDS):
+        total += segments[3 * j + 2]
+    return total
+
+
+@triton.jit
+def listed_tiles(segments, last, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """How many tiles of N rows the listed blocks fill, up to position `last` in the last block."""
+    n_blocks = listed_blocks(segments, N_BANDS)
+    if N <= B:
+        unused = B // N - 1 - tl.maximum(last, 0) % B // N
+        return n_blocks * (B // N) - tl.where(n_blocks > 0, unused, 0)
+    else:
+        return tl.cdiv(n_blocks, N // B)
+
+
+@triton.jit
+def listed_block(segments, position, N_BANDS: tl.constexpr):
+    """The block(s) at a position (scalar or tile) of a list."""
+    block = segments[0] + position * segments[1]
+    for j in tl.static_range(1, N_BANDS):
+        position = position - segments[3 * j - 1]
+        block = tl.where(position >= 0, segments[3 * j] + position * segments[3 * j + 1], block)
+    return block
+
+
+@triton.jit
+def tile_blocks(segments, p, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The block of tile p, a scalar; or that of each of its N rows, where a tile holds several."""
+    if N <= B:
+        return listed_block(segments, p // (B // N), N_BANDS)
+    else:
+        position = p * (N // B) + tl.arange(0, N) // B
+        beyond = position >= listed_blocks(segments, N_BANDS)
+        return tl.where(beyond, -1, listed_block(segments, position, N_BANDS))
+
+
+@triton.jit
+def load_page(p_pages, block, stride, N: tl.constexpr, B: tl.constexpr):
+    """The page(s) of `tile_blocks`, 64-bit: a pool may hold more than 2^31 elements."""
+    if N <= B:
+        return tl.load(p_pages + block * stride).to(tl.int64)
+    else:
+        return tl.load(p_pages + block * stride, mask=block >= 0, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_paged(p_pool, page, row, m_row, stride_page, stride_row, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, N: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Tile [N, BLOCK_D] of rows of one page, or of one page per row; 0 outside m_row [N].
+
+    What lies in a page past the end of the sequence is not loaded: it may be NaN, and NaN * 0 too.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    if N <= B:
+        p_tile = p_pool + page * stride_page + (row[:, None] * stride_row + o_d[None, :])
+    else:
+        p_tile = p_pool + (page * stride_page + row * stride_row)[:, None] + o_d[None, :]
+    mask = m_row[:, None] & (o_d < D)[None, :] if D != BLOCK_D else m_row[:, None]
+    return tl.load(p_tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def attend_pages(
+    b_q, o_row, rule, segments, low, high, last, scale_log2, p_k, p_v, p_pages,
+    stride_k_page, stride_k_row, stride_v_page, stride_v_row, stride_pages,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [M, BLOCK_DV] and lse [M] of the rows b_q [M, D] over tiles low..high-1 of a list.
+
+    The page number of a tile is asked for one tile ahead: so the loads of K and V, which the
+    compiler starts several tiles ahead, never wait for it.
+    """
+    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    b_m = tl.full([M], float("-inf"), tl.float32)
+    b_l = tl.zeros([M, 8], tl.float32)
+    o_n = tl.arange(0, N)
+    block = tile_blocks(segments, low, N, B, N_BANDS)
+    page = load_page(p_pages, block, stride_pages, N, B)
+    for p in tl.range(low, high):
+        i_next = tile_blocks(segments, tl.minimum(p + 1, high - 1), N, B, N_BANDS)
+        page_next = load_page(p_pages, i_next, stride_pages, N, B)
+        if N <= B:
+            row = p % (B // N) * N + o_n
+            o_col = block * B + row
+            m_col = o_col <= last
+        else:
+            row = o_n % B
+            o_col = block * B + row
+            m_col = (block >= 0) & (o_col <= last)
+        b_k = load_paged(p_k, page, row, m_col, stride_k_page, stride_k_row, D, BLOCK_D, N, B)
+        b_v = load_paged(p_v, page, row, m_col, stride_v_page, stride_v_row, DV, BLOCK_DV, N, B)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        m_s = m_col[None, :]
+        if not ONE_TOKEN:  # one token attends to all that is listed; of several, each to its own
+            life = lifetime(rule, block, N_BANDS)
+            if N > B:
+                life, block = life[None, :], block[None, :]
+            m_s = m_s & (o_col[None, :] <= o_row[:, None]) & (o_row[:, None] // B - block < life)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, True)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        block, page = i_next, page_next
+    return finish_softmax(b_acc, b_m, b_l)
+
+
+@triton.jit
+def share_of(
+    i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units,
+    TOKENS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, U: tl.constexpr, N_BANDS: tl.constexpr,
+):  # fmt: skip
+    """A program's units i_unit..end_unit-1, tiles before the first of them, own tiles low..high-1.
+
+    The lists of all units are counted at once, in a tile of U. The first program leaves `p_ends`.
+    """
+    o_unit = tl.arange(0, U)
+    m_unit = o_unit < n_units
+    length = tl.load(p_lengths + o_unit // (n_tiles_q * kv_heads), mask=m_unit, other=0)
+    first, last = positions_of(o_unit // kv_heads % n_tiles_q, length, s, TOKENS)
+    rule = load_rule(p_table, o_unit % kv_heads, N_BANDS)
+    segments = live_segments(rule, first, last, B, N_BANDS)
+    n_listed = tl.where(m_unit, listed_tiles(segments, last, N, B, N_BANDS), 0)
+    ends = tl.cumsum(n_listed, 0)
+    total = tl.sum(n_listed, 0)
+    if i_program == 0:
+        tl.store(p_ends + o_unit, ends, mask=m_unit)
+
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
+    low = i_program * share
+    high = tl.minimum(low + share, total)
+    i_unit = tl.sum((ends <= low).to(tl.int32), 0)
+    end_unit = tl.minimum(tl.sum((ends - n_listed < high).to(tl.int32), 0), n_units)
+    start = tl.max(tl.where(ends <= low, ends, 0), 0)
+    return i_unit, tl.where(low < high, end_unit, i_unit), start, low, high
+
+
+@triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads"])
+def decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_pages,
+    p_lengths,
+    p_table,
+    p_out,
+    p_lse,
+    p_part,
+    p_part_lse,
+    p_ends,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_pages,
+    strides_out,
+    stride_lse,
+    s,
+    kv_heads,
+    n_tiles_q,
+    n_units,
+    scale_log2,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    B: tl.constexpr,
+    U: tl.constexpr,
+    N_BANDS: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (programs,). Program i takes the i-th of equal ranges of all tiles of all units.
+
+    Its part of unit u is row block i + u of p_part [programs + units, rows, dv]: along the tiles
+    neither number falls, and one of them grows from part to part. p_ends [units]: the tiles up to
+    the end of each unit, for `merge_kernel`.
+    """
+    i_program = tl.program_id(0)
+    i_unit, end_unit, start, low, high = share_of(
+        i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U,
+        N_BANDS,
+    )  # fmt: skip
+    o_m = tl.arange(0, M)
+    for u in tl.range(i_unit, end_unit):
+        i_kv = u % kv_heads
+        i_tile = u // kv_heads % n_tiles_q
+        i_seq = (u // (n_tiles_q * kv_heads)).to(tl.int64)
+        length = tl.load(p_lengths + i_seq)
+        first, last = positions_of(i_tile, length, s, TOKENS)
+        rule = load_rule(p_table, i_kv, N_BANDS)
+        segments = live_segments(rule, first, last, B, N_BANDS)
+        n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
+        own_low, own_high = tl.maximum(low - start, 0), tl.minimum(high - start, n_tiles)
+        start += n_tiles
+        if own_low < own_high:
+            o_token = i_tile * TOKENS + o_m // GROUP
+            o_head = i_kv * GROUP + o_m % GROUP
+            o_row = length - s + o_token
+            m_m = (o_m < TOKENS * GROUP) & (o_token < s)
+            o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+            p_row = p_q + i_seq * strides_q[0] + o_token.to(tl.int64) * strides_q[1]
+            m_q = (m_m & (o_row >= 0))[:, None] & (o_d < D)[None, :]
+            b_q = tl.load(
+                (p_row + o_head * strides_q[2])[:, None] + o_d[None, :], mask=m_q, other=0.0
+            )
+            b_out, b_lse = attend_pages(
+                b_q, o_row, rule, segments, own_low, own_high, last, scale_log2, p_k, p_v,
+                p_pages + i_seq * strides_pages[0] + i_kv * strides_pages[1],
+                strides_k[0], strides_k[1], strides_v[0], strides_v[1], strides_pages[2],
+                D, DV, BLOCK_D, BLOCK_DV, M, N, B, N_BANDS, ONE_TOKEN, PRECISION,
+            )  # fmt: skip
+            b_out = tl.where((o_row >= 0)[:, None], b_out, 0.0)
+            b_lse = tl.where(o_row >= 0, b_lse, float("-inf"))
+            m_out = m_m[:, None] & (o_dv < DV)[None, :]
+            if own_high - own_low == n_tiles:  # the whole unit: there is nothing to merge
+                p_row = p_out + i_seq * strides_out[0] + o_token.to(tl.int64) * strides_out[1]
+                p_row += o_head * strides_out[2]
+                b_x = b_out.to(p_out.dtype.element_ty)
+                tl.store(p_row[:, None] + o_dv[None, :], b_x, mask=m_out)
+                heads = kv_heads * GROUP
+                tl.store(p_lse + (i_seq * heads + o_head) * stride_lse + o_token, b_lse, mask=m_m)
+            else:
+                o_part = (i_program + u).to(tl.int64) * (TOKENS * GROUP) + o_m
+                tl.store(p_part + (o_part * DV)[:, None] + o_dv[None, :], b_out, mask=m_out)
+                tl.store(p_part_lse + o_part, b_lse, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads", "n_programs"])
+def merge_kernel(
+    p_out,
+    p_lse,
+    p_part,
+    p_part_lse,
+    p_ends,
+    strides_out,
+    stride_lse,
+    s,
+    kv_heads,
+    n_tiles_q,
+    n_units,
+    n_programs,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Grid: (units, groups of ROWS rows). Adds the parts of each row up, in order, PARTS at a time.
+
+    A unit of one part has its output already; one without a tile (padding) gets 0 and -inf.
+    """
+    u = tl.program_id(0)
+    end = tl.load(p_ends + u)
+    start = tl.load(p_ends + tl.maximum(u - 1, 0))
+    start = tl.where(u > 0, start, 0)
+    total = tl.load(p_ends + n_units - 1)
+    share = tl.maximum(tl.cdiv(total, n_programs), 1)
+    i_first, i_last = start // share, (end - 1) // share
+    if (end > start) & (i_first == i_last):
+        return
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    o_token = u // kv_heads % n_tiles_q * TOKENS + o_m // GROUP
+    m_rows = (o_m < TOKENS * GROUP) & (o_token < s)
+    i_stop = tl.where(end > start, i_last + 1, i_first)
+    for i in tl.range(i_first, i_stop, PARTS):
+        o_i = i + tl.arange(0, PARTS)
+        m_part = (o_i < i_stop)[:, None] & m_rows[None, :]
+        o_part = (o_i + u).to(tl.int64)[:, None] * (TOKENS * GROUP) + o_m[None, :]
+        b_lse = tl.load(p_part_lse + o_part, mask=m_part, other=float("-inf"))  # [PARTS, ROWS]
+        mask = m_part[:, :, None] & (o_dv < DV)[None, None, :]
+        b_part = tl.load(p_part + (o_part * DV)[:, :, None] + o_dv[None, None, :], mask, other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_lse, 0))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_weight = tl.exp(b_lse - b_shift[None, :])
+        b_scale = tl.exp(b_max - b_shift)
+        b_sum = b_sum * b_scale + tl.sum(b_weight, 0)
+        b_acc = b_acc * b_scale[:, None] + tl.sum(b_part * b_weight[:, :, None], 0)
+        b_max = b_new
+    sees = b_sum > 0
+    b_sum = tl.where(sees, b_sum, 1.0)
+    b_lse = tl.where(sees, b_max + tl.log(b_sum), float("-inf"))
+
+    i_seq = (u // (kv_heads * n_tiles_q)).to(tl.int64)
+    o_head = u % kv_heads * GROUP + o_m % GROUP
+    p_row = p_out + i_seq * strides_out[0] + o_token.to(tl.int64) * strides_out[1]
+    p_row += o_head * strides_out[2]
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
+    m_out = m_rows[:, None] & (o_dv < DV)[None, :]
+    tl.store(p_row[:, None] + o_dv[None, :], b_out, mask=m_out)
+    o_lse = (i_seq * kv_heads * GROUP + o_head) * stride_lse + o_token
+    tl.store(p_lse + o_lse, b_lse, mask=m_rows)
+
+
+@triton.jit(do_not_specialize=["s"])
+def write_kernel(
+    p_k,
+    p_v,
+    p_k_pages,
+    p_v_pages,
+    p_pages,
+    p_lengths,
+    p_table,
+    strides_k,
+    strides_v,
+    strides_k_pages,
+    strides_v_pages,
+    strides_pages,
+    s,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    B: tl.constexpr,
+    N_BANDS: tl.constexpr,
+    ALIVE_ONLY: tl.constexpr,
+):
+    """Grid: (blocks that s tokens can touch, KV heads, sequences): one block of new tokens each."""
+    i_kv, i_seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(p_lengths + i_seq)
+    begin = length - s
+    i_block = tl.maximum(begin, 0) // B + tl.program_id(0)
+    if i_block * B >= length:
+        return
+    if ALIVE_ONLY:
+        life = lifetime(load_rule(p_table, i_kv, N_BANDS), i_block, N_BANDS)
+        if length // B - i_block >= life:
+            return
+    page = tl.load(
+        p_pages + i_seq * strides_pages[0] + i_kv * strides_pages[1] + i_block * strides_pages[2]
+    )
+    page = page.to(tl.int64)
+    o_b = tl.arange(0, B)
+    o_row = i_block * B + o_b
+    m_row = (o_row >= begin) & (o_row < length)
+    o_token = (o_row - begin).to(tl.int64)
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    m_k, m_v = m_row[:, None] & (o_d < D)[None, :], m_row[:, None] & (o_dv < DV)[None, :]
+    p_from = p_k + i_seq * strides_k[0] + o_token * strides_k[1] + i_kv * strides_k[2]
+    b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m_k)
+    p_from = p_v + i_seq * strides_v[0] + o_token * strides_v[1] + i_kv * strides_v[2]
+    b_v = tl.load(p_from[:, None] + o_dv[None, :], mask=m_v)
+    p_to = p_k_pages + page * strides_k_pages[0] + o_b * strides_k_pages[1]
+    tl.store(p_to[:, None] + o_d[None, :], b_k, mask=m_k)
+    p_to = p_v_pages + page * strides_v_pages[0] + o_b * strides_v_pages[1]
+    tl.store(p_to[:, None] + o_dv[None, :], b_v, mask=m_v)
+
+
+def decode_config(d: int, dv: int, rows: int, dtype: torch.dtype) -> DecodeConfig:
+    """Tiles of 32 KiB of K and V, three in flight, two programs on a multiprocessor."""
+    block_n = 32768 // (dtype.itemsize * (pad(d) + pad(dv)))
+    return DecodeConfig(
+        min(max(block_n, 16), 128 if rows <= 16 else 64), 4, 4 if rows <= 16 else 3, 2
+    )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: enough for lists to be cut
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rows(s: int, group: int) -> tuple[int, int]:
+    """(rows of a unit's tile, query tokens in it): all tokens in one tile where they are few."""
+    if s * group <= 64:
+        return max(16, triton.next_power_of_2(s * group)), s
+    m = max(64, triton.next_power_of_2(group))
+    return m, m // group
+
+
+def launch_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    pattern: LayerPattern,
+    softmax_scale: float,
+    *,
+    config: DecodeConfig | None = None,
+    programs: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [b, s, h, dv] and lse [b, h, s] float32; inputs as in the module, checked by the caller.
+
+    Args:
+        config: tiles; default: `decode_config`.
+        programs: how many share the work (default: as many as run at a time).
+    """
+    b, s, h, _ = q.shape
+    out = q.new_empty(b, s, h, v_pages.shape[-1])
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    group = h // pattern.kv_heads
+    m, tokens = _rows(s, group)
+    # So many query tokens at once that no launch has more than MOST_UNITS units.
+    step = max(1, MOST_UNITS // (b * pattern.kv_heads)) * tokens
+    for begin in range(0, s, step):
+        end = min(begin + step, s)
+        part = slice(begin, end)
+        _launch(
+            q[:, part], k_pages, v_pages, page_table, lengths if end == s else lengths - (s - end),
+            pattern, softmax_scale, out[:, part], lse[:, :, part], m, tokens, config, programs,
+        )  # fmt: skip
+    return out, lse
+
+
+def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, m, tokens,
+            config, programs):  # fmt: skip
+    (b, s, h, d), dv = q.shape, v_pages.shape[-1]
+    kv_heads, group = pattern.kv_heads, h // pattern.kv_heads
+    config = config or decode_config(d, dv, m, q.dtype)
+    programs = programs or config.per_sm * multiprocessors(q.device)
+    n_tiles_q = triton.cdiv(s, tokens)
+    units, rows = b * kv_heads * n_tiles_q, tokens * group
+    part = torch.empty((programs + units, rows, dv), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((programs + units, rows), dtype=torch.float32, device=q.device)
+    ends = torch.empty(units, dtype=torch.int32, device=q.device)
+    decode_kernel[(programs,)](
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        device_table(pattern, q.device),
+        out,
+        lse,
+        part,
+        part_lse,
+        ends,
+        q.stride()[:3],
+        k_pages.stride()[:2],
+        v_pages.stride()[:2],
+        page_table.stride(),
+        out.stride()[:3],
+        lse.stride(1),
+        s,
+        kv_heads,
+        n_tiles_q,
+        units,
+        scale * math.log2(math.e),
+        D=d,
+        DV=dv,
+        BLOCK_D=pad(d),
+        BLOCK_DV=pad(dv),
+        GROUP=group,
+        TOKENS=tokens,
+        M=m,
+        N=config.block_n,
+        B=pattern.block_size,
+        U=max(128, triton.next_power_of_2(units)),
+        N_BANDS=pattern.n_bands,
+        ONE_TOKEN=s == 1,
+        PRECISION="ieee",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    merge_rows = 1 if rows <= 16 else 16
+    merge_kernel[(units, triton.cdiv(rows, merge_rows))](
+        out,
+        lse,
+        part,
+        part_lse,
+        ends,
+        out.stride()[:3],
+        lse.stride(1),
+        s,
+        kv_heads,
+        n_tiles_q,
+        units,
+        programs,
+        DV=dv,
+        BLOCK_DV=pad(dv),
+        GROUP=group,
+        TOKENS=tokens,
+        ROWS=merge_rows,
+        PARTS=32 // merge_rows,
+        num_warps=4,
+    )
+
+
+def launch_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    pattern: LayerPattern,
+    *,
+    alive_only: bool,
+) -> None:
+    """Writes s new tokens [b, s, g, d] into pages; arguments as in `write_pages`."""
+    (b, s, kv_heads, d), dv, size = k.shape, v.shape[-1], pattern.block_size
+    blocks = 1 if s == 1 else triton.cdiv(s - 1, size) + 1
+    write_kernel[(blocks, kv_heads, b)](
+        k,
+        v,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        device_table(pattern, k.device),
+        k.stride()[:3],
+        v.stride()[:3],
+        k_pages.stride()[:2],
+        v_pages.stride()[:2],
+        page_table.stride(),
+        s,
+        D=d,
+        DV=dv,
+        BLOCK_D=pad(d),
+        BLOCK_DV=pad(dv),
+        B=size,
+        N_BANDS=pattern.n_bands,
+        ALIVE_ONLY=alive_only,
+        num_warps=4,
+    )

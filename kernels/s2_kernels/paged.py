@@ -1,0 +1,224 @@
+"""Attention against paged KV: checks, choice of backend, and the specification in PyTorch.
+
+A page holds one block of one KV head, in a pool that heads, layers and sequences share. A page
+table says where each block of a KV head lies; entries of dead blocks are not read.
+"""
+
+import importlib.util
+import math
+
+import torch
+
+from s2_kernels.api import check_triton
+from s2_kernels.cache import alive_blocks
+from s2_kernels.pattern import LayerPattern
+from s2_kernels.reference import masked_attention
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from s2_kernels.decode import launch_decode, launch_write
+
+BACKENDS = ("auto", "triton", "reference")
+_WAY_OUT = "backend='reference' (PyTorch, any device) takes it"
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    pattern: LayerPattern,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of the last tokens of each sequence to its live pages.
+
+    One token of each sequence is a step of decoding, a few are a draft to verify, many a chunk of
+    a prompt (paged prefill). The keys and values of these tokens are in their pages already
+    (`write_pages`). No gradient. On a GPU the host reads nothing and the grid depends on shapes
+    alone, so that a CUDA graph can hold the call.
+
+    Args:
+        q: [b, s, h, d]. Token j of sequence i stands at position lengths[i] - s + j; where that is
+            negative (padding in front) out is 0.
+        k_pages: [pages, block_size, d]; v_pages: [pages, block_size, dv]. Any strides with a
+            contiguous last dimension. What lies past the end of a sequence may be NaN.
+        page_table: int32 [b, g, blocks]: the page of each block of each KV head. Only the entries
+            of blocks that a query attends to are read; they are not checked on a GPU.
+        lengths: int32 [b] on q's device: the tokens of each sequence, the new ones included, at
+            most blocks * block_size. Not checked on a GPU, which would wait for it.
+        pattern: lifetimes for exactly these h and g heads.
+        softmax_scale: default 1 / sqrt(d).
+        return_lse: also return lse [b, h, s], the natural log of the softmax denominator, float32.
+        backend: "triton" (head sizes 32 to 256 in multiples of 16), "reference" (PyTorch, any
+            device), "auto": "triton" on a GPU.
+
+    Returns:
+        out [b, s, h, dv], or (out, lse).
+
+    Raises:
+        ValueError: names the argument, the value and the way out.
+    """
+    check_pages(k_pages, v_pages, page_table, lengths, pattern, q)
+    if q.dim() != 4 or q.shape[2] != pattern.heads or q.shape[3] != k_pages.shape[2]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}: must be [b, s, {pattern.heads}, {k_pages.shape[2]}], "
+            "as the pattern's heads and the head size of k_pages are"
+        )
+    if q.shape[1] < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}: must hold at least one token")
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if _choose(backend, q, k_pages, v_pages) == "triton":
+        with torch.no_grad():
+            out, lse = launch_decode(q, k_pages, v_pages, page_table, lengths, pattern, scale)
+    else:
+        out, lse = paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, scale)
+    return (out, lse) if return_lse else out
+
+
+def write_pages(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    pattern: LayerPattern,
+    *,
+    alive_only: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Writes the keys and values of the last s tokens of each sequence into their pages.
+
+    Args:
+        k: [b, s, g, d]; v: [b, s, g, dv]: token j at position lengths[i] - s + j; tokens at
+            negative positions (padding) are left out.
+        k_pages, v_pages, page_table, lengths, pattern: as in `paged_attention`.
+        alive_only: leave out blocks that are dead once these tokens are written (a prompt that
+            attention has seen already); else every block of the new tokens must have a page.
+
+    Raises:
+        ValueError: as `paged_attention`.
+    """
+    check_pages(k_pages, v_pages, page_table, lengths, pattern, k)
+    b, kv_heads = page_table.shape[:2]
+    for name, x, pages in (("k", k, k_pages), ("v", v, v_pages)):
+        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (b, kv_heads, pages.shape[2]):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: must be [{b}, s, {kv_heads}, {pages.shape[2]}]"
+            )
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} tokens and v {v.shape[1]}: must be as many")
+    if _choose(backend, k, k_pages, v_pages) == "triton":
+        pages = (k_pages, v_pages, page_table, lengths, pattern)
+        launch_write(_last_contiguous(k), _last_contiguous(v), *pages, alive_only=alive_only)
+    else:
+        write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, alive_only=alive_only)
+
+
+def check_pages(k_pages, v_pages, page_table, lengths, pattern, x) -> None:
+    """Raises ValueError where pool, table and lengths do not fit the pattern and `x` [b, ...]."""
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if pages.dim() != 3 or pages.shape[1] != pattern.block_size:
+            raise ValueError(
+                f"{name} has shape {tuple(pages.shape)}: must be [pages, {pattern.block_size}, "
+                "head size]: a page holds one block of the pattern"
+            )
+        if pages.dtype != x.dtype or pages.device != x.device:
+            raise ValueError(
+                f"{name} is {pages.dtype} on {pages.device}, the new tokens are {x.dtype} on "
+                f"{x.device}: must be the same"
+            )
+    b = x.shape[0]
+    for name, table, shape in (
+        ("page_table", page_table, (b, pattern.kv_heads, *page_table.shape[2:3])),
+        ("lengths", lengths, (b,)),
+    ):
+        if table.shape != shape or len(shape) not in (1, 3):
+            wanted = "[b, g, blocks]" if name == "page_table" else "[b]"
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}: must be {wanted} with b = {b} sequences "
+                f"and g = {pattern.kv_heads} KV heads"
+            )
+        if table.dtype != torch.int32 or table.device != x.device:
+            raise ValueError(
+                f"{name} is {table.dtype} on {table.device}: must be int32 on {x.device}"
+            )
+    if lengths.device.type == "cpu":
+        most = page_table.shape[2] * pattern.block_size
+        if int(lengths.max()) > most:
+            raise ValueError(
+                f"lengths={lengths.tolist()}: page_table has {page_table.shape[2]} blocks of "
+                f"{pattern.block_size} tokens for a sequence, {most} in all: give it more"
+            )
+
+
+def _choose(backend: str, x, k_pages, v_pages) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if x.is_cuda else "reference"
+    if backend == "triton":
+        check_triton(_last_contiguous(x), k_pages, v_pages, _WAY_OUT)
+    return backend
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, softmax_scale):
+    """`paged_attention` in PyTorch, one KV head of one sequence at a time: the specification.
+
+    Softmax in float32, or in float64 for float64 inputs.
+    """
+    b, s, h, _ = q.shape
+    group, size, dv = h // pattern.kv_heads, pattern.block_size, v_pages.shape[-1]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros(b, s, h, dv)
+    lse = q.new_full((b, h, s), -math.inf, dtype=exact)
+    for i, length in enumerate(lengths.clamp(min=0).tolist()):
+        padding = max(0, s - length)
+        first = length - s + padding  # the position of the first real query
+        if first == length:
+            continue
+        for head, rule in enumerate(pattern.rules):
+            old = [k for k in alive_blocks(rule, first, size) if k < first // size]
+            blocks = torch.tensor(old + list(range(first // size, (length - 1) // size + 1)))
+            columns = (blocks[:, None] * size + torch.arange(size)).flatten()
+            columns = columns[columns < length]
+            pages = page_table[i, head, blocks.to(page_table.device)].long()
+            k, v = (x[pages].flatten(0, 1)[: len(columns)].to(exact) for x in (k_pages, v_pages))
+            rows = torch.arange(first, length)
+            lifetimes = rule.lifetimes(int(blocks[-1]) + 1)[columns // size]
+            age = rows[:, None] // size - columns // size
+            mask = ((rows[:, None] >= columns) & (age < lifetimes)).to(q.device)
+            heads = slice(head * group, (head + 1) * group)
+            queries = q[i : i + 1, padding:, heads].to(exact)
+            got, got_lse = masked_attention(
+                queries, k[None, :, None], v[None, :, None], mask[None], softmax_scale
+            )
+            out[i, padding:, heads] = got[0].to(q.dtype)
+            lse[i, heads, padding:] = got_lse[0]
+    return out, lse
+
+
+def write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, *, alive_only) -> None:
+    """`write_pages` in PyTorch."""
+    s, size = k.shape[1], pattern.block_size
+    for i, length in enumerate(lengths.clamp(min=0).tolist()):
+        position = torch.arange(max(0, length - s), length)
+        for head, rule in enumerate(pattern.rules):
+            kept = position
+            if alive_only:
+                alive = torch.zeros(-(-length // size) + 1, dtype=torch.bool)
+                alive[alive_blocks(rule, length, size)] = True
+                kept = position[alive[position // size]]
+            token = (kept - (length - s)).to(k.device)
+            page = page_table[i, head, (kept // size).to(page_table.device)].long()
+            row = (kept % size).to(page.device)
+            k_pages[page, row] = k[i, token, head]
+            v_pages[page, row] = v[i, token, head]

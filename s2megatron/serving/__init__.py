@@ -1,0 +1,1 @@
+"""A KV cache that evicts: which page holds what, the cache that transformers sees, CUDA graphs."""

@@ -1,0 +1,414 @@
+"""The KV cache that transformers sees: pages of one pool, of which a KV head keeps the live ones.
+
+`PagedCache.update` stores nothing yet: whether a sequence begins with padding is only known to the
+attention function, which calls `Tokens.attend`. There a first prompt is attended to by the training
+kernels, and what is alive after it is written into pages; later tokens are written first and then
+attend to pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from s2_kernels import LayerPattern
+from s2_kernels.paged import paged_attention, write_pages
+from s2_kernels.record import read_record
+from s2megatron.errors import ConfigError
+from s2megatron.serving.graph import DecodeGraph
+from s2megatron.serving.pages import PREFILL_TOKENS, PagePool, pages_needed
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """New keys and values [b, g, s, d] of one layer, as `PagedCache.update` hands them on."""
+
+    cache: "PagedCache"
+    layer: int
+    keys: Tensor
+    values: Tensor
+
+    def __getattr__(self, name: str):
+        raise ValueError(
+            f"PagedCache hands its keys to attention 's2' only, and something asked for .{name}: "
+            "load the model with s2megatron.hf.load"
+        )
+
+    @property
+    def begin(self) -> int:
+        """Tokens before the new ones, padding included."""
+        return self.cache.get_seq_length(self.layer)
+
+    def first(self, given: Tensor | None) -> Tensor | None:
+        """Where texts begin: as the mask says, else as the cache knows; None where all at 0."""
+        if given is None and any(self.cache.starts):
+            return torch.tensor(self.cache.starts)
+        return given
+
+    def refuse_another_model(self, pattern: LayerPattern) -> None:
+        """Raises ValueError where the layer's pattern is not the cache's."""
+        own = self.cache.patterns[self.layer]
+        if pattern.key != own.key:
+            raise ValueError(
+                f"PagedCache was made for another model: layer {self.layer + 1} keeps "
+                f"{pattern.rules[0]}, in the cache's model {own.rules[0]}"
+            )
+
+    def refuse_going_back(self, positions: Tensor) -> None:
+        """Raises ValueError where position_ids [b or 1, s] end before what the cache holds."""
+        for i, position in enumerate(positions[:, -1].tolist()):
+            held = self.begin - self.cache.starts[i]
+            if position < held:
+                raise ValueError(
+                    f"position_ids: sequence {i} goes back to position {position}, and the cache "
+                    f"holds {held} tokens of it: pages that died are gone; make a new cache"
+                )
+
+    def attend(self, query: Tensor, first: Tensor | None, scaling, prompt) -> Tensor:
+        """[b, s, h, d]: attention of the new tokens; stores them. See `PagedCache.attend`."""
+        return self.cache.attend(self, query, first, scaling, prompt)
+
+
+class PagedCache(Cache):
+    """Keeps of every KV head the blocks that are alive, in pages of a pool allocated once.
+
+    Use it as any cache of transformers: `model.generate(ids, past_key_values=cache)`, or forward
+    calls with `past_key_values`. Sequences only grow: beam search and assisted generation, which
+    go back, are refused.
+
+    Args:
+        model: loaded by `s2megatron.hf.load` from a folder with an `s2` key.
+        max_length: the most tokens that a sequence may grow to, its padding included.
+        batch_size: sequences.
+        pages: in the pool; default: as many as are needed (`pages_needed`), no more.
+        graph: run steps of one token a sequence as one CUDA graph, captured at the second of them.
+        backend: of `s2_kernels.paged_attention`.
+
+    Raises:
+        ConfigError: the model has no `s2` key or another attention, its heads are not the
+            pattern's, layers differ in block size, the pool is too small (with the number needed),
+            or a graph is asked for without a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_length: int,
+        batch_size: int = 1,
+        pages: int | None = None,
+        graph: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(layers=[])
+        self.patterns = model_patterns(model)
+        if max_length < 1 or batch_size < 1:
+            raise ConfigError(
+                f"max_length={max_length}, batch_size={batch_size}: must be at least 1"
+            )
+        if graph and model.device.type != "cuda":
+            raise ConfigError(f"graph=True: the model is on {model.device}; leave it out off a GPU")
+        needed = pages_needed(self.patterns, batch_size, max_length)
+        if pages is not None and pages < needed:
+            raise ConfigError(
+                f"pages={pages}: the pool is too small: {batch_size} sequence(s) of {max_length} "
+                f"tokens need {needed} pages of {self.patterns[0].block_size} tokens"
+            )
+        self.max_length, self.batch, self.backend = max_length, batch_size, backend
+        self.head_size = head_size(model.config)
+        shape = (pages or needed, self.patterns[0].block_size, self.head_size)
+        place = dict(dtype=model.dtype, device=model.device)
+        self.k_pages, self.v_pages = torch.empty(shape, **place), torch.empty(shape, **place)
+        self.graph = DecodeGraph(model, self) if graph else None
+        self.capturing = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens; keeps the memory."""
+        shape = self.k_pages.shape
+        device = self.k_pages.device
+        self.pool = PagePool(self.patterns, self.batch, self.max_length, shape[0], device)
+        self.total = 0
+        """Tokens of every sequence, padding included, that some layer has seen."""
+        self._seen = [0] * len(self.patterns)
+        self._first = [0] * self.batch
+        self._lengths = torch.zeros(self.batch, dtype=torch.int32, device=device)
+        if self.graph is not None:
+            self.graph.forget()
+
+    # What transformers asks
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__):
+        """The new tokens, for attention `"s2"`, in place of all keys and values."""
+        self._check(key_states, layer_idx)
+        tokens = Tokens(self, layer_idx, key_states, value_states)
+        return tokens, tokens
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedCache({self.batch} sequence(s) of up to {self.max_length} tokens, "
+            f"{self.pool.taken} of {self.pool.pages} pages taken)"
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._seen[layer_idx]
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._seen[layer_idx] + query_length, 0
+
+    is_compileable = False
+    is_croppable = False
+    is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    is_linear = is_dummy = is_sliding
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"PagedCache: crop({tokens_to_remove}): positions cannot go back, pages that died "
+                "are gone; assisted generation and draft models need a DynamicCache"
+            )
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "PagedCache: assisted generation takes tokens back, and pages that died are gone; "
+            "leave out assistant_model and prompt_lookup_num_tokens, or use a DynamicCache"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError(
+            "PagedCache: beam search shares a past between beams, which pages here do not; "
+            "leave out num_beams, or use a DynamicCache"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise ValueError("PagedCache: sequences cannot be repeated; make the batch before the text")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("PagedCache: sequences cannot be left out; use a cache for each of them")
+
+    # What attention asks
+
+    def attend(self, tokens: Tokens, query: Tensor, first: Tensor | None, scaling, prompt):
+        """Attention of new tokens to all that is kept, which they become a part of.
+
+        Args:
+            query: [b, h, s, d].
+            first: int64 [b], where the text of each sequence begins after its padding, or None:
+                at 0 for a new cache, else as it was.
+            prompt: attention of a whole prompt, (q, k, v, first) -> [b, s, h, d].
+
+        Returns:
+            [b, s, h, d], 0 at padding.
+        """
+        layer, s = tokens.layer, query.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (query, tokens.keys, tokens.values))
+        if self.capturing:  # the host has done its part already
+            if layer == 0:
+                self._lengths.add_(1)
+            return self._attend_pages(layer, q, k, v, self._lengths, scaling)
+        begin = self._seen[layer]
+        if begin == self.total:  # the first layer of a step
+            self._start(s, first)
+        end = begin + s
+        if begin == 0:
+            out = prompt(q, k, v, first)
+            self._grow(layer, 0, end, alive_only=True)
+            self._write(layer, k, v, self._lengths, alive_only=True)
+        elif s <= PREFILL_TOKENS:
+            out = self._one_chunk(layer, q, k, v, end, scaling)
+        else:
+            cuts = range(0, s, PREFILL_TOKENS)
+            parts = [[x[:, i : i + PREFILL_TOKENS] for x in (q, k, v)] for i in cuts]
+            ends = [begin + i + part[0].shape[1] for i, part in zip(cuts, parts, strict=True)]
+            out = [self._one_chunk(layer, *x, n, scaling) for x, n in zip(parts, ends, strict=True)]
+            out = torch.cat(out, dim=1)
+        self._seen[layer] = end
+        return out
+
+    def step(self) -> None:
+        """The host's part of one token a sequence, for a captured step: pages before it runs."""
+        self._check_room(1)
+        self.total += 1
+        for layer in range(len(self)):
+            self._grow(layer, self.total - 1, self.total, alive_only=False)
+            self._seen[layer] = self.total
+        self.pool.flush()
+
+    def after_step(self) -> None:
+        """Frees what the captured step was the last to see."""
+        for layer in range(len(self)):
+            self._shrink(layer, self.total - 1, self.total)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where the text of each sequence begins, after its padding."""
+        return tuple(self._first)
+
+    def pretend(self, tokens: int) -> None:
+        """As if every sequence had `tokens` tokens: their pages hold whatever they did.
+
+        For measurements: filling a cache of 512k tokens takes longer than what is measured then.
+        """
+        self._start(tokens, None)
+        for layer in range(len(self)):
+            self._grow(layer, self._seen[layer], self.total, alive_only=True)
+            self._seen[layer] = self.total
+        self.pool.flush()
+
+    # Bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Of keys and values of one page."""
+        _, size, d = self.k_pages.shape
+        return 2 * size * d * self.k_pages.element_size()
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool.pages * self.page_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the pages that hold something alive now."""
+        return self.pool.taken * self.page_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What a dense cache would hold now."""
+        heads = sum(pattern.kv_heads for pattern in self.patterns)
+        tokens = self.batch * self.total
+        return 2 * heads * tokens * self.head_size * self.k_pages.element_size()
+
+    def _start(self, s: int, first: Tensor | None) -> None:
+        """Begins a step of s tokens: where sequences start, and their lengths on the device."""
+        self._check_room(s)
+        if first is not None:
+            self._set_first(first.tolist())
+        elif self.total == 0:
+            self._first = [0] * self.batch
+        self.total += s
+        lengths = torch.tensor([self.total - n for n in self._first], dtype=torch.int32)
+        self._lengths.copy_(lengths)
+
+    def _set_first(self, first: list[int]) -> None:
+        for i, (new, old) in enumerate(zip(first, self._first, strict=True)):
+            if self.total > 0 and old < self.total and new != old:
+                raise ValueError(
+                    f"attention_mask: sequence {i} begins at token {new}, in this cache at token "
+                    f"{old}: give the mask of the whole text, the same padding in front"
+                )
+        self._first = first
+
+    def _one_chunk(self, layer, q, k, v, end: int, scaling) -> Tensor:
+        """Writes tokens up to position `end` (padding included), attends, frees what has died."""
+        begin = end - q.shape[1]
+        self._grow(layer, begin, end, alive_only=False)
+        self.pool.flush()
+        lengths = self._lengths if end == self.total else self._lengths - (self.total - end)
+        out = self._attend_pages(layer, q, k, v, lengths, scaling)
+        self._shrink(layer, begin, end)
+        return out
+
+    def _attend_pages(self, layer, q, k, v, lengths, scaling) -> Tensor:
+        self._write(layer, k, v, lengths, alive_only=False)
+        pages = (self.k_pages, self.v_pages, self.pool.table[layer], lengths, self.patterns[layer])
+        return paged_attention(q, *pages, softmax_scale=scaling, backend=self.backend)
+
+    def _write(self, layer, k, v, lengths, *, alive_only: bool) -> None:
+        self.pool.flush()
+        pages = (self.k_pages, self.v_pages, self.pool.table[layer], lengths, self.patterns[layer])
+        write_pages(k, v, *pages, alive_only=alive_only, backend=self.backend)
+
+    def _grow(self, layer: int, begin: int, end: int, *, alive_only: bool) -> None:
+        for i, first in enumerate(self._first):
+            old, new = max(0, begin - first), max(0, end - first)
+            self.pool.grow(layer, i, old, new, alive_only=alive_only)
+
+    def _shrink(self, layer: int, begin: int, end: int) -> None:
+        for i, first in enumerate(self._first):
+            self.pool.shrink(layer, i, max(0, begin - first), max(0, end - first))
+
+    def _check_room(self, s: int) -> None:
+        if self.total + s > self.max_length:
+            raise ValueError(
+                f"PagedCache: max_length={self.max_length}: {self.total} tokens are in it and "
+                f"{s} more come; make it with a larger max_length"
+            )
+
+    def _check(self, keys: Tensor, layer: int) -> None:
+        """Raises ValueError where the new keys [b, g, s, d] are not those of the cache's model."""
+        if layer >= len(self.patterns):
+            raise ValueError(
+                f"PagedCache was made for a model of {len(self.patterns)} layers, this is layer "
+                f"{layer + 1}: every model needs a cache of its own"
+            )
+        expected = (self.batch, self.patterns[layer].kv_heads, keys.shape[2], self.head_size)
+        like = self.k_pages
+        if tuple(keys.shape) != expected:
+            raise ValueError(
+                f"PagedCache was made for batch_size={self.batch}, "
+                f"{expected[1]} KV heads of {self.head_size}; the keys of layer {layer + 1} have "
+                f"shape [batch, heads, tokens, size] = {list(keys.shape)}: make one that fits"
+            )
+        if keys.dtype != like.dtype or keys.device != like.device:
+            raise ValueError(
+                f"PagedCache is {like.dtype} on {like.device}, the keys of layer {layer + 1} are "
+                f"{keys.dtype} on {keys.device}: make it after the model is where it will run"
+            )
+
+
+def head_size(config) -> int:
+    """Of keys and values, as transformers' attention layers have it."""
+    size = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads
+
+
+def model_patterns(model: PreTrainedModel) -> tuple[LayerPattern, ...]:
+    """The pattern of every layer. Raises ConfigError where model and record do not fit."""
+    config = model.config.get_text_config(decoder=True)
+    record = getattr(config, "s2", None)
+    if record is None:
+        raise ConfigError(
+            "config.json has no 's2' key: the model is dense and keeps everything; use the default "
+            "cache"
+        )
+    if config._attn_implementation != "s2":
+        raise ConfigError(
+            f"the model computes attention {config._attn_implementation!r}: load it with "
+            "s2megatron.hf.load, which takes 's2'"
+        )
+    patterns = read_record(record)
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    for number, pattern in enumerate(patterns, 1):
+        if (pattern.heads, pattern.kv_heads) != heads:
+            raise ConfigError(
+                f"config.json: the pattern of layer {number} is for {pattern.heads} heads and "
+                f"{pattern.kv_heads} KV heads, the model has {heads[0]} and {heads[1]}"
+            )
+        if pattern.block_size != patterns[0].block_size:
+            raise ConfigError(
+                f"config.json: layer {number} has blocks of {pattern.block_size} tokens, layer 1 "
+                f"of {patterns[0].block_size}: pages of one pool have one size; use a DynamicCache"
+            )
+    if len(patterns) != config.num_hidden_layers:
+        raise ConfigError(
+            f"config.json: 's2' has patterns of {len(patterns)} layers, the model has "
+            f"{config.num_hidden_layers}"
+        )
+    return patterns

@@ -1,0 +1,106 @@
+"""A step of decoding as one CUDA graph: the host starts one thing instead of a few hundred.
+
+A step of one token a sequence launches the same kernels on the same memory every time: the page
+table and the lengths that they read lie on the device, and grids depend on shapes alone. So it is
+captured once and replayed. The first step runs as usual and compiles what is not compiled yet. What
+the host has to do for a step, new pages where a block begins, it does before the replay.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from s2megatron.serving.cache import PagedCache
+
+# Arguments of a step that a captured one honours; with any other that is set, the step runs as is.
+_KNOWN = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict",
+    "logits_to_keep",
+}  # fmt: skip
+
+
+class DecodeGraph:
+    """The captured step of one cache and its model, made at the second step."""
+
+    def __init__(self, model, cache: "PagedCache"):
+        self.cache = cache
+        self._forward = replace_forward(model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Of another text the first step runs as usual, and a new graph is captured."""
+        self._replay: Callable[[], None] | None = None
+        self._steps = 0
+
+    def takes(self, arguments: dict) -> bool:
+        """Whether a forward call is a step of one token a sequence and nothing else."""
+        ids = arguments.get("input_ids")
+        if ids is None or ids.shape[1] != 1 or self.cache.total == 0 or torch.is_grad_enabled():
+            return False
+        others = (value for name, value in arguments.items() if name not in _KNOWN)
+        if any(value is not None and value is not False for value in others):
+            return False
+        self._steps += 1
+        return self._steps > 1
+
+    def run(self, arguments: dict) -> CausalLMOutputWithPast:
+        """One step; the attention mask is not read again: the cache knows where texts begin."""
+        cache, ids = self.cache, arguments["input_ids"]
+        position = arguments.get("position_ids")
+        if position is None:
+            position = torch.full_like(ids, cache.total)
+        cache.step()
+        if self._replay is None:
+            self._capture(ids, position.expand_as(ids))
+        self._ids.copy_(ids)
+        self._position.copy_(position.expand_as(ids))
+        self._replay()
+        cache.after_step()
+        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=cache)
+
+    def _capture(self, ids: Tensor, position: Tensor) -> None:
+        self._ids, self._position = ids.clone(), position.clone()
+
+        def forward() -> Tensor:
+            self.cache.capturing = True
+            try:
+                return self._forward(
+                    input_ids=self._ids, position_ids=self._position, past_key_values=self.cache,
+                    use_cache=True, return_dict=True,
+                ).logits  # fmt: skip
+            finally:
+                self.cache.capturing = False
+
+        self._replay, self._logits = capture(forward)
+
+
+def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Captures what `forward` launches, without running it: (what replays it, its output)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    return graph.replay, out
+
+
+def replace_forward(model):
+    """Makes `model` run the steps of caches that have a graph as one; returns its own forward."""
+    own = model.__dict__.get("_s2_forward")
+    if own is not None:
+        return own
+    own = model.forward
+
+    @functools.wraps(own)
+    def forward(*args, **arguments):
+        graph = getattr(arguments.get("past_key_values"), "graph", None)
+        if args or not isinstance(graph, DecodeGraph) or not graph.takes(arguments):
+            return own(*args, **arguments)
+        return graph.run(arguments)
+
+    model.__dict__["_s2_forward"] = own
+    model.forward = forward
+    return own

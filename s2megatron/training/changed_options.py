@@ -1,0 +1,183 @@
+"""What may differ between a checkpoint's options and the run's, and what a difference does.
+
+A checkpoint holds the options that it was trained with. Some must stay, because the weights have
+their shape. Some must stay unless the run file says what is to become of the learning-rate
+schedule. Some only change what comes next, which is told. All others (the number of GPUs,
+intervals, paths, logging) may change without a word. docs/launch.md has the same table for users.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Facts = dict[str, Any]
+"""Values by the name that a run file gives them."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One option that differs."""
+
+    name: str
+    saved: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.saved!r} in the checkpoint, {self.now!r} now"
+
+
+def _plain(*names: str) -> Callable[[Any], Facts]:
+    return lambda args: {f"megatron.{n}": getattr(args, n) for n in names if hasattr(args, n)}
+
+
+def _shape(args) -> Facts:
+    """What decides which weights there are, and how large."""
+    facts = _plain(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "normalization",
+        "swiglu",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "untie_embeddings_and_output_weights",
+        "num_experts",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+    )(args)
+    if hasattr(args, "num_query_groups"):
+        grouped = getattr(args, "group_query_attention", False)
+        groups = args.num_query_groups if grouped else args.num_attention_heads
+        facts["megatron.num_query_groups"] = groups
+    if hasattr(args, "position_embedding_type"):
+        table = args.position_embedding_type == "learned_absolute"
+        facts["a table of positions (megatron.position_embedding_type)"] = table
+    return facts
+
+
+def _schedule(args) -> Facts:
+    """What the learning-rate and weight-decay schedules are made of; counted in samples."""
+    by_samples = getattr(args, "train_samples", None) is not None
+    length = ("train_samples",) if by_samples else ("train_iters", "global_batch_size")
+    facts = _plain(
+        "lr",
+        "min_lr",
+        *length,
+        "lr_decay_style",
+        "lr_warmup_iters",
+        "lr_warmup_samples",
+        "lr_warmup_fraction",
+        "start_weight_decay",
+        "end_weight_decay",
+        "weight_decay_incr_style",
+    )(args)
+    decay, whole = ("lr_decay_samples", "train_samples") if by_samples else (
+        "lr_decay_iters", "train_iters")  # fmt: skip
+    if hasattr(args, decay):
+        # Megatron fills it in from the length of the run, which is compared already.
+        own = getattr(args, decay)
+        facts[f"megatron.{decay}"] = None if own == getattr(args, whole) else own
+    return facts
+
+
+_OPTIMIZER = _plain("optimizer", "bf16", "fp16")
+"""What decides which state an optimizer keeps."""
+
+TOLD: dict[str, str] = {
+    "seed": "from here on the samples come in another order; some may come again, some never",
+    "seq_length": "samples are cut anew, so some text may come again, some never; the loss is the "
+    "mean over other lengths",
+    "padded_vocab_size": "rows beyond the vocabulary count in the softmax: the loss steps",
+    "vocab_size": "token ids may mean other tokens",
+    "tokenizer_type": "token ids may mean other tokens",
+    "tokenizer_model": "token ids may mean other tokens",
+    "position_embedding_type": "the same weights make another model",
+    "rotary_base": "the same weights make another model",
+    "rotary_percent": "the same weights make another model",
+    "use_rope_scaling": "the same weights make another model",
+    "rope_scaling_factor": "the same weights make another model",
+    "layernorm_epsilon": "the same weights make another model",
+    "mock_data": "other data from here on",
+    "data_path": "other data from here on",
+    "train_data_path": "other data from here on",
+    "split": "other data from here on",
+    "s2_data": "the files of data.train were made anew: other documents from here on",
+    "global_batch_size": "other tokens a step; the samples go on from where they were",
+    "train_samples": "the run has another length",
+    "clip_grad": "gradients are clipped at another norm",
+    "adam_beta1": "the optimizer's state keeps the checkpoint's value",
+    "adam_beta2": "the optimizer's state keeps the checkpoint's value",
+    "adam_eps": "the optimizer's state keeps the checkpoint's value",
+}
+"""Options that are told when they differ, and what the difference does."""
+
+
+def _differences(facts: Callable[[Any], Facts], saved, now) -> list[Change]:
+    """What both know and do not agree in."""
+    before, after = facts(saved), facts(now)
+    return [
+        Change(name, before[name], after[name])
+        for name in after
+        if name in before and before[name] != after[name]
+    ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the checkpoint and the run do not agree in."""
+
+    shape: list[Change]
+    optimizer: list[Change]
+    schedule: list[Change]
+    told: list[str]
+    """A line for each option that only changes what comes next."""
+
+
+def compare(saved, now, *, optimizer: bool) -> Comparison:
+    """A checkpoint's options against the run's.
+
+    Args:
+        saved, now: Megatron's arguments, the checkpoint's and the run's.
+        optimizer: the optimizer's state and the schedule are loaded too; without them (finetune,
+            no_load_optim) only weights are, and nothing else has to agree.
+    """
+    shape = _differences(_shape, saved, now)
+    if not optimizer:
+        return Comparison(shape, [], [], [])
+    schedule = _differences(_schedule, saved, now)
+    seen = {change.name for change in schedule}
+    told = [
+        f"{change}: {TOLD[change.name.removeprefix('megatron.')]}"
+        for change in _differences(_plain(*TOLD), saved, now)
+        if change.name not in seen
+    ]
+    return Comparison(shape, _differences(_OPTIMIZER, saved, now), schedule, told)
+
+
+def refusal(comparison: Comparison, folder, now) -> str:
+    """'' where the run may go on, else what stands in its way and the ways out."""
+    lines = []
+    if comparison.shape:
+        lines += _list(f"checkpoint {folder} holds another model than configured", comparison.shape)
+        lines.append("Restore these options; a model of another shape is a run of its own")
+    if comparison.optimizer:
+        lines += _list(f"checkpoint {folder} holds another optimizer's state", comparison.optimizer)
+        lines.append(
+            "Restore these options, or start a new run from these weights: an output.folder of its "
+            f"own, megatron.load={folder.parent} and megatron.finetune=true"
+        )
+    chosen = now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler
+    if comparison.schedule and not chosen:
+        lines += _list(f"checkpoint {folder} has another schedule", comparison.schedule)
+        lines.append(
+            "Restore these options, or go on with the new ones: "
+            "megatron.override_opt_param_scheduler=true"
+        )
+    return "\n".join(lines)
+
+
+def _list(title: str, changes: list[Change]) -> list[str]:
+    return [f"{title}:", *(f"  {change}" for change in changes)]

@@ -1,0 +1,108 @@
+"""What Megatron's loading of a checkpoint needs from outside: new learning rates, and names.
+
+Seen with megatron-core 0.19.2 and torch 2.11.
+"""
+
+import dataclasses
+import functools
+import pickle
+from argparse import Namespace
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.futures import Future
+
+from s2megatron.training.changed_options import Comparison
+
+_GROUP_RATES = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min_lr")}
+"""What a parameter group of Megatron's optimizers holds of the options, by its own name."""
+
+
+def settle_schedule(comparison: Comparison, saved: Namespace, now: Namespace) -> list[str]:
+    """Makes Megatron go on with the schedule that was chosen, the new one or the checkpoint's.
+
+    Megatron finds a parameter group of the checkpoint by its learning rates among others, so that
+    with another `lr` it finds none, whatever its override options say.
+
+    Args:
+        saved, now: Megatron's arguments, the checkpoint's and the run's; the latter are changed
+            where the checkpoint's schedule is to be used.
+
+    Returns:
+        A line for each option that differs, for the log.
+    """
+    if not comparison.schedule:
+        return []
+    if now.override_opt_param_scheduler:
+        _rewrite_rates(saved, now)
+        return [f"{change}: the new one from here on" for change in comparison.schedule]
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr"):
+        if hasattr(saved, name):
+            setattr(now, name, getattr(saved, name))
+    return [f"{change}: the checkpoint's schedule goes on" for change in comparison.schedule]
+
+
+def _rewrite_rates(saved: Namespace, now: Namespace) -> None:
+    """Puts the new rates into the parameter groups of what Megatron loads."""
+    from megatron.training import checkpointing
+
+    load = checkpointing._load_base_checkpoint
+    load = getattr(load, "__wrapped__", load)  # an earlier run of this process had other rates
+
+    @functools.wraps(load)
+    def with_new_rates(*args, **kwargs):
+        state, *rest = load(*args, **kwargs)
+        _replace_rates(state, saved, now)
+        return (state, *rest)
+
+    checkpointing._load_base_checkpoint = with_new_rates
+
+
+def _replace_rates(state: Any, saved: Namespace, now: Namespace) -> None:
+    """In every `param_groups` under `state["optimizer"]`, however deep: Megatron chains them."""
+    todo = [state.get("optimizer")] if isinstance(state, dict) else []
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, dict):
+            continue
+        for group in node.get("param_groups", ()):
+            for key, names in _GROUP_RATES.items():
+                for name in names:
+                    old = getattr(saved, name, None)
+                    if old is not None and group.get(key) == old:
+                        group[key] = getattr(now, name)
+                        break
+        todo += [child for key, child in node.items() if key != "param_groups"]
+
+
+class DamagedFile(RuntimeError):
+    """A file of a checkpoint whose content cannot be read. The message names it."""
+
+
+def name_damaged_files() -> None:
+    """Lets the reader of torch's distributed checkpoints say which file it could not read.
+
+    torch reads all of a rank's files in one call, and its errors speak of bytes and not of files.
+    """
+    if getattr(FileSystemReader.read_data, "_names_files", False):
+        return
+    read_data = FileSystemReader.read_data
+
+    @functools.wraps(read_data)
+    def one_file_after_another(self, plan, planner):
+        files: dict[str, list] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        done = Future()
+        done.set_result(None)
+        for name, items in files.items():
+            try:
+                done = read_data(self, dataclasses.replace(plan, items=items), planner)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = reason.partition(". ")[0]  # torch goes on for a paragraph
+                raise DamagedFile(f"{self.path}/{name} cannot be read: {reason}") from error
+        return done
+
+    one_file_after_another._names_files = True
+    FileSystemReader.read_data = one_file_after_another

@@ -1,0 +1,82 @@
+"""The learning rate's and weight decay's schedule, checked before a process starts.
+
+Megatron builds its scheduler after the model, on GPUs, and answers with a bare assertion there.
+"""
+
+from s2megatron.errors import ConfigError
+
+GO_ON = (
+    "; a run that goes on with another schedule than its checkpoint's also needs "
+    "override_opt_param_scheduler: true"
+)
+
+
+def check_rates(args) -> None:
+    """The learning rates, where they are given, are in order. Raises ConfigError.
+
+    Args:
+        args: not validated yet.
+    """
+    if args.min_lr < 0:
+        raise ConfigError(f"megatron.min_lr: {args.min_lr:g} is negative; raise it to 0 or more")
+    for name in ("min_lr", "lr_warmup_init"):
+        if args.lr is not None and getattr(args, name) > args.lr:
+            raise ConfigError(
+                f"megatron.{name}: {getattr(args, name):g} is greater than megatron.lr, "
+                f"{args.lr:g}; lower it"
+            )
+
+
+def check_schedule(args) -> None:
+    """What the scheduler asks of Megatron's arguments, as far as the run file alone can tell.
+
+    Args:
+        args: validated, of a run that will train.
+
+    Raises:
+        ConfigError: the first thing that does not fit, with the values and the way out.
+    """
+    if args.skip_train:
+        return
+    if not args.train_iters and not args.train_samples:
+        raise ConfigError("megatron.train_iters: is missing (or train_samples): how long to train")
+    if args.lr is None:
+        raise ConfigError("megatron.lr: is missing: the highest learning rate")
+    if not 0 <= args.start_weight_decay <= args.end_weight_decay:
+        raise ConfigError(
+            f"megatron.start_weight_decay: {args.start_weight_decay:g} to end_weight_decay "
+            f"{args.end_weight_decay:g}: weight decay is at least 0 and cannot fall"
+        )
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise ConfigError(
+            "megatron.override_opt_param_scheduler: true beside use_checkpoint_opt_param_scheduler "
+            "(the run file's schedule, and the checkpoint's): leave one of them out"
+        )
+    _check_lengths(args, "iters" if args.train_iters else "samples")
+
+
+def _check_lengths(args, unit: str) -> None:
+    """Warm-up ends before the decay does. Raises ConfigError."""
+    decay, whole = getattr(args, f"lr_decay_{unit}"), getattr(args, f"train_{unit}")
+    name, until = (f"lr_decay_{unit}", decay) if decay is not None else (f"train_{unit}", whole)
+    if until <= 0:
+        raise ConfigError(f"megatron.{name}: {until}: must be greater than 0")
+    way_out = f"shorten the warm-up, or raise {name}{GO_ON}"
+    if args.lr_warmup_fraction is not None:
+        if not 0 <= args.lr_warmup_fraction < 1:
+            raise ConfigError(
+                f"megatron.lr_warmup_fraction: {args.lr_warmup_fraction:g}: is the share of {name} "
+                f"that the warm-up takes, from 0 to less than 1; {way_out}"
+            )
+    else:
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        if warmup >= until:
+            raise ConfigError(
+                f"megatron.lr_warmup_{unit}: {warmup} is not less than megatron.{name}, {until}, "
+                f"where the learning rate has come down to min_lr; {way_out}"
+            )
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise ConfigError(
+            f"megatron.lr_wsd_decay_{unit}: is missing: how long the last phase of "
+            "lr_decay_style WSD lasts"
+        )

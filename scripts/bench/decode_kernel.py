@@ -1,0 +1,243 @@
+"""Times the paged decode kernel on one GPU against its bytes and against dense decoding.
+
+    python3 scripts/bench/decode_kernel.py [--out FILE.json] [--tune]
+
+Prints whether the kernel is right (float64 reference, poisoned pages, under a CUDA graph), the
+measured copy bandwidth, and a row per case: the time of one call inside a CUDA graph that walks
+several pools (so that no page is still in the L2 cache), the live bytes, and the time these bytes
+take at the copy bandwidth. Dense is torch's SDPA over contiguous keys, and this kernel with a dense
+pattern; the page says which one was the fastest.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+from s2_kernels import dense, local_stride, ranges  # noqa: E402
+from s2_kernels.cache import alive_blocks, alive_pages  # noqa: E402
+from s2_kernels.decode import DecodeConfig, decode_config, launch_decode, launch_write  # noqa: E402
+from s2_kernels.paged import paged_reference  # noqa: E402
+
+CONFIGS = ["n64w4s3x2", "n64w4s4x2", "n64w4s3x3", "n32w4s5x3", "n32w4s4x4", "n64w2s4x2",
+           "n32w2s5x4", "n128w4s3x1", "n64w8s4x2", "n64w4s6x1"]  # fmt: skip
+
+
+def parse_config(text: str) -> DecodeConfig:
+    numbers = text[1:].replace("w", " ").replace("s", " ").replace("x", " ").split()
+    return DecodeConfig(*map(int, numbers))
+
+
+def fill(pattern, lengths, d, dtype, poison=False):
+    """A pool in which every live block has a page of its own, in random order; the page table."""
+    kv_heads, size = pattern.kv_heads, pattern.block_size
+    blocks = -(-max(lengths) // size)
+    table = torch.zeros(len(lengths), kv_heads, blocks, dtype=torch.int32)
+    listed = {}
+    for i, n in enumerate(lengths):
+        for head, rule in enumerate(pattern.rules):
+            # Alive for the token that is the last one now.
+            key = rule, n
+            if key not in listed:
+                listed[key] = torch.tensor(alive_blocks(rule, n - 1, size) or [0])
+                last = (n - 1) // size
+                if listed[key][-1] != last:
+                    listed[key] = torch.cat([listed[key], torch.tensor([last])])
+            table[i, head, listed[key]] = 1
+    live = table.flatten().nonzero()[:, 0]
+    pages = torch.randperm(len(live) + 1)[: len(live)].int()
+    table.view(-1)[live] = pages
+    shape = (len(live) + 1, size, d)
+    k, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    if poison:
+        free = set(range(len(live) + 1)) - set(pages.tolist())
+        for page in free:
+            k[page], v[page] = math.nan, math.nan
+    return k, v, table.cuda(), len(live) * size * d * 2 * dtype.itemsize
+
+
+def check() -> list[str]:
+    """The largest error of a few cases against float64, and what must not change any bit."""
+    lines = []
+    bf16, fp16 = torch.bfloat16, torch.float16
+    s2 = local_stride(heads=32, kv_heads=8, local_blocks=16, stride=16)
+    bands = ranges(heads=8, block_size=32, bands=[(4, 1), (16, 4), (None, 8)])
+    partly = local_stride(heads=12, kv_heads=4, local_blocks=2, stride=4, dense_heads=1)
+    wide = local_stride(heads=8, kv_heads=8, block_size=128, local_blocks=2, stride=4)
+    cases = [
+        (s2, (9000, 64, 65, 1), 128, bf16, 1),
+        (s2, (9000, 500), 128, bf16, 3),
+        (s2, (3000, 70), 128, fp16, 200),
+        (bands, (5000, 33), 64, fp16, 1),
+        (dense(heads=16, kv_heads=4), (700, 3000), 256, bf16, 1),
+        (partly, (999,), 96, bf16, 1),
+        (wide, (4097,), 128, bf16, 1),
+    ]
+    for pattern, lengths, d, dtype, s in cases:
+        lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        # Every block has a page here: a chunk of queries needs what is dead by its end.
+        every = dense(heads=pattern.heads, kv_heads=pattern.kv_heads,
+                      block_size=pattern.block_size)  # fmt: skip
+        k, v, table, _ = fill(every, lengths, d, dtype, poison=True)
+        q = torch.randn(len(lengths), s, pattern.heads, d, device="cuda").to(dtype)
+        scale = 1 / math.sqrt(d)
+        out, lse = launch_decode(q, k, v, table, lens, pattern, scale)
+        exact, exact_lse = paged_reference(
+            q.double(), k.double(), v.double(), table, lens, pattern, scale
+        )
+        real = torch.isfinite(exact_lse)
+        error = (out.double() - exact).abs().max().item()
+        lse_error = (lse.double() - exact_lse)[real].abs().max().item()
+        again, _ = launch_decode(q, k, v, table, lens, pattern, scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = launch_decode(q, k, v, table, lens, pattern, scale)
+        graph.replay()
+        torch.cuda.synchronize()
+        same = torch.equal(out, again) and torch.equal(out, captured)
+        verdict = "ok" if error < 0.02 and lse_error < 1e-3 and same else "WRONG"
+        lines.append(
+            f"{verdict} d{d} B{pattern.block_size} {dtype} s{s} lengths {lengths}: "
+            f"error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}"
+        )
+    return lines
+
+
+def graph_time(calls, rounds=7) -> float:
+    """Microseconds of one of `calls`, which a CUDA graph runs one after the other."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
+    return sorted(times)[rounds // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device copy, read and written, of 2 GiB."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    best = min(graph_time([lambda: y.copy_(x)] * 2) for _ in range(3))
+    return 2 * x.numel() / best * 1e6
+
+
+def calls_of(pattern, batch, tokens, d, dtype, config, pools):
+    lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    q = torch.randn(batch, 1, pattern.heads, d, device="cuda").to(dtype)
+    return [
+        lambda k=k, v=v, t=t: launch_decode(
+            q, k, v, t, lens, pattern, 1 / math.sqrt(d), config=config
+        )
+        for k, v, t, _ in pools
+    ]
+
+
+def make_pools(pattern, batch, tokens, d, dtype):
+    first = fill(pattern, [tokens] * batch, d, dtype)
+    count = max(1, min(12, int(4e8 / first[3])))
+    return [first] + [fill(pattern, [tokens] * batch, d, dtype) for _ in range(count - 1)]
+
+
+def dense_sdpa(batch, tokens, heads, kv_heads, d, dtype) -> dict[str, float]:
+    """Microseconds of torch's SDPA, each of its kernels, for one query token a sequence."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.randn(batch, heads, 1, d, device="cuda", dtype=dtype)
+    k, v = (torch.randn(batch, kv_heads, tokens, d, device="cuda", dtype=dtype) for _ in range(2))
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        try:
+            found[backend.name] = graph_time([call], 5)
+        except RuntimeError as error:  # this torch has no such kernel for the shape
+            print(f"{backend.name}: {str(error).splitlines()[0][:90]}")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--tune", action="store_true", help="try every configuration")
+    parser.add_argument("--deadline", type=float, default=85, help="seconds, then stop")
+    a = parser.parse_args()
+    began = time.time()
+    d, dtype = 128, torch.bfloat16
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    lines = check()
+    print("\n".join(lines), flush=True)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.3f} TB/s; {time.time() - began:.0f} s", flush=True)
+    default = str(decode_config(d, d, 16, dtype))
+    configs = [default, *(c for c in CONFIGS if c != default)] if a.tune else [default]
+    rows = []
+    for stride, batch in ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1)):
+        if stride == 1:
+            pattern = dense(heads=32, kv_heads=8)
+        else:
+            pattern = local_stride(heads=32, kv_heads=8, local_blocks=16, stride=stride)
+        pools = make_pools(pattern, batch, a.tokens, d, dtype)
+        size = pools[0][3]
+        floor = size / bandwidth * 1e6
+        for config in configs if stride == 16 and batch != 16 else configs[:1]:
+            if time.time() - began > a.deadline:
+                print("out of time", flush=True)
+                break
+            try:
+                calls = calls_of(pattern, batch, a.tokens, d, dtype, parse_config(config), pools)
+                us = graph_time(calls)
+            except Exception as error:
+                print(f"{config}: {type(error).__name__}")
+                continue
+            rows.append(dict(stride=stride, batch=batch, config=config, us=us, bytes=size,
+                             floor_us=floor, share=floor / us))  # fmt: skip
+            print(f"V{stride} b{batch} {config}: {us:.1f} us, {size / 2**20:.1f} MiB, floor "
+                  f"{floor:.1f} us, {floor / us:.1%} of copy", flush=True)  # fmt: skip
+        if stride == 16 and batch in (1, 16):
+            k, v, table, _ = pools[0]
+            lens = torch.full((batch,), a.tokens, dtype=torch.int32, device="cuda")
+            new = torch.randn(batch, 1, 8, d, device="cuda").to(dtype)
+            write = functools.partial(
+                launch_write, new, new, k, v, table, lens, pattern, alive_only=False
+            )
+            write = graph_time([write] * 8)
+            print(f"b{batch} write: {write:.1f} us", flush=True)
+        if stride == 1:
+            del pools
+            torch.cuda.empty_cache()
+            for name, us in dense_sdpa(batch, a.tokens, 32, 8, d, dtype).items():
+                rows.append(dict(stride=1, batch=batch, config=name, us=us, bytes=size,
+                                 floor_us=floor, share=floor / us))  # fmt: skip
+                print(f"dense b{batch} {name}: {us:.1f} us, {floor / us:.1%}", flush=True)
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, copy=bandwidth,
+                  check=lines, rows=rows, alive=alive_pages(pattern, a.tokens))  # fmt: skip
+    if a.out:
+        a.out.write_text(json.dumps(result, indent=1))
+    print(f"{time.time() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

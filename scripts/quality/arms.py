@@ -1,0 +1,161 @@
+"""The patterns that the quality study compares, and their run files.
+
+    python scripts/quality/arms.py            # writes configs/quality/ARM.yaml
+    python scripts/quality/arms.py --list     # what each arm attends to, and at what density
+
+`ARMS` is the one table. All arms are the same model with the same options: they differ in their
+`sparsity:` section alone. Lengths, batches, learning rates and data are the recipe's (recipe.py).
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from s2_kernels.pattern import LayerPattern
+from s2megatron.config import SparsityConfig, parse_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "quality"
+LAYERS, HEADS, BLOCK = 12, 8, 64
+
+MODEL = {
+    "num_layers": LAYERS,
+    "hidden_size": 512,
+    "ffn_hidden_size": 1408,
+    "num_attention_heads": HEADS,
+    "kv_channels": 64,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1.0e-5,
+    "disable_bias_linear": True,
+    "position_embedding_type": "rope",
+    "rotary_base": 500000,
+    "init_method_std": 0.02,
+    "bf16": True,
+    # An arm trains for minutes: compiling these at every start does not pay.
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "clip_grad": 1.0,
+    # No wait for the GPU in the middle of a step; grad-norm clipping still sees a NaN.
+    "check_for_nan_in_loss_and_grad": False,
+    "rerun_mode": "disabled",
+}
+"""Llama's shape, 46M parameters with a vocabulary of 16,384 and tied embeddings."""
+
+
+def shards(window: int, stride, *layers: dict, **more) -> dict:
+    """Window (tokens) + stride (blocks), their shards spread evenly over the heads."""
+    widest = max(stride) if isinstance(stride, list) else stride
+    default = {"local_blocks": window // BLOCK, "stride": stride}
+    if not more.get("homogeneous"):
+        default["head_step"] = max(1, widest // HEADS)
+    return {"block_size": BLOCK, "default": default | more, "layers": list(layers)}
+
+
+def window(blocks: int, *layers: dict) -> dict:
+    """A plain window of so many blocks."""
+    default = {"kind": "sliding_window", "local_blocks": blocks}
+    return {"block_size": BLOCK, "default": default, "layers": list(layers)}
+
+
+def dense_layers(which) -> dict:
+    return {"layers": which, "kind": "dense"}
+
+
+def turned(every: int) -> list[dict]:
+    """Shards that start one block later in every following layer, `every` layers a round."""
+    return [
+        {"layers": f"every {every} from {first}", "head_offset": first - 1}
+        for first in range(2, every + 1)
+    ]
+
+
+FIRST_TWO = dense_layers([1, 2])
+FOURTH, SIXTH = dense_layers("every 4"), dense_layers("every 6")
+RANGES = [{"stride": 1, "reach": 16}, {"stride": 4, "reach": 64}, {"stride": 16}]
+
+ARMS: dict[str, dict] = {
+    "dense": {"block_size": BLOCK, "default": {"kind": "dense"}, "layers": []},
+    # The paper's: window 1,024, stride 16, the first two layers dense. Around it, one change each.
+    "paper": shards(1024, 16, FIRST_TWO),
+    "stride-8": shards(1024, 8, FIRST_TWO),
+    "stride-32": shards(1024, 32, FIRST_TWO),
+    "window-512": shards(512, 16, FIRST_TWO),
+    "window-2048": shards(2048, 16, FIRST_TWO),
+    "head-strides": shards(1024, [4, 8, 8, 16, 16, 16, 32, 32], FIRST_TWO),
+    "ranges": {
+        "block_size": BLOCK,
+        "default": {"ranges": RANGES, "head_step": 2},
+        "layers": [FIRST_TWO],
+    },
+    # Where the dense layers are.
+    "no-dense": shards(1024, 16),
+    "every-4": shards(1024, 16, FOURTH),
+    "every-4-window-512": shards(512, 16, FOURTH),
+    "every-6": shards(1024, 16, SIXTH),
+    # Dense heads in every layer in place of dense layers.
+    "dense-head": shards(1024, 16, dense_heads=1),
+    "dense-heads-2": shards(1024, 16, dense_heads=2),
+    # Shards that differ from layer to layer.
+    "turned": shards(1024, 16, *turned(2)),
+    "turned-dense-head": shards(1024, 16, *turned(2), dense_heads=1),
+    "turned-every-6": shards(1024, 8, *turned(5), SIXTH),
+    # Controls: equal shards, and plain windows of as many keys (at 8k, and at 32k).
+    "homogeneous": shards(1024, 16, homogeneous=True),
+    "plain-8k": window(20),
+    "plain-32k": window(32),
+    "plain-8k-every-4": window(20, FOURTH),
+    # The pilot's: window 512, stride 8, no dense layers, and its controls.
+    "pilot": shards(512, 8),
+    "pilot-homogeneous": shards(512, 8, homogeneous=True),
+    "pilot-plain-8k": window(16),
+}
+"""Name -> the `sparsity:` section of its run file."""
+
+
+def patterns(arm: str) -> tuple[LayerPattern, ...]:
+    """What each layer of an arm attends to."""
+    section = SparsityConfig.model_validate(ARMS[arm])
+    return section.resolve(num_layers=LAYERS, heads=HEADS, kv_heads=HEADS)
+
+
+def density(arm: str, tokens: int) -> float:
+    """Kept pairs over the pairs of dense causal attention, all layers and heads together."""
+    kept = sum(pattern.kept_pairs(tokens) for pattern in patterns(arm))
+    return kept / (LAYERS * HEADS * tokens * (tokens + 1) // 2)
+
+
+def run_file(arm: str) -> str:
+    """The text of configs/quality/ARM.yaml."""
+    tree = {"sparsity": ARMS[arm], "megatron": MODEL}
+    parse_config(tree)
+    head = (
+        f"# Arm {arm!r} of the quality study, made by scripts/quality/arms.py from its table.\n"
+        "# Lengths, batches, learning rates and data come from the recipe (docs/quality.md).\n"
+    )
+    return head + yaml.safe_dump(tree, sort_keys=False, width=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the densities, write nothing")
+    parser.add_argument("--names", action="store_true", help="print the names, write nothing")
+    a = parser.parse_args()
+    if a.names:
+        print("\n".join(ARMS))
+        return
+    if a.list:
+        print(f"{'arm':<20} {'at 8k':>7} {'at 32k':>7} {'at 128k':>7}")
+        for arm in ARMS:
+            shares = (density(arm, tokens) for tokens in (8192, 32768, 131072))
+            print(f"{arm:<20} " + " ".join(f"{share:>7.1%}" for share in shares))
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for arm in ARMS:
+        (FOLDER / f"{arm}.yaml").write_text(run_file(arm), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Decoding and paged prefill: Triton (under the interpreter without a GPU) against float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_cases import PagedCase, make_paged, truth_of
+
+from s2_kernels import dense, local_stride, ranges, sliding_window
+from s2_kernels.cache import alive_blocks
+from s2_kernels.decode import DecodeConfig, launch_decode
+from s2_kernels.paged import paged_attention, write_pages
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+LOCAL = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=2, stride=4)
+BANDS = ranges(heads=4, kv_heads=4, block_size=16, bands=[(2, 1), (5, 2), (None, 4)], head_offset=1)
+MIXED = local_stride(
+    heads=6, kv_heads=3, block_size=16, local_blocks=1, stride=[2, 4, 8], dense_heads=1
+)
+CASES = [
+    PagedCase(LOCAL, (200, 1, 16, 17, 33)),  # ragged; one token; block edges
+    PagedCase(BANDS, (190, 64)),
+    PagedCase(MIXED, (177, 95)),
+    PagedCase(dense(heads=4, kv_heads=1, block_size=16), (100, 7)),
+    PagedCase(sliding_window(heads=2, block_size=16, local_blocks=40), (130, 5)),  # L > N
+    PagedCase(LOCAL, (200, 35, 3), s=3),  # a draft to verify; queries in two blocks
+    PagedCase(MIXED, (90, 20), s=20),  # paged prefill, also of a whole prompt
+    PagedCase(LOCAL, (70, 30), s=50),  # padding in front
+    PagedCase(replace(LOCAL, block_size=64), (300, 70), d=48, dv=64),
+    PagedCase(replace(LOCAL, block_size=64), (150,), s=100),
+]
+TILES = ["16", "32", "64"]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that a kernel forgets to write holds NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x.fill_(-(2**31))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def launch(x, pattern, block_n=16, programs=5):
+    config = DecodeConfig(block_n, 4, 2, 1)
+    return launch_decode(
+        x.q, x.k_pages, x.v_pages, x.page_table, x.lengths, pattern,
+        1 / math.sqrt(x.q.shape[-1]), config=config, programs=programs,
+    )  # fmt: skip
+
+
+def assert_close(got, truth, tolerance=2e-5):
+    for value, expected in zip(got, truth, strict=True):
+        same = torch.isinf(expected) & (value == expected)
+        assert torch.where(same, 0, value.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_is_the_definition(case):
+    x = make_paged(case, device=DEVICE)
+    assert_close(launch(x, case.pattern), truth_of(case, x))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_is_the_definition(case):
+    x = make_paged(case)
+    got = paged_attention(
+        x.q, x.k_pages, x.v_pages, x.page_table, x.lengths, case.pattern,
+        return_lse=True, backend="reference",
+    )  # fmt: skip
+    assert_close(got, truth_of(case, x))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 40])
+@pytest.mark.parametrize("block_n", [16, 32, 64])
+def test_any_tile_and_any_split(block_n, programs):
+    """Several pages a tile, part of a page, one program, more programs than tiles."""
+    for case in (CASES[0], CASES[5], replace(CASES[8], lengths=(140, 70))):
+        x = make_paged(case, device=DEVICE)
+        got = launch(x, case.pattern, block_n, programs)
+        assert_close(got, truth_of(case, x))
+        again = launch(x, case.pattern, block_n, programs)
+        assert all(torch.equal(*pair) for pair in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7], CASES[8]], ids=str)
+def test_new_tokens_are_written_where_they_belong(case, backend):
+    expected, x = make_paged(case, device=DEVICE), make_paged(case, device=DEVICE, written=False)
+    b, s = x.q.shape[:2]
+    k, v = (y.new_zeros(b, s, *y.shape[2:]) for y in (x.k, x.v))
+    for i, length in enumerate(case.lengths):
+        real = min(s, length)
+        k[i, s - real :] = x.k[i, length - real : length]
+        v[i, s - real :] = x.v[i, length - real : length]
+    write_pages(k, v, x.k_pages, x.v_pages, x.page_table, x.lengths, case.pattern, backend=backend)
+    for got, wanted in ((x.k_pages, expected.k_pages), (x.v_pages, expected.v_pages)):
+        assert torch.equal(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("tokens", [1, 31, 32, 100, 128])
+def test_a_prompt_leaves_only_what_is_alive(tokens, backend):
+    """Blocks that are dead after the prompt have no page and are not written."""
+    pattern, size = BANDS, BANDS.block_size
+    k = torch.randn(1, tokens, 4, 32, device=DEVICE)
+    alive = [
+        (h, b) for h, rule in enumerate(pattern.rules) for b in alive_blocks(rule, tokens, size)
+    ]
+    pool = torch.full((len(alive) + 1, size, 32), math.nan, device=DEVICE)
+    table = torch.full((1, 4, 8), len(alive), dtype=torch.int32)  # the dead: a page to watch
+    for page, (head, block) in enumerate(alive):
+        table[0, head, block] = page
+    lengths = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
+    write_pages(
+        k, k + 1, pool, pool_v := pool.clone(), table.to(DEVICE), lengths, pattern,
+        alive_only=True, backend=backend,
+    )  # fmt: skip
+    for page, (head, block) in enumerate(alive):
+        rows = k[0, block * size : (block + 1) * size, head]
+        assert torch.equal(pool[page, : len(rows)], rows)
+        assert torch.equal(pool_v[page, : len(rows)], rows + 1)
+        assert pool[page, len(rows) :].isnan().all()
+    assert pool[-1].isnan().all()
+
+
+def test_a_chunk_in_several_launches(monkeypatch):
+    """More query tiles than a launch counts: the queries go in slices."""
+    monkeypatch.setattr("s2_kernels.decode.MOST_UNITS", 2)
+    case = PagedCase(LOCAL, (90,), s=80)
+    x = make_paged(case, device=DEVICE)
+    assert_close(launch(x, case.pattern), truth_of(case, x))
+
+
+def refusal(**changes) -> str:
+    x = vars(make_paged(CASES[0])) | {"pattern": LOCAL, "backend": "reference"} | changes
+    names = ("q", "k_pages", "v_pages", "page_table", "lengths", "pattern")
+    with pytest.raises(ValueError) as error:
+        paged_attention(*(x[name] for name in names), backend=x["backend"])
+    return str(error.value)
+
+
+def test_what_does_not_fit_is_refused_by_name(monkeypatch):
+    x = make_paged(CASES[0])
+    assert "k_pages has shape" in refusal(pattern=replace(LOCAL, block_size=32))
+    assert "4 heads" not in refusal(q=x.q[:, :, :2]) and "q has shape" in refusal(q=x.q[:, :, :2])
+    assert "page_table has shape" in refusal(page_table=x.page_table[:, :1])
+    assert "int32" in refusal(lengths=x.lengths.long())
+    assert "13 blocks" not in refusal(lengths=x.lengths + 100)
+    assert "give it more" in refusal(lengths=x.lengths + 100)
+    assert "must be one of" in refusal(backend="hopper")
+    assert "k_pages is torch.float16" in refusal(k_pages=x.k_pages.half())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "need a GPU" in refusal(backend="triton")

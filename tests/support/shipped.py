@@ -1,0 +1,134 @@
+"""Compiles every shipped configuration of the kernels for GPUs that are not there, with aot.py.
+
+As a program, with TRITON_INTERPRET unset, it prints JSON: what each kernel takes (`usage`), the
+main loops of the Hopper kernels, and what another length compiled again. Which Triton compiles is
+for the caller to say, by PYTHONPATH.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from aot import compiled, main_loops, usage
+from triton.backends.compiler import GPUTarget
+
+from s2_kernels import backward, backward_dkdv, forward, local_stride, ranges
+from s2_kernels.block_sparse import api as block_sparse
+from s2_kernels.block_sparse import kernels as sparse_kernels
+from s2_kernels.hopper.backward import launch_hopper_backward
+from s2_kernels.hopper.forward import launch_hopper_forward
+from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
+from s2_kernels.launch import Packing
+
+ARCHITECTURES = (80, 90, 100)
+"""Of the portable kernels; the Hopper kernels are for 90."""
+PATTERN = local_stride(heads=4, local_blocks=4, stride=4)
+BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, stride=4)
+BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
+THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
+
+
+def tensors(n, pattern, d, dtype, packed):
+    """q, k, v and dout of n tokens; and how they are packed, if so."""
+    batch = () if packed else (1,)
+    heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads, pattern.heads)
+    cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
+    packing = Packing(cu_seqlens, cu_seqlens, n, n) if packed else None
+    return [torch.zeros(*batch, n, h, d, dtype=dtype) for h in heads], packing
+
+
+def portable(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, fused=False):
+    (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    out, lse = forward.launch_forward(q, k, v, pattern, 0.1, packing=packing)
+    options = dict(packing=packing, deterministic=not fused, tma_add=arch >= 90)
+    backward.launch_backward(q, k, v, out, lse, dout, None, pattern, 0.1, **options)
+
+
+def sparse(arch, n, d):
+    (q, k, v, dout), _ = tensors(n, PATTERN, d, torch.bfloat16, False)
+    mask = torch.ones(4, -(-n // 64), -(-n // 64), dtype=torch.bool)
+    common = (block_sparse._tables_of(mask, q.device), 64, 0.1)
+    out, lse = sparse_kernels.launch_forward(q, k, v, *common)
+    sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
+
+
+def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
+    (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    if d > 128:
+        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1)
+    else:
+        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing)
+    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
+
+
+# Every row of configs.py, dense and packed; and once per architecture what else is chosen at
+# compile time: float16, small blocks, which are gathered, and more than two bands.
+PORTABLE = [
+    *((portable, dict(d=d, fused=fused)) for d in (64, 128, 256) for fused in (False, True)),
+    *((portable, dict(d=d, packed=True)) for d in (64, 128, 256)),
+    *((portable, dict(d=d, fused=fused, dtype=torch.float32)) for d in (64, 128)
+      for fused in (False, True)),
+    *((sparse, dict(d=d)) for d in (64, 128, 256)),
+    (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
+    (portable, dict(d=64, pattern=THREE_RANGES)),
+]  # fmt: skip
+HOPPER = [
+    *((hopper, dict(d=d)) for d in (64, 128, 256)),
+    *((hopper, dict(d=d, packed=True)) for d in (64, 128)),
+    *((hopper, dict(d=d, dtype=torch.float16)) for d in (128, 256)),
+    (hopper, dict(d=128, pattern=BLOCKS_OF_128)),
+    (hopper, dict(d=128, pattern=THREE_RANGES)),
+]
+
+
+def compile_all(arch: int) -> dict:
+    """What the kernels for one architecture, 10 times its compute capability, take."""
+    for module in (forward, backward, sparse_kernels):
+        module.capability = lambda *_: divmod(arch, 10)
+    cases = PORTABLE + (HOPPER if arch == 90 else [])
+    report = dict(usage=[], loops=[])
+    with compiled(GPUTarget("cuda", arch, 32)) as kernels:
+        seen = set()
+        for launch, options in cases:
+            launch(arch, 4096, **options)
+            new = {id(kernel): kernel for kernel in kernels if id(kernel) not in seen}
+            seen |= new.keys()
+            packed = options.get("packed", False)
+            report["usage"] += [
+                vars(usage(x)) | dict(arch=arch, packed=packed) for x in new.values()
+            ]
+            names = [(x.metadata.name, x) for x in new.values()]
+            report["loops"] += [(n, main_loops(x)) for n, x in names if n.startswith("s2_hopper")]
+        for launch, options in cases if arch == 90 else ():
+            launch(arch, 5519, **options)
+    report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]
+    return report
+
+
+def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
+    """What this program prints, run where kernels can be compiled.
+
+    Args:
+        triton: a folder with another Triton than the environment's.
+    """
+    root = Path(__file__).parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [*([triton] if triton else []), root / "kernels", root / "tests/support"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
+    reports = [compile_all(arch) for arch in ARCHITECTURES]
+    whole = {key: [x for report in reports for x in report[key]] for key in reports[0]}
+    print(json.dumps(whole | dict(triton=triton.__version__)))

@@ -1,0 +1,220 @@
+"""What is decided before Megatron starts: what is resumed from, and what may have changed."""
+
+from argparse import Namespace
+
+import pytest
+from in_process import call
+
+from s2megatron.config import OutputConfig
+from s2megatron.errors import ConfigError
+from s2megatron.training import output
+from s2megatron.training.changed_options import compare, refusal
+from s2megatron.training.checkpoint_errors import explain
+from s2megatron.training.checkpoint_folder import TRACKER, set_aside_newer
+from s2megatron.training.load_fixes import _replace_rates, settle_schedule
+
+# --- which checkpoint is resumed from
+
+
+def checkpoint(folder, number: int, *, complete: bool = True):
+    path = folder / f"iter_{number:07d}"
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", *((".metadata", "metadata.json") if complete else ())):
+        (path / name).write_text("x")
+    return path
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three complete checkpoints and half of a fourth, and the run's folder."""
+    for number in (10, 20, 30):
+        checkpoint(tmp_path / "checkpoints", number)
+    checkpoint(tmp_path / "checkpoints", 40, complete=False)
+    return tmp_path
+
+
+TRACKERS = {
+    "missing": (None, "is missing"),
+    "garbage": (b"\xff\x00 x", "is damaged"),
+    "empty": (b"", "is damaged"),
+    "names-none": (b"25", "names"),
+    "names-half": (b"40", ".metadata is missing"),
+}
+
+
+@pytest.mark.parametrize("case", TRACKERS)
+def test_broken_tracker_resumes_from_the_newest_complete_checkpoint(three, case, monkeypatch):
+    text, said = TRACKERS[case]
+    tracker = three / "checkpoints" / TRACKER
+    if text is not None:
+        tracker.write_bytes(text)
+    place = output.resolve(OutputConfig(folder=str(three)), {})
+    assert place.options["load"] == str(three / "checkpoints") and place.iteration == 30
+    assert place.options["ckpt_step"] == 30  # every rank knows it before the tracker is mended
+    assert said in place.notes[0] and "iter_0000040 is incomplete" in place.notes[1]
+    assert "newest complete checkpoint" in place.notes[2] and "iter_0000030" in place.notes[3]
+    monkeypatch.setattr(output, "damage", lambda path: "")
+    assert output.make_ready(place) == []
+    assert tracker.read_text() == "30"  # Megatron leaves, or starts at 1, without it
+    assert sorted(p.name for p in tracker.parent.iterdir()) == [
+        "iter_0000010", "iter_0000020", "iter_0000030", "iter_0000040", TRACKER,
+    ]  # fmt: skip
+
+
+def test_going_back_keeps_the_newer_checkpoints(three, monkeypatch):
+    folder = three / "checkpoints"
+    (folder / TRACKER).write_text("10")
+    place = output.resolve(OutputConfig(folder=str(three)), {})
+    monkeypatch.setattr(output, "damage", lambda path: "")
+    said = output.make_ready(place)
+    assert place.iteration == 10 and len(said) == 2 and "aside-iter_0000020" in said[0]
+    assert (folder / "aside-iter_0000030" / ".metadata").exists()
+    assert not (folder / "iter_0000030").exists()
+    assert (folder / "iter_0000040").exists()  # half a save: written over
+    checkpoint(folder, 30)
+    assert "aside-iter_0000030-2" in set_aside_newer(folder, 10)[0]
+
+
+def test_converted_model_is_no_run_to_resume(tmp_path):
+    (tmp_path / "checkpoints" / "release").mkdir(parents=True)
+    (tmp_path / "checkpoints" / TRACKER).write_text("release")
+    with pytest.raises(ConfigError, match=r"converted model.*megatron.load="):
+        output.resolve(OutputConfig(folder=str(tmp_path)), {})
+
+
+def test_damaged_checkpoint_is_refused_with_a_way_back_that_works(three, monkeypatch):
+    folder = three / "checkpoints"
+    (folder / TRACKER).write_text("30")
+    monkeypatch.setattr(output, "damage", lambda path: "__0_0.distcp has 1 bytes of 9")
+    damaged = {"iter_0000030": "cut"}
+    monkeypatch.setattr(
+        "s2megatron.training.checkpoint_folder.damage", lambda path: damaged.get(path.name, "")
+    )
+    place = output.resolve(OutputConfig(folder=str(three)), {})
+    with pytest.raises(ConfigError, match=rf"1 bytes of 9; to go back.*echo 20 > .*{TRACKER}"):
+        output.make_ready(place)
+    (folder / TRACKER).write_text("20")  # as told
+    assert output.resolve(OutputConfig(folder=str(three)), {}).iteration == 20
+
+
+def test_full_disk_at_start(tmp_path, monkeypatch):
+    place = output.resolve(OutputConfig(folder=str(tmp_path)), {})
+    full = Namespace(free=4096)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ConfigError, match="is full"):
+        output.make_ready(place)
+
+
+# --- which options may have changed
+
+OPTIONS = {
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4,
+    "group_query_attention": True, "num_query_groups": 2, "num_experts": None,
+    "position_embedding_type": "rope", "rotary_base": 10000, "seq_length": 128,
+    "vocab_size": 257, "padded_vocab_size": 384, "seed": 1234, "split": None,
+    "lr": 0.003, "min_lr": 0.0003, "train_iters": 20, "train_samples": None,
+    "lr_decay_iters": None, "lr_warmup_iters": 2, "lr_decay_style": "cosine",
+    "global_batch_size": 2, "micro_batch_size": 1, "start_weight_decay": 0.01,
+    "optimizer": "adam", "bf16": False, "fp16": False, "tensor_model_parallel_size": 1,
+    "save_interval": 5, "train_data_path": ["a"],
+    "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
+}  # fmt: skip
+
+
+def changed(**now):
+    saved = Namespace(**OPTIONS | {"lr_decay_iters": 20})  # Megatron fills it in while it trains
+    now = Namespace(**OPTIONS | now)
+    return saved, now, compare(saved, now, optimizer=True)
+
+
+@pytest.mark.parametrize(
+    "name, value, way_out",
+    [
+        ("num_layers", 8, "run of its own"),
+        ("hidden_size", 128, "run of its own"),
+        ("num_query_groups", 1, "run of its own"),
+        ("num_experts", 8, "run of its own"),
+        ("bf16", True, "megatron.finetune=true"),
+        ("lr", 0.002, "override_opt_param_scheduler=true"),
+        ("train_iters", 40, "override_opt_param_scheduler=true"),
+        ("lr_decay_iters", 30, "override_opt_param_scheduler=true"),
+        ("lr_warmup_iters", 4, "override_opt_param_scheduler=true"),
+        ("global_batch_size", 4, "override_opt_param_scheduler=true"),
+        ("start_weight_decay", 0.1, "override_opt_param_scheduler=true"),
+    ],
+)
+def test_option_that_must_stay_is_refused_with_both_values(tmp_path, name, value, way_out):
+    saved, now, found = changed(**{name: value})
+    said = refusal(found, tmp_path / "checkpoints" / "iter_0000004", now)
+    old = getattr(saved, name)
+    assert f"megatron.{name}: {old!r} in the checkpoint, {value!r} now" in said or (
+        name == "lr_decay_iters" and "megatron.lr_decay_iters: None" in said
+    )
+    assert said.count(" in the checkpoint, ") == 1 and way_out in said
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", 7),
+        ("padded_vocab_size", 512),
+        ("seq_length", 256),
+        ("rotary_base", 500000),
+        ("train_data_path", ["b"]),
+    ],
+)
+def test_option_that_changes_what_comes_next_is_told(tmp_path, name, value):
+    _, now, found = changed(**{name: value})
+    assert refusal(found, tmp_path, now) == ""
+    (told,) = found.told
+    assert f"megatron.{name}: {OPTIONS[name]!r} in the checkpoint, {value!r} now: " in told
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("save_interval", 9),
+        ("tensor_model_parallel_size", 2),
+        ("micro_batch_size", 2),
+        ("lr_decay_iters", 20),
+    ],
+)
+def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):
+    _, now, found = changed(**{name: value})
+    assert refusal(found, tmp_path, now) == "" and found.told == []
+
+
+def test_weights_alone_need_only_their_shape(tmp_path):
+    saved, now = Namespace(**OPTIONS), Namespace(**OPTIONS | {"lr": 1.0, "seed": 7, "bf16": True})
+    assert refusal(compare(saved, now, optimizer=False), tmp_path, now) == ""
+    now.num_layers = 8
+    assert "num_layers" in refusal(compare(saved, now, optimizer=False), tmp_path, now)
+
+
+def test_checkpoints_schedule_may_be_kept(tmp_path):
+    saved, now, found = changed(lr=0.002, train_iters=40, use_checkpoint_opt_param_scheduler=True)
+    assert refusal(found, tmp_path, now) == ""
+    said = settle_schedule(found, saved, now)
+    assert now.lr == 0.003 and len(said) == 2 and "the checkpoint's schedule goes on" in said[0]
+
+
+def test_new_rates_reach_the_parameter_groups_of_a_checkpoint():
+    """Megatron finds no group under another lr: it looks for the rates themselves."""
+    group = {"max_lr": 0.003, "min_lr": 0.0003, "wd_mult": 0.0}
+    state = {"optimizer": {0: {"optimizer": {"param_groups": [group, dict(group, max_lr=1.0)]}}}}
+    _replace_rates(state, Namespace(lr=0.003, min_lr=0.0003), Namespace(lr=0.002, min_lr=0.0001))
+    first, other = state["optimizer"][0]["optimizer"]["param_groups"]
+    assert first == {"max_lr": 0.002, "min_lr": 0.0001, "wd_mult": 0.0}
+    assert other["max_lr"] == 1.0  # an override of its own
+
+
+# --- errors in checkpoints
+
+
+def test_errors_of_loading_and_of_saving_are_told_apart(tmp_path):
+    """In an interpreter of its own: torch's reader is changed there."""
+    loaded, saved = call("operating_cases", "load_and_save_errors", str(tmp_path))
+    assert "could not be loaded: it is damaged" in loaded and "__0_0.distcp cannot be" in loaded
+    assert f"echo 2 > {tmp_path}" in loaded
+    assert "could not be written" in saved and "make room" in saved
+    assert explain(ValueError("x"), load="a", step=None, save="b") is None
