@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.configs import FUSED
 from s2_kernels.launch import device_table, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
@@ -544,6 +545,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **FUSED,
     )
     merge_rows = 1 if rows <= 16 else 16
     s2_merge_kernel[(units, triton.cdiv(rows, merge_rows))](
@@ -566,6 +568,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         ROWS=merge_rows,
         PARTS=32 // merge_rows,
         num_warps=4,
+        **FUSED,
     )
 
 
@@ -605,4 +608,5 @@ def launch_write(
         N_BANDS=pattern.n_bands,
         ALIVE_ONLY=alive_only,
         num_warps=4,
+        **FUSED,
     )
