@@ -121,11 +121,13 @@ def load_machine(name: str) -> Machine:
         tree = strict_yaml.load(path.read_text(encoding="utf-8"), f"--gpu {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gpu {path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict) or "sparsity" in tree or "megatron" in tree:
-        what = (
-            "a run file, which stands without an option" if isinstance(tree, dict) else "no table"
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--gpu {path}: holds no machine's constants. {_MAKE}")
+    if "sparsity" in tree or "megatron" in tree:
+        raise ConfigError(
+            f"--gpu {path}: is a run file, not a machine's constants; name the run file without "
+            f"--gpu. {_MAKE}"
         )
-        raise ConfigError(f"--gpu {path}: must hold a machine's constants; it is {what}. {_MAKE}")
     try:
         return Machine.model_validate(tree)
     except ValidationError as errors:
