@@ -105,7 +105,7 @@ def run_all(jobs: list[Job], free: list[tuple[str, int]], a, began: float) -> li
     return failed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arms", nargs="+", metavar="ARM[@RECIPE][#SEED]")
     parser.add_argument("--recipe", type=Path, default=ROOT / "configs/quality/recipe.yaml")
@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--arms-per-gpu", type=int, default=1,
                         help="side by side: no arm can be timed then")  # fmt: skip
     parser.add_argument("--override", action="append", default=[], metavar="key.path=value")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     jobs = [Job.parse(text, a.recipe) for text in a.arms]
     a.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
