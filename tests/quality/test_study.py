@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ import documents
 import examine
 import pieces
 import report
+import study
 import tokenizer
 import train_arm
 from recipe import load_recipe
@@ -74,8 +77,9 @@ def test_turned_shards_cover_in_two_layers_what_one_leaves_out():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_can_be_read(path):
     for phase in load_recipe(path).phases:
-        assert phase.micro_batch * phase.length <= phase.micro_batch_tokens
-        assert phase.sequences % phase.micro_batch == 0
+        for sequences in (phase.sequences, phase.sequences // 2):  # on one GPU, on two
+            assert phase.micro_batch(sequences) * phase.length <= phase.micro_batch_tokens
+            assert sequences % phase.micro_batch(sequences) == 0
 
 
 def test_a_wrong_recipe_is_refused_by_field(tmp_path):
@@ -215,3 +219,29 @@ def test_from_a_source_tree_to_the_report(folder):
     results = report.read_results(folder / "study/results")
     assert len(results[0]["examination"]["loss-256"]["samples"]["loss"]["256"]) == 4
     assert f"| {arm} |" in (folder / "study/report/report.md").read_text()
+
+
+def test_a_job_names_its_recipe_and_seed():
+    job = study.Job.parse("paper@configs/quality/recipe.yaml#2", Path("other.yaml"))
+    assert (job.arm, job.recipe.stem, job.seed) == ("paper", "recipe", 2)
+    assert job.name == "paper--recipe--seed-2" and job.trunk.name == "trunk--recipe--seed-2"
+    assert study.Job.parse("dense", Path("a/other.yaml")).name == "dense--other"
+
+
+def test_arms_of_a_failed_trunk_are_not_started(tmp_path, monkeypatch, capsys):
+    recipe = str(ROOT / "configs/quality/recipe.yaml")
+    monkeypatch.setattr(study.Job, "command", lambda self, a: [sys.executable, "-c", "1 / 0"])
+    assert study.main(["paper", "--recipe", recipe, "--data", "x", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "trunk--recipe: FAILED" in out and "ZeroDivisionError" in out
+    assert "paper--recipe" not in out
+
+
+def test_a_phase_is_asked_to_leave_at_its_last_second(monkeypatch):
+    text = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); time.sleep(30)"
+    process = subprocess.Popen([sys.executable, "-c", text])
+    time.sleep(0.5)
+    monkeypatch.setattr(train_arm, "LOOK", 0.1)
+    began = time.time()
+    assert not train_arm.ended(process, began, 60.0)  # a look at the log comes next
+    assert train_arm.ended(process, began, 0.0) and process.returncode == 7
