@@ -190,7 +190,7 @@ class SparsityConfig(_Checked):
                 numbers = entry.numbers(num_layers)
                 merged = entry.over(self.default)
             except ValueError as error:
-                raise ConfigError(f"{_path(('sparsity', *where))}: {_first(error)}") from None
+                raise ConfigError(f"{_path(('sparsity', *where))}: {error}") from None
             for n in numbers:
                 chosen[n - 1] = (where, merged)
         resolved, built = [], {}
@@ -325,13 +325,6 @@ def _path(parts: Sequence) -> str:
     for part in parts:
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".")
-
-
-def _first(error: ValueError) -> str:
-    """The plain message of a ValueError, also when pydantic wrapped it."""
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error)
 
 
 _MODELS = {

@@ -4,6 +4,7 @@ Both were asked the same, so differences are taken window by window and document
 makes a window hard is hard for both, and falls out.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -18,8 +19,59 @@ from s2megatron.evaluation.statistics import Mean
 _SAME = ("data", "packed", "tokenizer", "filler")
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One line of a comparison."""
+
+    task: str
+    """A retrieval task, or "loss"."""
+    length: int | None
+    """Tokens of the windows or documents; None for those of all lengths together."""
+    what: str
+    """Which tokens of the windows, or which answers."""
+    first: Mean
+    second: Mean
+    change: Mean
+    """Second minus first; its error is that of the paired differences."""
+
+    @property
+    def errors(self) -> float | None:
+        """The change in standard errors; None where there is no error to count in."""
+        return self.change.value / self.change.error if self.change.error else None
+
+
 def compare(first: str | Path, second: str | Path) -> str:
-    """Markdown tables of the differences, second minus first.
+    """Markdown tables of the differences, second minus first. As `differences`."""
+    found = differences(first, second)
+    a, b = (read_json(folder, SUMMARY)["about"] for folder in (first, second))
+    parts = [
+        f"# {b['model']} ({b['attention']}) against {a['model']} ({a['attention']})",
+        "Differences are second minus first, on the same windows and documents; errors are "
+        "standard errors of the paired differences, and the last column counts them.",
+    ]
+    losses = [line for line in found if line.task == "loss"]
+    if losses:
+        head = ["length", "tokens", "first", "second", "difference", "relative", "standard errors"]
+        rows = [
+            [f"{line.length:,}", line.what, f"{line.first.value:.4f}", f"{line.second.value:.4f}",
+             line.change, f"{100 * line.change.value / line.first.value:+.2f}%", _errors(line)]
+            for line in losses
+        ]  # fmt: skip
+        parts += ["## Loss, nats a token", table(head, rows)]
+    answers = [line for line in found if line.task != "loss"]
+    if answers:
+        head = ["task", "answers", "first", "second", "difference", "standard errors"]
+        rows = [
+            [line.task, f"{line.what} ({line.first.count})", f"{100 * line.first.value:.1f}%",
+             f"{100 * line.second.value:.1f}%", line.change, _errors(line)]
+            for line in answers
+        ]  # fmt: skip
+        parts += ["## Retrieval, share of answers right", table(head, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def differences(first: str | Path, second: str | Path) -> list[Difference]:
+    """What two evaluations differ in, window by window and document by document.
 
     Args:
         first, second: folders that `s2megatron evaluate` wrote.
@@ -27,8 +79,7 @@ def compare(first: str | Path, second: str | Path) -> str:
     Raises:
         ConfigError: a folder without its files, or two that were not asked the same.
     """
-    folders = (first, second)
-    a, b = (read_json(folder, SUMMARY) for folder in folders)
+    a, b = (read_json(folder, SUMMARY) for folder in (first, second))
     for name in _SAME:
         if a["about"].get(name) != b["about"].get(name):
             raise ConfigError(
@@ -40,32 +91,33 @@ def compare(first: str | Path, second: str | Path) -> str:
             f"{first} and {second} were asked different things: {a.get('plan')} and "
             f"{b.get('plan')}; evaluate both with the same options"
         )
-    rows_a, rows_b = (read_json(folder, ROWS) for folder in folders)
-    parts = [
-        f"# {b['about']['model']} ({b['about']['attention']}) against {a['about']['model']} "
-        f"({a['about']['attention']})",
-        "Differences are second minus first, on the same windows and documents; errors are "
-        "standard errors of the paired differences, and the last column counts them.",
-    ]
+    rows_a, rows_b = (read_json(folder, ROWS) for folder in (first, second))
+    found = []
+    if set(rows_a["loss"]) != set(rows_b["loss"]):
+        raise ConfigError(
+            f"{first} has losses at {', '.join(rows_a['loss'])} tokens, {second} at "
+            f"{', '.join(rows_b['loss'])}; evaluate both with the same --lengths"
+        )
     for length in rows_a["loss"]:
-        if length not in rows_b["loss"]:
-            raise ConfigError(f"{second}: has no loss at {length} tokens, {first} has")
-        parts += _losses(int(length), rows_a["loss"][length], rows_b["loss"][length])
+        found += _losses(int(length), rows_a["loss"][length], rows_b["loss"][length])
     if rows_a["answers"]:
-        parts += _answers(RetrievalPlan(**_tuples(a["plan"])), rows_a["answers"], rows_b["answers"])
-    return "\n\n".join(parts) + "\n"
+        plan = RetrievalPlan(**_tuples(a["plan"]))
+        found += _answers(plan, rows_a["answers"], rows_b["answers"])
+    return found
 
 
-def _losses(length: int, a: dict, b: dict) -> list[str]:
+def _losses(length: int, a: dict, b: dict) -> list[Difference]:
     if a["places"] != b["places"]:
-        raise ConfigError(f"loss at {length} tokens: the two saw different windows")
+        raise ConfigError(
+            f"loss at {length} tokens: the two saw different windows; evaluate both with the same "
+            "--windows"
+        )
+    names = ("by_position", "position_counts", "by_repeat", "repeat_counts")
     of = [
-        WindowLosses(length, found["places"], *(
-            numpy.asarray(found[name], dtype=float)
-            for name in ("by_position", "position_counts", "by_repeat", "repeat_counts")))
-        for found in (a, b)
-    ]  # fmt: skip
-    difference = WindowLosses(
+        WindowLosses(length, x["places"], *(numpy.asarray(x[n], dtype=float) for n in names))
+        for x in (a, b)
+    ]
+    change = WindowLosses(
         length,
         a["places"],
         of[1].by_position - of[0].by_position,
@@ -73,50 +125,36 @@ def _losses(length: int, a: dict, b: dict) -> list[str]:
         of[1].by_repeat - of[0].by_repeat,
         of[0].repeat_counts,
     )
-    tables = [found.table() for found in (*of, difference)]
-    rows = []
-    for name, change in tables[2].items():
-        if change.value is None:
-            continue
-        first, second = tables[0][name].value, tables[1][name].value
-        rows.append(
-            [name, f"{first:.4f}", f"{second:.4f}", change, f"{100 * change.value / first:+.2f}%",
-             _errors(change)]
-        )  # fmt: skip
-    head = ["tokens", "first", "second", "difference", "relative", "standard errors"]
-    return [f"## Loss at {length:,} tokens, nats a token", table(head, rows)]
+    first, second = (x.table() for x in of)
+    return [
+        Difference("loss", length, name, first[name], second[name], value)
+        for name, value in change.table().items()
+        if value.value is not None
+    ]
 
 
-def _answers(plan: RetrievalPlan, a: list, b: list) -> list[str]:
+def _answers(plan: RetrievalPlan, a: list, b: list) -> list[Difference]:
     a, b = ([AnswerRow(*row) for row in rows] for rows in (a, b))
     if [row[:7] for row in a] != [row[:7] for row in b]:
         raise ConfigError("retrieval: the two were asked about different documents")
     change = [y._replace(right=y.right - x.right) for x, y in zip(a, b, strict=True)]
     of = [RetrievalResult(plan, rows) for rows in (a, b, change)]
-    rows = []
+    found = []
     for task in plan.tasks:
         for length in plan.lengths:
-            cells = [r.share(task=task, length=length, needle=True) for r in of]
-            rows.append(_row(task, f"length {length:,}", *cells))
-        by_distance = [r.by_distance(task) for r in of]
+            cells = [x.share(task=task, length=length, needle=True) for x in of]
+            found.append(Difference(task, length, f"length {length:,}", *cells))
+        by_distance = [x.by_distance(task) for x in of]
         for name in by_distance[0]:
-            rows.append(_row(task, f"distance {name}", *(found[name] for found in by_distance)))
-    head = ["task", "answers", "first", "second", "difference", "standard errors"]
-    return ["## Retrieval, share of answers right", table(head, rows)]
+            cells = [x[name] for x in by_distance]
+            found.append(Difference(task, None, f"distance {name}", *cells))
+    return found
 
 
-def _row(task: str, name: str, first: Mean, second: Mean, change: Mean) -> list:
-    shares = (f"{100 * cell.value:.1f}%" for cell in (first, second))
-    return [task, f"{name} ({first.count})", *shares, change, _errors(change)]
-
-
-def _errors(change: Mean) -> str:
-    """The difference in standard errors."""
-    if change.error is None:
-        return "one sample"
-    if change.error == 0:
-        return "0" if change.value == 0 else "all alike"
-    return f"{change.value / change.error:+.1f}"
+def _errors(line: Difference) -> str:
+    if line.errors is not None:
+        return f"{line.errors:+.1f}"
+    return "one sample" if line.change.error is None else "no spread"
 
 
 def _tuples(plan: dict) -> dict:

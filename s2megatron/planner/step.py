@@ -168,10 +168,7 @@ def _sends(machine: Machine, model: Model, layout: Layout, axes: dict[str, Axis]
         return 0.0
     tokens = layout.micro_batch * model.shape.seq_len
     size = tokens * model.shape.hidden * BF16 / (layout.tp if layout.sequence_parallel else 1)
-    stride = layout.tp * layout.dp
     link = machine.node if layout.gpus <= machine.gpus_per_node else machine.cluster
-    if stride < machine.gpus_per_node and layout.gpus <= machine.gpus_per_node:
-        link = machine.node
     once = size / (link.gb_s * 1e9) + link.latency_us * 1e-6
     sends = 2 * layout.micro_batches * layout.vpp
     waits = 2 * (layout.pp - 1) if layout.vpp > 1 else 2 * (layout.micro_batches + layout.pp - 1)

@@ -17,7 +17,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
-from s2megatron.training.schedule import check_schedule
+from s2megatron.training.schedule import check_rates, check_schedule
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     # Megatron's parser reads the command line: from here on it is the run file's.
     argv, parsed = to_argv(options)
     check_run_options(parsed)
+    check_rates(parsed)
     sys.argv = [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args()

@@ -11,6 +11,22 @@ GO_ON = (
 )
 
 
+def check_rates(args) -> None:
+    """The learning rates, where they are given, are in order. Raises ConfigError.
+
+    Args:
+        args: not validated yet.
+    """
+    if args.min_lr < 0:
+        raise ConfigError(f"megatron.min_lr: {args.min_lr:g} is negative; raise it to 0 or more")
+    for name in ("min_lr", "lr_warmup_init"):
+        if args.lr is not None and getattr(args, name) > args.lr:
+            raise ConfigError(
+                f"megatron.{name}: {getattr(args, name):g} is greater than megatron.lr, "
+                f"{args.lr:g}; lower it"
+            )
+
+
 def check_schedule(args) -> None:
     """What the scheduler asks of Megatron's arguments, as far as the run file alone can tell.
 
@@ -26,13 +42,6 @@ def check_schedule(args) -> None:
         raise ConfigError("megatron.train_iters: is missing (or train_samples): how long to train")
     if args.lr is None:
         raise ConfigError("megatron.lr: is missing: the highest learning rate")
-    if args.lr_warmup_init > args.lr:
-        raise ConfigError(
-            f"megatron.lr_warmup_init: {args.lr_warmup_init:g} is greater than megatron.lr, "
-            f"{args.lr:g}; lower it"
-        )
-    if args.min_lr < 0:
-        raise ConfigError(f"megatron.min_lr: {args.min_lr:g} is negative; raise it to 0 or more")
     if not 0 <= args.start_weight_decay <= args.end_weight_decay:
         raise ConfigError(
             f"megatron.start_weight_decay: {args.start_weight_decay:g} to end_weight_decay "

@@ -15,6 +15,11 @@ from pathlib import Path
 from recipe import Examination, Probe
 
 from s2megatron import cli
+from s2megatron.evaluation.loss import FAR, REPEAT_EDGES
+from s2megatron.evaluation.scoring import AnswerRow
+
+FAR_ANSWER = 2048
+"""Tokens from a planted value to its answer, from which it counts as far."""
 
 
 def probing(a, plan: Examination, probe: Probe) -> list[str]:
@@ -39,6 +44,38 @@ def losses(a, plan: Examination, length: int) -> list[str]:
             "--windows", str(windows)]  # fmt: skip
 
 
+def samples(rows: dict) -> dict:
+    """What arms are compared by, sample by sample: all see the same windows and documents.
+
+    Returns:
+        "loss": length -> [[nats, tokens, nats of far repeats, their tokens], ...] of each window;
+        "right": task -> length -> [right, answers, right from FAR_ANSWER and more, answers] of each
+        document.
+    """
+    far = REPEAT_EDGES.index(FAR) + 1
+    found: dict = {"loss": {}, "right": {}}
+    for length, table in rows["loss"].items():
+        columns = (table["by_position"], table["position_counts"], table["by_repeat"],
+                   table["repeat_counts"])  # fmt: skip
+        found["loss"][length] = [
+            [round(sum(nats), 3), sum(count),
+             round(sum(repeats[far:-1]), 3), sum(counts[far:-1])]
+            for nats, count, repeats, counts in zip(*columns, strict=True)
+        ]  # fmt: skip
+    for row in map(AnswerRow._make, rows["answers"]):
+        if row.needle:
+            lengths = found["right"].setdefault(row.task, {})
+            documents = lengths.setdefault(str(row.length), {})
+            sums = documents.setdefault(row.document, [0, 0, 0, 0])
+            far_away = row.start - row.source >= FAR_ANSWER
+            for i, value in enumerate((row.right, 1, row.right * far_away, far_away)):
+                sums[i] += int(value)
+    for lengths in found["right"].values():
+        for length, documents in lengths.items():
+            lengths[length] = [documents[number] for number in sorted(documents)]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("phase", type=Path)
@@ -61,6 +98,7 @@ def main() -> int:
             return status
         if name:
             found[name] = json.loads((a.out / name / "evaluation.json").read_text())
+            found[name]["samples"] = samples(json.loads((a.out / name / "rows.json").read_text()))
             (a.out / "examination.json").write_text(json.dumps(found))
     return 0
 

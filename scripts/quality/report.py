@@ -2,7 +2,8 @@
 
     python scripts/quality/report.py runs/quality/results --out runs/quality/report
 
-OUT/report.md has a row per arm, the dense arm of the same recipe and seed as the measure;
+OUT/report.md has a row per arm, the dense arm of the same recipe and seed as the measure: standard
+errors are those of the differences, window by window. They do not know the noise between seeds.
 OUT/loss-against-time.png is the frontier, OUT/curves.png how the losses fell. What an arm has not
 reached yet is left empty.
 """
@@ -15,9 +16,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy
 from arms import ARMS, density
-
-FAR = "repeats 2500 and more back"
 
 
 def read_results(folder: Path) -> list[dict]:
@@ -32,50 +32,86 @@ def group(result: dict) -> tuple[str, int]:
     return json.dumps(result["recipe"]["phases"]), result["recipe"]["seed"]
 
 
-def loss(result: dict, length: int, name: str = "all") -> dict | None:
-    """Mean, error and count of held-out losses in nats a token."""
+def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
+    """[windows, 2] of nats and tokens; with `far`, of repeats from 2,500 tokens back and more."""
     found = result.get("examination", {}).get(f"loss-{length}")
-    return found and found["loss"][str(length)][name]
+    rows = found and numpy.array(found["samples"]["loss"][str(length)], dtype=float)
+    return None if rows is None else rows[:, 2:] if far else rows[:, :2]
 
 
-def retrieved(result: dict, probe: str, length: int, tasks=None) -> float | None:
-    """Share of right answers over a probe's tasks."""
+def answers(result: dict, probe: str, task: str, length: int, far: bool = False):
+    """[documents, 2] of right answers and answers; with `far`, to values 2,048 back and more."""
     found = result.get("examination", {}).get(probe)
-    if not found:
-        return None
-    rows = [lengths["by length"][str(length)]["all"] for task, lengths in
-            found["retrieval"].items() if tasks is None or task in tasks]  # fmt: skip
-    return sum(row["value"] for row in rows) / len(rows)
+    rows = found and numpy.array(found["samples"]["right"][task][str(length)], dtype=float)
+    return None if rows is None else rows[:, 2:] if far else rows[:, :2]
 
 
-def table(results: list[dict]) -> list[str]:
-    """Markdown rows of arms that are comparable."""
-    plan = results[0]["recipe"]["examination"]
-    length = max(plan["loss_lengths"])
-    probes = [probe["name"] for probe in plan["probes"]]
-    dense = next((r for r in results if r["arm"] == "dense" and loss(r, length)), None)
-    k = length // 1024
-    head = ["arm", f"density at {k}k", "at 32k", "tokens", f"loss at {k}k", "against dense",
-            f"on {FAR}", "against dense"]  # fmt: skip
-    head += [f"{p} at {n // 1024}k" for p in probes for n in plan["lengths"]]
-    head += ["us a token", "status"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+def mean(rows: numpy.ndarray | None) -> float | None:
+    """Of [samples, 2] of sums and counts; None where there is nothing to count."""
+    return None if rows is None or not rows[:, 1].sum() else rows[:, 0].sum() / rows[:, 1].sum()
+
+
+def difference(mine: numpy.ndarray, other: numpy.ndarray) -> tuple[float, float]:
+    """Of two means over the same samples, and its standard error from the samples' differences.
+
+    It says how sure the difference is for these two trained models; another seed is another model.
+    """
+    weight = mine[:, 1] / mine[:, 1].mean()
+    gaps = (mine[:, 0] - other[:, 0]) / numpy.maximum(mine[:, 1], 1) * weight
+    return mean(mine) - mean(other), gaps.std(ddof=1) / len(gaps) ** 0.5
+
+
+def loss_table(results: list[dict]) -> list[str]:
+    """Markdown: densities, losses and speed of arms that are comparable."""
+    lengths = results[0]["recipe"]["examination"]["loss_lengths"]
+    head = ["arm", "density at 8k", "at 32k", "tokens"]
+    for name in (f"loss at {n}" for n in lengths):
+        head += [name, "against dense", "on far repeats", "against dense"]
+    lines = rule([*head, "us a token", "status"])
+    dense = next((r for r in results if r["arm"] == "dense"), None)
     for result in results:
-        cells = [result["arm"], percent(density(result["arm"], length)),
-                 percent(density(result["arm"], 32768)),
+        cells = [result["arm"], *(f"{density(result['arm'], n):.1%}" for n in (8192, 32768)),
                  f"{sum(p['tokens'] for p in result.get('phases', [])) / 1e6:.0f}M"]  # fmt: skip
-        for name in ("all", FAR):
-            mine, other = loss(result, length, name), dense and loss(dense, length, name)
-            cells.append(f"{mine['value']:.4f}" if mine and mine["value"] else "")
-            both = mine and other and mine["value"] and other["value"]
-            cells.append(f"{mine['value'] / other['value'] - 1:+.2%}" if both else "")
-        for probe in probes:
-            shares = (retrieved(result, probe, n) for n in plan["lengths"])
-            cells += ["" if share is None else percent(share) for share in shares]
+        for length in lengths:
+            for far in (False, True):
+                mine, other = losses(result, length, far), dense and losses(dense, length, far)
+                value = mean(mine)
+                cells.append("" if value is None else f"{value:.4f}")
+                cells.append(against(mine, other) if result is not dense else "")
         speed = own_speed(result)
         cells += [f"{speed:.2f}" if speed else "", result["status"]]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row(cells))
     return lines
+
+
+def against(mine: numpy.ndarray | None, other: numpy.ndarray | None) -> str:
+    """The difference in percent of the other, and its standard error."""
+    if mean(mine) is None or mean(other) is None:
+        return ""
+    gap, error = difference(mine, other)
+    return f"{gap / mean(other):+.2%} (se {error / mean(other):.2%})"
+
+
+def retrieval_table(results: list[dict], probe: dict) -> list[str]:
+    """Markdown: right answers of one probe, by task and length, and those from far away."""
+    lengths = results[0]["recipe"]["examination"]["lengths"]
+    columns = [(task, n, False) for task in probe["tasks"] for n in lengths]
+    columns += [(task, n, True) for task in probe["tasks"] for n in lengths[-1:]]
+    names = [f"{task} {n}{' far' if far else ''}" for task, n, far in columns]
+    lines = rule(["arm", *names])
+    for result in results:
+        shares = (mean(answers(result, probe["name"], *column)) for column in columns)
+        cells = ("" if share is None else f"{share:.0%}" for share in shares)
+        lines.append(row([result["arm"], *cells]))
+    return lines
+
+
+def rule(head: list[str]) -> list[str]:
+    return [row(head), "|" + " --- |" * len(head)]
+
+
+def row(cells) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def own_speed(result: dict) -> float | None:
@@ -83,10 +119,6 @@ def own_speed(result: dict) -> float | None:
     phases = result.get("phases")
     alone = result.get("arms_per_gpu", 1) == 1
     return phases[-1].get("us_per_token") if phases and alone else None
-
-
-def percent(share: float) -> str:
-    return f"{share:.1%}"
 
 
 def about(result: dict) -> list[str]:
@@ -113,11 +145,10 @@ def plot_frontier(results: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
         length = max(result["recipe"]["examination"]["loss_lengths"])
-        found = loss(result, length)
-        speed = own_speed(result)
-        if found and speed:
-            axis.errorbar(speed, found["value"], yerr=found["error"], marker="o", capsize=2)
-            axis.annotate(result["arm"], (speed, found["value"]), fontsize=8,
+        value, speed = mean(losses(result, length)), own_speed(result)
+        if value and speed:
+            axis.plot(speed, value, marker="o")
+            axis.annotate(result["arm"], (speed, value), fontsize=8,
                           xytext=(4, 4), textcoords="offset points")  # fmt: skip
     axis.set_xlabel("training, microseconds a token (last phase)")
     axis.set_ylabel("held-out loss (nats a token)")
@@ -143,22 +174,26 @@ def plot_curves(results: list[dict], path: Path) -> None:
         axis.set_xlabel("million tokens")
         axis.set_ylabel("loss (nats a token)")
         axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, fontsize=7)
+    if axes[1].lines:
+        axes[1].legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     results = read_results(a.results)
     a.out.mkdir(parents=True, exist_ok=True)
     lines = ["# Arms of the quality study", ""]
     for key in dict.fromkeys(map(group, results)):
         alike = [result for result in results if group(result) == key]
-        lines += [*about(alike[0]), *table(alike), ""]
+        lines += [*about(alike[0]), *loss_table(alike), ""]
+        for probe in alike[0]["recipe"]["examination"]["probes"]:
+            lines += [f"Right answers, {probe['name']}; far: value and answer 2,048 tokens apart "
+                      "and more", "", *retrieval_table(alike, probe), ""]  # fmt: skip
     lines += ["![loss against time](loss-against-time.png)", "", "![curves](curves.png)", ""]
     plot_frontier(results, a.out / "loss-against-time.png")
     plot_curves(results, a.out / "curves.png")

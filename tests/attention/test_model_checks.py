@@ -53,6 +53,7 @@ CASES = {
         ["megatron.min_lr=1"],
         ["megatron.min_lr: 1 is greater than megatron.lr, 0.003"],
     ),
+    "rate_below_0": (["megatron.min_lr=-1"], ["megatron.min_lr: -1 is negative"]),
     "warm_start": (["megatron.lr_warmup_init=1"], ["megatron.lr_warmup_init: 1 is greater"]),
     "no_last_phase": (["megatron.lr_decay_style=WSD"], ["lr_wsd_decay_iters: is missing"]),
     "decay_falls": (

@@ -1,5 +1,6 @@
 """Attention "s2" in transformers against a dense mask: forward, backward, cache, padding."""
 
+import copy
 import json
 
 import pytest
@@ -206,7 +207,8 @@ def test_generation_with_a_static_cache_is_refused(model, prompt):
 def test_every_architecture_hands_its_positions_to_the_attention(name, folders, prompt):
     """Without them a packed batch could not be told from a plain one."""
     kind, fields, _ = MODELS[name]
-    config = kind(**{**SMALL, **fields, "num_hidden_layers": 1, "mlp_only_layers": []})
+    own = copy.deepcopy(fields)  # transformers writes into nested fields
+    config = kind(**{**SMALL, **own, "num_hidden_layers": 1, "mlp_only_layers": []})
     config.s2 = transformers.AutoConfig.from_pretrained(folders["llama"]).s2
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="s2")
     assert "packed sequences" in refusal(lambda: model(prompt, position_ids=PACKED))

@@ -7,7 +7,7 @@ import pytest
 from in_process import run_command_line
 
 from s2megatron.cli import main
-from s2megatron.data import find_files, hold_out, make_tokenizer, write_dataset, writer
+from s2megatron.data import find_files, hold_out, make_tokenizer, tokenizers, write_dataset, writer
 from s2megatron.data.tokenizers import END_OF_TEXT, train_bpe
 from s2megatron.errors import ConfigError
 
@@ -219,7 +219,7 @@ def test_a_tokenizer_is_trained_on_what_is_not_held_out(tree, tmp_path):
     text = "  int a_b = 1234567;\n\n\treturn täxt;  \r\n"
     assert loaded.decode(encode(text)) == text and loaded.eos_token == END_OF_TEXT
     assert loaded.decode(ids[0][:-1]).startswith("==> part")
-    assert loaded(text, add_special_tokens=False)["input_ids"] == encode(text)
+    assert loaded(text, add_special_tokens=False)["input_ids"] == list(encode(text))
     assert "is there already" in refused(*arguments)
     assert "bpe:32768" in refused(*arguments[:-4], "--train-tokenizer", "wordpiece:9",
                                   "--tokenizer", f"huggingface:{folder}2")  # fmt: skip
@@ -245,3 +245,19 @@ def test_a_long_document_is_not_cut_to_what_a_model_takes(tmp_path):
     short.save_pretrained(tmp_path / "short")
     encode, _, _ = make_tokenizer(name)
     assert encode("a " * 9) == [2] * 9 and encode("a") == [2]
+
+
+def test_a_long_document_in_pieces_has_the_same_tokens(tmp_path, monkeypatch):
+    source = Path(tokenizers.__file__).read_text()
+    text = source + "x\n\n\ny\n  z\r\n\r\nw \n\t\nend \n#1\n'll" + "e\u0301\n\u0301a\n" * 3
+    train_bpe([source], 400, tmp_path / "bpe")
+    encode, _, _ = make_tokenizer(f"huggingface:{tmp_path / 'bpe'}")
+    monkeypatch.setattr(tokenizers, "PIECE", len(text))
+    whole = list(encode(text))
+    for piece in (1, 50):
+        monkeypatch.setattr(tokenizers, "PIECE", piece)
+        assert len(list(tokenizers._pieces(text))) > len(text) // (piece + 400)
+        assert "".join(tokenizers._pieces(text)) == text and list(encode(text)) == whole
+    assert list(encode("")) == []
+    words = word_level(tmp_path / "words", {"<eos>": 0, "<unk>": 1}, eos_token="<eos>")
+    assert isinstance(make_tokenizer(words)[0]("a\nb"), list)  # another split: never cut

@@ -17,9 +17,11 @@ from s2megatron.cli import main
 from s2megatron.config import parse_config
 from s2megatron.errors import ConfigError
 from s2megatron.evaluation import network as network_module
+from s2megatron.evaluation.compare import compare, differences
 from s2megatron.evaluation.evaluate import LossPlan, evaluate
 from s2megatron.evaluation.loss import evaluate_loss
 from s2megatron.evaluation.network import load_network
+from s2megatron.evaluation.result import Evaluation
 from s2megatron.evaluation.scoring import RetrievalPlan, evaluate_retrieval
 from s2megatron.evaluation.shards import EDGE_NAMES, Grid, grids
 from s2megatron.evaluation.windows import Documents
@@ -231,22 +233,27 @@ def test_compare_pairs_windows(results, folders, tmp_path):
     )
     assert status == 0, errors
     assert (tmp_path / "c.md").read_text() == text
-    rows = {
-        line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()
-        if line.startswith("| all")
-    }  # fmt: skip
+    assert "## Loss, nats a token" in text and "| 512 | all |" in text
     sums = [
         numpy.array(
-            json.loads((results[name] / "rows.json").read_text())["loss"]["512"]["by_position"]
+            json.loads((results[name] / "rows.json").read_text())["loss"]["256"]["by_position"]
         )
         for name in ("dense", "s2")
     ]
-    per_window = (sums[1] - sums[0]).sum(1) / 512
-    first, second, difference = rows["all"][1:4]
-    assert float(difference.split()[0]) == pytest.approx(per_window.mean(), abs=1e-4)
-    assert float(second) - float(first) == pytest.approx(per_window.mean(), abs=2e-4)
-    status, text, _ = run_command_line(main, ["compare", str(results["s2"]), str(results["s2"])])
-    assert status == 0 and "| 0 |" in text
+    per_window = (sums[1] - sums[0]).sum(1) / 256
+    (line,) = [
+        line
+        for line in differences(results["dense"], results["s2"])
+        if (line.task, line.length, line.what) == ("loss", 256, "all")
+    ]
+    assert len(per_window) == 3
+    error = per_window.std(ddof=1) / math.sqrt(3)
+    assert line.change.value == pytest.approx(per_window.mean())
+    assert line.second.value - line.first.value == pytest.approx(per_window.mean())
+    assert line.change.error == pytest.approx(error)
+    assert line.errors == pytest.approx(per_window.mean() / error)
+    alike = differences(results["s2"], results["s2"])
+    assert {line.change.value for line in alike} == {0.0} and alike[0].errors is None
 
     other = tmp_path / "other"
     few = ("--lengths", 256, "--tasks", "single", "--documents", 3, "--control", 0)
@@ -255,6 +262,22 @@ def test_compare_pairs_windows(results, folders, tmp_path):
     assert status == 2 and "differ in data" in errors
     status, _, errors = run_command_line(main, ["compare", str(tmp_path), str(other)])
     assert status == 2 and "there is no such file" in errors
+
+
+def test_compare_pairs_documents(read_well, tmp_path):
+    """A reader that is blind on a shard loses just the documents whose fact lies there."""
+    blind = ask(oracle(reader(lambda position: GRID.shard(position) != 2)))
+    for name, result in (("reader", read_well), ("blind", blind)):
+        Evaluation({"model": name, "attention": name}, [], result).write(tmp_path / name)
+    lines = differences(tmp_path / "reader", tmp_path / "blind")
+    lost = [x.right - y.right for x, y in zip(read_well.rows, blind.rows, strict=True) if x.needle]
+    assert 2 < sum(lost) < 20
+    (line,) = [line for line in lines if line.length == 800]
+    assert line.first.value == 1.0 and line.change.value == pytest.approx(-sum(lost) / 20)
+    assert line.change.error == pytest.approx(numpy.std(lost, ddof=1) / math.sqrt(20))
+    assert "| single | length 800 (20) | 100.0% |" in compare(
+        tmp_path / "reader", tmp_path / "blind"
+    )
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def test_per_head_strides_and_dense_heads():
     assert mask[3].equal(torch.ones(32, 32).tril().bool())
 
 
+def test_ranges_give_every_head_another_shard_unless_told():
+    bands = [(2, 1), (8, 2), (None, 4)]
+    assert [rule.shift for rule in ranges(heads=4, bands=bands).rules] == [0, 1, 2, 3]
+    same = ranges(heads=4, bands=bands, homogeneous=True, head_offset=6)
+    assert [rule.shift for rule in same.rules] == [2, 2, 2, 2]
+    apart = ranges(heads=4, bands=bands, head_offset=1, head_step=2, dense_heads=1)
+    assert [rule.shift for rule in apart.rules] == [1, 3, 1, 0] and apart.rules[3].is_dense
+
+
 def test_named_kinds():
     assert dense(heads=4).is_dense and dense(heads=4).density(1000) == 1
     assert local_stride(heads=4, local_blocks=3, stride=1) == dense(heads=4)

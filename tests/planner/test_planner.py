@@ -9,68 +9,16 @@ import sys
 import pytest
 import yaml
 from launches import ROOT
+from planner_cases import SIMPLE, make_model
 
-from s2_kernels import dense, local_stride
-from s2megatron.accounting import ModelShape
 from s2megatron.errors import ConfigError
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Attention, Machine, Network, interpolate, load_machine
-from s2megatron.planner.costs import Model, gather_seconds, layer_matmuls
+from s2megatron.planner.constants import Attention, Network, interpolate, load_machine
+from s2megatron.planner.costs import gather_seconds, layer_matmuls
 from s2megatron.planner.layout import Layout, candidates
 from s2megatron.planner.report import check_fits_gpus
 from s2megatron.planner.search import search
 from s2megatron.planner.step import plan
-
-LLAMA_1_3B = {
-    "layers": 24,
-    "hidden": 2048,
-    "ffn": 5504,
-    "heads": 16,
-    "kv_heads": 16,
-    "head_dim": 128,
-    "vocab": 32000,
-}
-PLAIN = {
-    "gated": True,
-    "bias": False,
-    "qkv_bias": False,
-    "norm_bias": False,
-    "qk_norm": False,
-    "tied_embeddings": False,
-    "position_embeddings": 0,
-    "experts": 0,
-    "experts_per_token": 0,
-    "expert_ffn": 0,
-    "shared_expert_ffn": 0,
-}
-
-
-def make_model(seq_len: int = 32768, dense_layers: int = 0, **sizes) -> Model:
-    """Sparse layers after so many dense ones."""
-    sizes = LLAMA_1_3B | sizes
-    moe = (sizes.get("experts", 0) > 0,) * sizes["layers"]
-    shape = ModelShape(**(PLAIN | sizes), seq_len=seq_len, moe_layers=moe)
-    heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "block_size": 64}
-    sparse = local_stride(**heads, local_blocks=16, stride=shape.kv_heads)
-    patterns = (dense(**heads),) * dense_layers + (sparse,) * (shape.layers - dense_layers)
-    return Model(shape, patterns)
-
-
-SIMPLE = Machine(
-    gpu="simple",
-    source="round numbers",
-    memory_gib=80,
-    gpus_per_node=8,
-    matmul_tflops={1024: 100},
-    memory_tb_s=1e6,  # so fast that only the products count
-    # Backward kernels do 10 operations where the model has 8 (scores again): 8 at a rate of 100.
-    dense_attention=Attention(forward={1024: 100}, backward={1024: 125}),
-    s2_attention=Attention(forward={1024: 100}, backward={1024: 125}),
-    node=Network(gb_s=1e9, latency_us=0),
-    cluster=Network(gb_s=1e9, latency_us=0),
-    host_layer_us=0,
-    step_ms=0,
-)
 
 
 def test_layers_add_up_to_the_model():

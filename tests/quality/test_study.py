@@ -13,6 +13,7 @@ from launches import ON_CPU, ROOT
 sys.path.insert(0, str(ROOT / "scripts/quality"))
 import arms
 import documents
+import examine
 import pieces
 import report
 import tokenizer
@@ -138,6 +139,57 @@ def test_a_log_gives_curves_and_speed(tmp_path):
     }
 
 
+def arm_result(arm, nats):
+    """A result as train_arm.py leaves it, with two windows and three documents."""
+    plan = {"lengths": [4096], "loss_lengths": [4096],
+            "probes": [{"name": "records", "tasks": ["single"]}]}  # fmt: skip
+    return {
+        "arm": arm, "file": arm, "status": "done", "gpu": "none", "commit": "0", "date": "today",
+        "versions": {}, "command": "none", "arms_per_gpu": 1,
+        "recipe": {"phases": [], "seed": 1, "examination": plan},
+        "phases": [{"tokens": 5_000_000, "us_per_token": 2.0, "validation": {}}],
+        "examination": {
+            "loss-4096": {"samples": {"loss": {"4096": [[n, 10, n / 5, 2] for n in nats]}}},
+            "records": {"samples": {"right": {"single": {"4096": [[1, 1, 1, 1], [0, 1, 0, 0],
+                                                                  [1, 1, 0, 0]]}}}},
+        },
+    }  # fmt: skip
+
+
+def test_arms_are_held_against_dense_window_by_window():
+    results = [arm_result("dense", [20.0, 30.0]), arm_result("paper", [21.0, 32.0])]
+    dense, paper = report.loss_table(results)[2:]
+    assert "| 2.5000 |  | 2.5000 |  |" in dense and "| 5M |" in dense
+    # 0.1 and 0.2 nats a token more: 0.15 of 2.5, and half of their distance is the error
+    assert "| 2.6500 | +6.00% (se 2.00%) |" in paper
+    right = report.retrieval_table(results, results[0]["recipe"]["examination"]["probes"][0])
+    assert right[0] == "| arm | single 4096 | single 4096 far |"
+    assert right[2] == "| dense | 67% | 100% |"
+
+
+def test_an_arm_that_is_not_done_leaves_its_cells_empty(tmp_path):
+    result = arm_result("paper", [1.0])
+    del result["examination"]
+    result |= {"phases": [], "status": "started"}
+    (tmp_path / "paper.json").write_text(json.dumps(result))
+    report.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| paper | 39.7% | 26.5% | 0M |  |  |  |  |  | started |" in text
+
+
+def test_samples_are_counted_by_window_and_document():
+    answers = [["single", 4096, True, 0, 100, 3000, 2, True, 0.1],
+               ["single", 4096, True, 1, 2900, 3000, 2, False, 9.0],
+               ["single", 4096, False, 0, 100, 3000, 2, False, 9.0]]  # fmt: skip
+    table = {"by_position": [[1.0, 2.0]], "position_counts": [[3, 4]],
+             "by_repeat": [[0.0, 0.5, 0.25, 0.25, 0.0, 2.0]],
+             "repeat_counts": [[0, 1, 2, 3, 0, 1]]}  # fmt: skip
+    assert examine.samples({"loss": {"7": table}, "answers": answers}) == {
+        "loss": {"7": [[3.0, 7, 0.5, 5]]},
+        "right": {"single": {"4096": [[1, 1, 1, 1], [0, 1, 0, 0]]}},
+    }
+
+
 def test_from_a_source_tree_to_the_report(folder):
     """scripts/quality/run.sh with one arm of two phases."""
     arm = "turned-dense-head"
@@ -157,5 +209,5 @@ def test_from_a_source_tree_to_the_report(folder):
     assert result["examination"]["loss-256"]["loss"]["256"]["all"]["count"] == 1024
     assert set(result["examination"]["records"]["retrieval"]) == {"single", "multi_key"}
     results = report.read_results(folder / "study/results")
-    assert f"| {arm} |" in "\n".join(report.table(results))
+    assert len(results[0]["examination"]["loss-256"]["samples"]["loss"]["256"]) == 4
     assert f"| {arm} |" in (folder / "study/report/report.md").read_text()

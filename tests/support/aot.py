@@ -60,7 +60,8 @@ class _NoGPU(DriverBase):
         return None
 
     def get_current_device(self):
-        return 0
+        """A device for each architecture: Triton asks what it is once per kernel and device."""
+        return self.target.arch
 
     def get_current_stream(self, device):
         return 0

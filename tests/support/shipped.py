@@ -6,12 +6,17 @@ for the caller to say, by PYTHONPATH.
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, forward, local_stride, ranges
+from s2_kernels import backward, backward_dkdv, decode, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
@@ -60,6 +65,18 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
 
 
+def pages(arch, n, d, s=1, pattern=PATTERN, dtype=torch.bfloat16):
+    """A token of two sequences of n tokens, or a chunk of a prompt, against pages."""
+    kv_heads, size = pattern.kv_heads, pattern.block_size
+    pool = torch.zeros(3, size, d, dtype=dtype)
+    table = torch.zeros(2, kv_heads, -(-n // size), dtype=torch.int32)
+    lengths = torch.full((2,), n, dtype=torch.int32)
+    q = torch.zeros(2, s, pattern.heads, d, dtype=dtype)
+    k = torch.zeros(2, s, kv_heads, d, dtype=dtype)
+    decode.launch_write(k, k, pool, pool, table, lengths, pattern, alive_only=False)
+    decode.launch_decode(q, pool, pool, table, lengths, pattern, 0.1)
+
+
 # Every row of configs.py, dense and packed; and once per architecture what else is chosen at
 # compile time: float16, small blocks, which are gathered, and more than two bands.
 PORTABLE = [
@@ -70,6 +87,9 @@ PORTABLE = [
     *((sparse, dict(d=d)) for d in (64, 128, 256)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
+    *((pages, dict(d=d, s=s)) for d in (64, 128, 256) for s in (1, 200)),
+    (pages, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
+    (pages, dict(d=128, pattern=BLOCKS_OF_128, s=3, dtype=torch.float32)),
 ]  # fmt: skip
 HOPPER = [
     *((hopper, dict(d=d)) for d in (64, 128, 256)),
@@ -82,7 +102,7 @@ HOPPER = [
 
 def compile_all(arch: int) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels):
+    for module in (forward, backward, sparse_kernels, decode):
         module.capability = lambda *_: divmod(arch, 10)
     cases = PORTABLE + (HOPPER if arch == 90 else [])
     report = dict(usage=[], loops=[])
@@ -90,11 +110,13 @@ def compile_all(arch: int) -> dict:
         seen = set()
         for launch, options in cases:
             launch(arch, 4096, **options)
-            new = [kernel for kernel in kernels if id(kernel) not in seen]
-            seen |= {id(kernel) for kernel in new}
+            new = {id(kernel): kernel for kernel in kernels if id(kernel) not in seen}
+            seen |= new.keys()
             packed = options.get("packed", False)
-            report["usage"] += [vars(usage(x)) | dict(arch=arch, packed=packed) for x in new]
-            names = [(x.metadata.name, x) for x in new]
+            report["usage"] += [
+                vars(usage(x)) | dict(arch=arch, packed=packed) for x in new.values()
+            ]
+            names = [(x.metadata.name, x) for x in new.values()]
             report["loops"] += [(n, main_loops(x)) for n, x in names if n.startswith("s2_hopper")]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
@@ -102,7 +124,26 @@ def compile_all(arch: int) -> dict:
     return report
 
 
+def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
+    """What this program prints, run where kernels can be compiled.
+
+    Args:
+        triton: a folder with another Triton than the environment's.
+    """
+    root = Path(__file__).parents[2]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [*([triton] if triton else []), root / "kernels", root / "tests/support"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 if __name__ == "__main__":
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     reports = [compile_all(arch) for arch in ARCHITECTURES]
-    print(json.dumps({key: [x for report in reports for x in report[key]] for key in reports[0]}))
+    whole = {key: [x for report in reports for x in report[key]] for key in reports[0]}
+    print(json.dumps(whole | dict(triton=triton.__version__)))
