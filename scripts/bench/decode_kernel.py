@@ -203,6 +203,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--tune", action="store_true", help="try every configuration")
+    parser.add_argument("--check-only", action="store_true", help="time nothing (memcheck)")
     parser.add_argument("--deadline", type=float, default=85, help="seconds, then stop")
     a = parser.parse_args()
     began = time.time()
@@ -210,6 +211,8 @@ def main():
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     lines = check()
     print("\n".join(lines), flush=True)
+    if a.check_only:
+        return
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.3f} TB/s; {time.time() - began:.0f} s", flush=True)
     default = str(decode_config(d, d, 16, 64, dtype, torch.device("cuda")))

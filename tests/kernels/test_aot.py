@@ -32,5 +32,3 @@ SHARED = {80: 99, 90: 227, 100: 99}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     return compile_in_a_process(tmp_path_factory.mktemp("triton"))
-
-
