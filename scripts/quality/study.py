@@ -71,7 +71,9 @@ class Job:
 def places(gpus_per_arm: int, arms_per_gpu: int) -> list[tuple[str, int]]:
     """(GPUs, number) of each place where an arm can run; no GPU: the CPU."""
     gpus, size = torch.cuda.device_count(), max(1, gpus_per_arm)
-    groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # others are not this study's
+    names = names if len(names) == gpus and all(names) else [str(i) for i in range(gpus)]
+    groups = [",".join(names[i : i + size]) for i in range(0, gpus - size + 1, size)]
     return [(group, i) for i in range(arms_per_gpu) for group in groups or [""]]
 
 
