@@ -7,7 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-LONG = ["scripts", "launch", "training", "convert", "convert_runs", "scaling", "layouts", "aot"]
+LONG = ["scripts", "launch", "training", "convert", "convert_runs", "scaling", "layouts"]
+LONG += ["aot", "aot_newest"]
 """Test files that take a minute or more: they start first, so that no worker ends with one."""
 
 

@@ -16,17 +16,17 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, forward, local_stride, ranges
+from s2_kernels import backward, backward_dkdv, decode, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
-from s2_kernels.decode import launch_decode, launch_write
 from s2_kernels.hopper.backward import launch_hopper_backward
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
 from s2_kernels.launch import Packing
 
-ARCHITECTURES = (80, 90, 100)
-"""Of the portable kernels; the Hopper kernels are for 90."""
+SHARED = {80: 99, 90: 227, 100: 99}
+"""Of each architecture, KiB of shared memory that a program may take: on GPUs other than Hopper,
+what the smallest of their kind have. The Hopper kernels are for 90 only."""
 PATTERN = local_stride(heads=4, local_blocks=4, stride=4)
 BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, stride=4)
 BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
@@ -66,26 +66,30 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
 
 
-def paged(arch, n, d):
+def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
     """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
-    pages = torch.zeros(3, 64, d, dtype=torch.bfloat16)
-    table = torch.zeros(2, 4, n // 64, dtype=torch.int32)
+    kv_heads, size = pattern.kv_heads, pattern.block_size
+    pages = torch.zeros(3, size, d, dtype=dtype)
+    table = torch.zeros(2, kv_heads, -(-n // size), dtype=torch.int32)
     lengths = torch.full((2,), n - 1, dtype=torch.int32)
     for tokens in (1, 200):
-        k = torch.zeros(2, tokens, 4, d, dtype=torch.bfloat16)
-        launch_write(k, k, pages, pages, table, lengths, PATTERN, alive_only=False)
-        launch_decode(k, pages, pages, table, lengths, PATTERN, 0.1)
+        q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
+        k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
+        decode.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
+        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
-# Every row of configs.py, dense and packed; and once per architecture what else is chosen at
-# compile time: float16, small blocks, which are gathered, and more than two bands.
+# Every row of configs.py; once per architecture what else is chosen at compile time: packed
+# sequences, block masks, float16, small blocks, which are gathered, and more than two bands.
 PORTABLE = [
     *((portable, dict(d=d, fused=fused)) for d in (64, 128, 256) for fused in (False, True)),
-    *((portable, dict(d=d, packed=True)) for d in (64, 128, 256)),
     *((portable, dict(d=d, fused=fused, dtype=torch.float32)) for d in (64, 128)
       for fused in (False, True)),
-    *((sparse, dict(d=d)) for d in (64, 128, 256)),
+    (portable, dict(d=128, packed=True)),
+    (sparse, dict(d=128)),
     *((paged, dict(d=d)) for d in (64, 128, 256)),
+    (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
+    (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
 ]  # fmt: skip
@@ -98,9 +102,16 @@ HOPPER = [
 ]
 
 
+def name_of(launch, options: dict) -> str:
+    """Of a case, such as portable-d128-packed."""
+    words = [launch.__name__, f"d{options['d']}"]
+    words += [key for key in ("packed", "fused", "pattern") if options.get(key)]
+    return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
+
+
 def compile_all(arch: int) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels):
+    for module in (forward, backward, sparse_kernels, decode):
         module.capability = lambda *_: divmod(arch, 10)
     cases = PORTABLE + (HOPPER if arch == 90 else [])
     report = dict(usage=[], loops=[])
@@ -110,10 +121,8 @@ def compile_all(arch: int) -> dict:
             launch(arch, 4096, **options)
             new = {id(kernel): kernel for kernel in kernels if id(kernel) not in seen}
             seen |= new.keys()
-            packed = options.get("packed", False)
-            report["usage"] += [
-                vars(usage(x)) | dict(arch=arch, packed=packed) for x in new.values()
-            ]
+            case = name_of(launch, options)
+            report["usage"] += [vars(usage(x)) | dict(arch=arch, case=case) for x in new.values()]
             names = [(x.metadata.name, x) for x in new.values()]
             report["loops"] += [(n, main_loops(x)) for n, x in names if n.startswith("s2_hopper")]
         for launch, options in cases if arch == 90 else ():
@@ -140,8 +149,18 @@ def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
     return json.loads(done.stdout)
 
 
+def assert_that_all_fit(report: dict) -> None:
+    """Every kind of kernel was compiled for every architecture, within its shared memory."""
+    kinds = {arch: {x["kernel"] for x in report["usage"] if x["arch"] == arch} for arch in SHARED}
+    portable_kinds = {name for name in kinds[90] if not name.startswith(("s2_hopper", "s2_packed"))}
+    assert len(portable_kinds) >= 8 and len(kinds[90] - portable_kinds) == 7
+    assert kinds[80] == kinds[100] == portable_kinds
+    for x in report["usage"]:
+        assert x["shared"] <= SHARED[x["arch"]] * 1024, x
+
+
 if __name__ == "__main__":
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
-    reports = [compile_all(arch) for arch in ARCHITECTURES]
+    reports = [compile_all(arch) for arch in SHARED]
     whole = {key: [x for report in reports for x in report[key]] for key in reports[0]}
     print(json.dumps(whole | dict(triton=triton.__version__)))
