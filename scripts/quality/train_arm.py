@@ -7,7 +7,7 @@ OUT/phase-N/       checkpoints and log of phase N
 OUT/hf/            the trained model
 OUT/result.json    curves, speed, versions, loss and retrieval: written anew after every step
 
-What is there is kept: a phase whose checkpoint is complete is not trained again.
+What is there is kept: a phase that is done is not trained again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from where import ROOT, describe
 STEP = re.compile(r" iteration +(\d+)/ *\d+ .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r" s2megatron iteration +(\d+) \| ([\d.]+) ms/iteration")
 VALID = re.compile(r"validation(?:-(\w+))? loss at iteration (\d+).*?lm loss value: ([\d.E+-]+)")
+DONE = "done.json"
+"""In a phase's folder: its row of the result, once it is trained."""
 LOOK = 15.0
 """Seconds between two looks at the log of a phase."""
 SAVING = 90
@@ -143,25 +146,36 @@ def launcher() -> list[str]:
 
 
 def train(arm: Arm, number: int) -> None:
-    """Runs a phase to its end, or to its last second. Raises RuntimeError if it fails."""
+    """Runs a phase to its end, or to its last second. Raises RuntimeError if it fails.
+
+    A phase that is done has left DONE; what one that was broken off has left goes.
+    """
     phase, out = arm.recipe.phases[number], arm.out / f"phase-{number}"
-    out.mkdir(parents=True, exist_ok=True)
-    before = list(arm.result.get("phases", []))
+    rows = arm.result.setdefault("phases", [])
+    if (out / DONE).is_file():
+        rows.append(json.loads((out / DONE).read_text()))
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    rows.append({})
     began = time.time()
-    if not tracker(arm, number).is_file():
-        with (out / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                [*launcher(), "--config", str(arm.config), *options(arm, number)],
-                stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
-            )  # fmt: skip
-            while not ended(process, began, phase.seconds):
-                arm.result["phases"] = [*before, phase_row(arm, number, began)]
-                arm.write(f"training phase {number}")
-    arm.result["phases"] = [*before, phase_row(arm, number, began)]
-    if not tracker(arm, number).is_file():
-        tail = (out / "log.txt").read_text(errors="replace")[-3000:]
-        arm.result["log"] = tail
-        raise RuntimeError(f"phase {number} of {arm.config.stem} left no checkpoint:\n{tail}")
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [*launcher(), "--config", str(arm.config), *options(arm, number)],
+            stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
+        )  # fmt: skip
+        while not ended(process, began, phase.seconds):
+            rows[-1] = phase_row(arm, number, began)
+            arm.write(f"training phase {number}")
+    rows[-1] = phase_row(arm, number, began)
+    steps = rows[-1]["steps"] if tracker(arm, number).is_file() else 0
+    if steps < (phase.steps if phase.seconds is None else 1):
+        arm.result["log"] = (out / "log.txt").read_text(errors="replace")[-3000:]
+        raise RuntimeError(
+            f"phase {number} of {arm.config.stem} ended with a checkpoint of step {steps} of "
+            f"{phase.steps}:\n{arm.result['log']}"
+        )
+    (out / DONE).write_text(json.dumps(rows[-1]))
     arm.write(f"trained phase {number}")
 
 

@@ -245,3 +245,25 @@ def test_a_phase_is_asked_to_leave_at_its_last_second(monkeypatch):
     began = time.time()
     assert not train_arm.ended(process, began, 60.0)  # a look at the log comes next
     assert train_arm.ended(process, began, 0.0) and process.returncode == 7
+
+
+def an_arm(folder, monkeypatch, program):
+    """An arm whose phases run `program` in place of the training."""
+    recipe = load_recipe(ROOT / "configs/quality/recipes/tiny.yaml")
+    monkeypatch.setattr(train_arm, "launcher", lambda: [sys.executable, "-c", program])
+    config = ROOT / "configs/quality/dense.yaml"
+    return train_arm.Arm(config, recipe, folder / "data", folder / "out", None, 1, [])
+
+
+def test_a_phase_that_was_broken_off_is_trained_again(tmp_path, monkeypatch):
+    left = tmp_path / "out/phase-0/checkpoints/latest_checkpointed_iteration.txt"
+    program = f"from pathlib import Path; p = Path({str(left)!r}); p.parent.mkdir(parents=True)"
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('5')")
+    with pytest.raises(RuntimeError, match="checkpoint of step 5 of 8"):
+        train_arm.train(arm, 0)
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('8')")
+    train_arm.train(arm, 0)  # the folder of the first try is gone, or mkdir would fail
+    assert [row["steps"] for row in arm.result["phases"]] == [8]
+    again = an_arm(tmp_path, monkeypatch, "1 / 0")
+    train_arm.train(again, 0)
+    assert again.result["phases"] == arm.result["phases"]
