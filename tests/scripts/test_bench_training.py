@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/bench"))
 import training as bench_training
 from profile_kinds import add_up
+from runs import what_went_wrong
 
 STEP = (
     " iteration {i:8d}/       4 | consumed samples: 1 | elapsed time per iteration (ms): {ms} |\n"
@@ -26,11 +27,15 @@ def test_steps_after_the_warm_up_count():
     assert (row["memory_gib"], row["true_TFLOPs"], row["loss"]) == (2.0, 275.0, 1.5)
 
 
-def test_what_a_failed_run_said():
+def test_what_a_failed_run_said(tmp_path):
+    def error_in(text):
+        (tmp_path / "log.txt").write_text(text)
+        return what_went_wrong(tmp_path / "log.txt", 1)
+
     refusal = "s2megatron: this run cannot start:\ndata.train: x.bin does not exist\nother"
-    assert bench_training.error_in(refusal) == "data.train: x.bin does not exist"
+    assert error_in(refusal) == "data.train: x.bin does not exist"
     raised = "a line\n[rank0]: torch.OutOfMemoryError: CUDA out of memory\nmore"
-    assert bench_training.error_in(raised).endswith("OutOfMemoryError: CUDA out of memory")
+    assert error_in(raised).endswith("OutOfMemoryError: CUDA out of memory")
 
 
 def test_runs():
