@@ -8,6 +8,8 @@ from pathlib import Path
 from s2megatron.errors import ConfigError, hide_import_warnings
 from s2megatron.paths import user_path
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status: 2 for input that does not fit."""
@@ -251,9 +253,13 @@ def _inspect(options) -> None:
 def _show(options) -> None:
     from s2megatron.config import load_config
     from s2megatron.layer_table import layer_table
+    from s2megatron.training.megatron_options import to_argv
 
     run = load_config(options.config, options.overrides)
     patterns = run.sparsity.resolve(**_sizes(run.megatron))
+    if options.plot:
+        _check_picture("--plot", options.plot)
+    to_argv(run.megatron)  # says which option Megatron has not
     print(layer_table(patterns, int(run.megatron["seq_length"])))
     if options.plot:
         from s2megatron.plot import plot_masks
@@ -272,6 +278,17 @@ def _show(options) -> None:
         print(f"masks of layers {chosen}, KV heads {heads}: {options.plot}")
 
 
+def _check_picture(option: str, path: str) -> None:
+    """A picture can be written there, under this very name. Raises ConfigError."""
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file in it, like {file}/masks.png")
+    if file.suffix.lower() not in PICTURES:
+        raise ConfigError(f"{option} {path}: must end in {', '.join(PICTURES)}")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {file.parent}; make it first")
+
+
 def _sizes(megatron: dict) -> dict[str, int]:
     """The head and layer counts of a run file, as Megatron reads them."""
     names = ["num_layers", "num_attention_heads", "seq_length"]
@@ -279,6 +296,8 @@ def _sizes(megatron: dict) -> dict[str, int]:
         megatron = {"num_query_groups": 1} | megatron
         names.append("num_query_groups")
     for name in names:
+        if name not in megatron:
+            raise ConfigError(f"megatron.{name}: is missing; it belongs to the model's shape")
         if not isinstance(megatron.get(name), int) or isinstance(megatron[name], bool):
             raise ConfigError(f"megatron.{name}: {megatron.get(name)!r}: must be a number")
     heads = megatron["num_attention_heads"]

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from s2megatron.cluster import environment
+from s2megatron.cluster.ending import leave
 from s2megatron.cluster.orphans import die_with_parent, end_children
 from s2megatron.errors import ConfigError, hide_import_warnings
 
@@ -71,4 +72,4 @@ def run_as_rank() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_as_rank())
+    leave(run_as_rank())

@@ -12,6 +12,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
+
+from s2megatron.cluster.ending import leave
 from s2megatron.config import load_config
 from s2megatron.errors import ConfigError
 
@@ -34,9 +37,19 @@ def main(argv: list[str]) -> int:
         return 2
     sys.argv = [*argv, "--spec", *SPEC]
     sys.path[0] = str(Path(argv[0]).resolve().parent)  # as if Python had been given the script
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:  # 0: Megatron's own end after a signal, a duration, exit_interval
+        if stop.code is None:
+            print("s2megatron: Megatron gave up; its reason is the last that it printed")
+            return 1
+        if stop.code:
+            raise
+    # A rank that leaves first resets connections that another one may still read from.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -69,8 +69,14 @@ def s2_attention(
         refuse_other_modes("s2_attention", q, k, v)
     scale = check_scale(softmax_scale, q)
     if backend in ON_GPU:
-        numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
-        out, lse = ops.attend(q, k, v, None, None, *numbers)
+        problem = ops.Problem(
+            pattern=pattern.key,
+            softmax_scale=scale,
+            q_offset=q_offset,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        out, lse = ops.attend(q, k, v, None, None, problem)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
@@ -122,9 +128,15 @@ def s2_attention_backward(
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    numbers = (0, 0, pattern.key, scale, q_offset, deterministic, backend)
+    problem = ops.Problem(
+        pattern=pattern.key,
+        softmax_scale=scale,
+        q_offset=q_offset,
+        deterministic=deterministic,
+        backend=backend,
+    )
     with torch.no_grad():
-        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *numbers)
+        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *problem.fields)
 
 
 def s2_attention_varlen(
@@ -183,9 +195,15 @@ def s2_attention_varlen(
         alike = cu_seqlens_k is cu_seqlens_q  # then the Hopper kernels take them
         cu_seqlens_q = cu_seqlens_q.int().contiguous()
         cu_seqlens_k = cu_seqlens_q if alike else cu_seqlens_k.int().contiguous()
-        cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
-        numbers = (pattern.key, scale, 0, deterministic, backend)
-        out, lse = ops.attend(q, k, v, *cu_seqlens, max_seqlen_q, max_seqlen_k, *numbers)
+        problem = ops.Problem(
+            pattern=pattern.key,
+            softmax_scale=scale,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        out, lse = ops.attend(q, k, v, cu_seqlens_q, cu_seqlens_k, problem)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = _each_sequence(run, q, k, v, pattern, scale, cu_seqlens_q, cu_seqlens_k)

@@ -32,12 +32,11 @@ from s2_kernels.primitives import (
     lifetime,
     load_rows,
     load_rule,
-    load_terms,
-    load_tile,
     sequence,
     store_rows,
 )
 from s2_kernels.schedule import ColumnWork, column_work, round_up
+from s2_kernels.tiles import Matrix, add_to_dkdv, load
 
 
 @triton.jit(
@@ -144,28 +143,24 @@ def s2_dkdv_kernel(
         o_q = row + tl.arange(0, M)
         o_row = o_q + q_offset
         m_row = o_row < end_row
+        start = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
         p_qh = p_q + head_offset(strides_q, i_batch, i_head, start_q)
         p_do = p_dout + head_offset(strides_dout, i_batch, i_head, start_q)
-        start = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
+        q = Matrix(p_qh, d_q, strides_q[1], i_batch, i_head)
+        dout = Matrix(p_do, d_dout, strides_dout[1], i_batch, i_head)
+        lse2 = Matrix(p_lse2 + start, d_lse2, 1, i_batch, i_head)
+        delta = Matrix(p_delta + start, d_delta, 1, i_batch, i_head)
         at = start_q + row
-        b_q = load_tile(
-            p_qh, d_q, strides_q[1], o_q, m_row, i_batch, i_head, at, D, BLOCK_D, M, TMA
-        )  # [M, D]
-        b_dout = load_tile(
-            p_do, d_dout, strides_dout[1], o_q, m_row, i_batch, i_head, at, DV, BLOCK_DV, M, TMA
-        )  # [M, DV]
+        b_q = load(q, o_q, m_row, at, D, BLOCK_D, M, TMA)  # [M, D]
+        b_dout = load(dout, o_q, m_row, at, DV, BLOCK_DV, M, TMA)  # [M, DV]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [N, M]
         if (i_rows < n_diagonal) | (i_rows >= n_whole):
             m_s = (o_col[:, None] <= o_row[None, :]) & m_row[None, :]
             b_s = tl.where(m_s, b_s, float("-inf"))
-        b_lse2 = load_terms(p_lse2 + start, d_lse2, o_q, m_row, i_batch, i_head, at, M, TMA)  # [M]
-        b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        # Read late: in registers from the start, the two terms would spill.
-        b_delta = load_terms(p_delta + start, d_delta, o_q, m_row, i_batch, i_head, at, M, TMA)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        b_dk, b_dv, b_ds = add_to_dkdv(
+            b_s, b_q, b_dout, b_v, b_dk, b_dv, lse2, delta, o_q, m_row, at, scale_log2,
+            M, TMA, PRECISION,
+        )  # fmt: skip
         if p_dq is not None:
             b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION) * scale  # [M, D]
             if TMA_ADD:

@@ -21,19 +21,15 @@ from s2_kernels.launch import (
 )
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
-    count_interior_tiles,
-    count_tiles,
     head_offset,
-    kept_segments,
     load_rows,
-    load_rule,
-    load_tile,
     mask_scores,
-    query_tile,
-    sequence,
+    query_program,
     store_rows,
     tile_columns,
+    walk_of,
 )
+from s2_kernels.tiles import Matrix, add_to_dq, load
 
 
 @triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
@@ -76,55 +72,40 @@ def s2_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of one query tile of one head; grid and loops of the forward kernel."""
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_head, i_seq = tl.program_id(1), tl.program_id(2)
-    i_kv = i_head // group
-    start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
-    start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
-    i_batch = i_seq * 0 if PACKED else i_seq
-
-    o_row, m_row, first_row, last_row = query_tile(i_tile, q_offset, s, M, B)
-    if first_row > last_row:
+    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, group, M, B, PACKED)
+    if at.first > at.last:
         return
-    o_q = o_row - q_offset
-    i_first, i_last, k_last = first_row // B, last_row // B, tl.maximum(t - 1, 0) // B
-
-    p_q += head_offset(strides_q, i_batch, i_head, start_q)
-    p_k += head_offset(strides_k, i_batch, i_kv, start_k)
-    p_v += head_offset(strides_v, i_batch, i_kv, start_k)
-    p_dout += head_offset(strides_dout, i_batch, i_head, start_q)
-    start = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
-    b_q = load_rows(p_q, o_q, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
-    b_dout = load_rows(p_dout, o_q, strides_dout[1], m_row, DV, BLOCK_DV)  # [M, DV]
-    b_lse2 = tl.load(p_lse2 + start + o_q, mask=m_row, other=float("inf"))  # [M]
-    b_delta = tl.load(p_delta + start + o_q, mask=m_row, other=0.0)
+    o_q = at.positions - q_offset  # rows of q in memory, from start_q on
+    p_q += head_offset(strides_q, at.batch, at.head, at.start_q)
+    p_k += head_offset(strides_k, at.batch, at.kv_head, at.start_k)
+    p_v += head_offset(strides_v, at.batch, at.kv_head, at.start_k)
+    p_dout += head_offset(strides_dout, at.batch, at.head, at.start_q)
+    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
+    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
+    start = head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, at.start_q)
+    b_q = load_rows(p_q, o_q, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
+    b_dout = load_rows(p_dout, o_q, strides_dout[1], at.there, DV, BLOCK_DV)  # [M, DV]
+    b_lse2 = tl.load(p_lse2 + start + o_q, mask=at.there, other=float("inf"))  # [M]
+    b_delta = tl.load(p_delta + start + o_q, mask=at.there, other=0.0)
     b_dq = tl.zeros([M, BLOCK_D], tl.float32)
 
-    rule = load_rule(p_table, i_kv, N_BANDS)
     SPANS: tl.constexpr = M > B
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
-    kept = kept_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
-    n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
-    n_interior = count_interior_tiles(kept, N, B, N_BANDS)
-    for p in tl.range(0, n_tiles):
-        o_col, i_block, column = tile_columns(kept, p, N, B, N_SEGMENTS)
-        m_col, row = o_col < t, start_k + column
-        b_k = load_tile(
-            p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
-        )  # [N, D]
-        b_v = load_tile(
-            p_v, d_v, strides_v[1], o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
-        )  # [N, DV]
+    walk = walk_of(at, p_table, M, N, B, N_BANDS)
+    for p in tl.range(0, walk.tiles):
+        o_col, i_block, column = tile_columns(walk.blocks, p, N, B, N_SEGMENTS)
+        m_col, row = o_col < at.t, at.start_k + column
+        b_k = load(k, o_col, m_col, row, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, o_col, m_col, row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-        if p >= n_interior:
-            b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        if p >= walk.interior:
+            b_s = mask_scores(
+                b_s, walk.rule, at.positions, o_col, i_block, at.t, SPANS, N, B, N_BANDS
+            )
+        b_dq = add_to_dq(b_s, b_k, b_v, b_dout, b_lse2, b_delta, b_dq, scale_log2, PRECISION)
 
-    p_dq += head_offset(strides_dq, i_batch, i_head, start_q)
-    store_rows(p_dq, o_q, strides_dq[1], m_row, b_dq * scale, D, BLOCK_D)
+    p_dq += head_offset(strides_dq, at.batch, at.head, at.start_q)
+    store_rows(p_dq, o_q, strides_dq[1], at.there, b_dq * scale, D, BLOCK_D)
 
 
 def launch_dq(

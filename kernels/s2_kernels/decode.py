@@ -4,7 +4,7 @@ The work is cut as on no grid: a *unit* is a query tile of one KV head of one se
 query heads of the group; its list of live pages is arithmetic on lifetimes, so its length is known
 without reading anything but the sequence's length. All lists, one behind the other, are cut into
 equal ranges of tiles, one per program, whatever the lengths of the sequences are. A program writes
-one part (output and log of the softmax's sum) for every unit it touches; `merge_kernel` adds the
+one part (output and log of the softmax's sum) for every unit it touches; `s2_merge_kernel` adds the
 parts of a unit up in their order. The grid depends on shapes alone and the host reads nothing, so
 that a CUDA graph can hold it. The same inputs give the same bits on the same GPU; another number of
 programs adds in another order.
@@ -219,7 +219,7 @@ def share_of(
 
 
 @triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads"])
-def decode_kernel(
+def s2_decode_kernel(
     p_q,
     p_k,
     p_v,
@@ -260,7 +260,7 @@ def decode_kernel(
 
     Its part of unit u is row block i + u of p_part [programs + units, rows, dv]: along the tiles
     neither number falls, and one of them grows from part to part. p_ends [units]: the tiles up to
-    the end of each unit, for `merge_kernel`.
+    the end of each unit, for `s2_merge_kernel`.
     """
     i_program = tl.program_id(0)
     i_unit, end_unit, start, low, high = share_of(
@@ -313,7 +313,7 @@ def decode_kernel(
 
 
 @triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads", "n_programs"])
-def merge_kernel(
+def s2_merge_kernel(
     p_out,
     p_lse,
     p_part,
@@ -384,7 +384,7 @@ def merge_kernel(
 
 
 @triton.jit(do_not_specialize=["s"])
-def write_kernel(
+def s2_write_kernel(
     p_k,
     p_v,
     p_k_pages,
@@ -506,7 +506,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     part = torch.empty((programs + units, rows, dv), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((programs + units, rows), dtype=torch.float32, device=q.device)
     ends = torch.empty(units, dtype=torch.int32, device=q.device)
-    decode_kernel[(programs,)](
+    s2_decode_kernel[(programs,)](
         q,
         k_pages,
         v_pages,
@@ -546,7 +546,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         num_stages=config.num_stages,
     )
     merge_rows = 1 if rows <= 16 else 16
-    merge_kernel[(units, triton.cdiv(rows, merge_rows))](
+    s2_merge_kernel[(units, triton.cdiv(rows, merge_rows))](
         out,
         lse,
         part,
@@ -583,7 +583,7 @@ def launch_write(
     """Writes s new tokens [b, s, g, d] into pages; arguments as in `write_pages`."""
     (b, s, kv_heads, d), dv, size = k.shape, v.shape[-1], pattern.block_size
     blocks = 1 if s == 1 else triton.cdiv(s - 1, size) + 1
-    write_kernel[(blocks, kv_heads, b)](
+    s2_write_kernel[(blocks, kv_heads, b)](
         k,
         v,
         k_pages,

@@ -30,46 +30,38 @@ from s2_kernels.launch import (
 )
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
-    count_interior_tiles,
-    count_tiles,
     finish_softmax,
     head_offset,
-    kept_segments,
     load_rows,
-    load_rule,
-    load_tile,
     mask_scores,
-    online_softmax,
-    query_tile,
-    sequence,
+    query_program,
     store_rows,
     tile_columns,
+    walk_of,
 )
+from s2_kernels.tiles import Matrix, add_values, load
 
 
 @triton.jit
 def attend_tiles(
-    kept, low, high, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
-    p_k, p_v, d_k, d_v, stride_k, stride_v, i_batch, i_kv, start_k,
+    program, walk, low, high, b_q, b_acc, b_m, b_l, k, v, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr, SPANS: tl.constexpr,
     N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attends from b_q [M, D] to the KV tiles low..high-1 of a list of blocks."""
+    """Attends from b_q [M, D] to the KV tiles low..high-1 of a program's walk."""
+    t = program.t
     for p in tl.range(low, high):
-        o_col, i_block, column = tile_columns(kept, p, N, B, N_SEGMENTS)
-        m_col, row = o_col < t, start_k + column
-        b_k = load_tile(
-            p_k, d_k, stride_k, o_col, m_col, i_batch, i_kv, row, D, BLOCK_D, N, TMA
-        )  # [N, D]
-        b_v = load_tile(
-            p_v, d_v, stride_v, o_col, m_col, i_batch, i_kv, row, DV, BLOCK_DV, N, TMA
-        )  # [N, DV]
+        o_col, i_block, column = tile_columns(walk.blocks, p, N, B, N_SEGMENTS)
+        m_col, row = o_col < t, program.start_k + column
+        b_k = load(k, o_col, m_col, row, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, o_col, m_col, row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if MASKED:
-            b_s = mask_scores(b_s, rule, o_row, o_col, i_block, t, SPANS, N, B, N_BANDS)
-        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+            b_s = mask_scores(
+                b_s, walk.rule, program.positions, o_col, i_block, t, SPANS, N, B, N_BANDS
+            )
+        b_acc, b_m, b_l = add_values(b_s, b_v, b_acc, b_m, b_l, scale_log2, MASKED, PRECISION)
     return b_acc, b_m, b_l
 
 
@@ -108,49 +100,37 @@ def s2_forward_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (query tiles, heads, batch), the last tiles first: they see the most."""
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_head, i_seq = tl.program_id(1), tl.program_id(2)
-    i_kv = i_head // group
-    start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
-    start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
-    i_batch = i_seq * 0 if PACKED else i_seq
-
-    o_row, m_row, first_row, last_row = query_tile(i_tile, q_offset, s, M, B)
-    if first_row > last_row:
+    """Grid: (query tiles, heads, batch)."""
+    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, group, M, B, PACKED)
+    if at.first > at.last:
         return
-    o_q = o_row - q_offset
-    i_first, i_last, k_last = first_row // B, last_row // B, tl.maximum(t - 1, 0) // B
-
-    p_q += head_offset(strides_q, i_batch, i_head, start_q)
-    p_k += head_offset(strides_k, i_batch, i_kv, start_k)
-    p_v += head_offset(strides_v, i_batch, i_kv, start_k)
-    b_q = load_rows(p_q, o_q, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
+    o_q = at.positions - q_offset  # rows of q in memory, from start_q on
+    p_q += head_offset(strides_q, at.batch, at.head, at.start_q)
+    p_k += head_offset(strides_k, at.batch, at.kv_head, at.start_k)
+    p_v += head_offset(strides_v, at.batch, at.kv_head, at.start_k)
+    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
+    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
+    b_q = load_rows(p_q, o_q, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
     b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
     b_m = tl.full([M], float("-inf"), tl.float32)
     b_l = tl.zeros([M, 8], tl.float32)
 
-    rule = load_rule(p_table, i_kv, N_BANDS)
     SPANS: tl.constexpr = M > B
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
-    kept = kept_segments(rule, i_first, i_last, k_last, SPANS, N_BANDS)
-    n_tiles = count_tiles(kept, last_row, t, N, B, N_SEGMENTS)
-    n_interior = count_interior_tiles(kept, N, B, N_BANDS)
+    walk = walk_of(at, p_table, M, N, B, N_BANDS)
     b_acc, b_m, b_l = attend_tiles(
-        kept, 0, n_interior, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
-        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        at, walk, 0, walk.interior, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, False, SPANS, N_BANDS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_acc, b_m, b_l = attend_tiles(
-        kept, n_interior, n_tiles, b_q, b_acc, b_m, b_l, o_row, rule, t, scale_log2,
-        p_k, p_v, d_k, d_v, strides_k[1], strides_v[1], i_batch, i_kv, start_k,
+        at, walk, walk.interior, walk.tiles, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, True, SPANS, N_SEGMENTS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
-    p_out += head_offset(strides_out, i_batch, i_head, start_q)
-    store_rows(p_out, o_q, strides_out[1], m_row, b_out, DV, BLOCK_DV)
-    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
-    tl.store(p_lse + o_q, b_lse, mask=m_row)
+    p_out += head_offset(strides_out, at.batch, at.head, at.start_q)
+    store_rows(p_out, o_q, strides_out[1], at.there, b_out, DV, BLOCK_DV)
+    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, at.start_q)
+    tl.store(p_lse + o_q, b_lse, mask=at.there)
 
 
 def launch_forward(

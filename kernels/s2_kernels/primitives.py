@@ -15,6 +15,8 @@ is a branch that all threads take or none.
 Positions: rows and columns count tokens in the KV sequence; blocks count block_size tokens.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -286,6 +288,69 @@ def query_tile(i_tile, q_offset, s, M: tl.constexpr, B: tl.constexpr):
     o_row = first + tl.arange(0, M)
     m_row = (o_row >= q_offset) & (o_row < q_offset + s)
     return o_row, m_row, tl.maximum(first, q_offset), tl.minimum(first + M, q_offset + s) - 1
+
+
+class QueryProgram(NamedTuple):
+    """What a program over query rows works on: a tile of rows of a head of a sequence.
+
+    Attributes:
+        head, kv_head, batch: which; batch is 0 where sequences are packed.
+        start_q, start_k, t: where the sequence begins in memory, and how many keys it has.
+        positions, there: [M], of the rows in the KV sequence, and which of them exist.
+        first, last: the first and last position; a tile without rows has last < first.
+    """
+
+    head: tl.tensor
+    kv_head: tl.tensor
+    batch: tl.tensor
+    start_q: tl.tensor
+    start_k: tl.tensor
+    t: tl.tensor
+    positions: tl.tensor
+    there: tl.tensor
+    first: tl.tensor
+    last: tl.tensor
+
+
+@triton.jit
+def query_program(
+    p_cu_q, p_cu_k, s, t, q_offset, group, M: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr
+):
+    """Of a grid (query tiles, heads, batch), the last tiles first: they see the most."""
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_head, i_seq = tl.program_id(1), tl.program_id(2)
+    i_kv = i_head // group
+    start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
+    start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
+    i_batch = i_seq * 0 if PACKED else i_seq
+    o_row, m_row, first, last = query_tile(i_tile, q_offset, s, M, B)
+    program = QueryProgram(i_head, i_kv, i_batch, start_q, start_k, t, o_row, m_row, first, last)
+    return program
+
+
+class Walk(NamedTuple):
+    """The KV tiles of a program: their list, how many they are, and how many need no mask."""
+
+    rule: tl.tensor
+    blocks: tl.tensor
+    tiles: tl.tensor
+    interior: tl.tensor
+
+
+@triton.jit
+def walk_of(
+    program, p_table, M: tl.constexpr, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr
+):
+    """The KV tiles that a query program sees. A list has as many segments as `N_SEGMENTS` says."""
+    first, last, t = program.first, program.last, program.t
+    SPANS: tl.constexpr = M > B
+    N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
+    rule = load_rule(p_table, program.kv_head, N_BANDS)
+    k_last = tl.maximum(t - 1, 0) // B
+    kept = kept_segments(rule, first // B, last // B, k_last, SPANS, N_BANDS)
+    n_tiles = count_tiles(kept, last, t, N, B, N_SEGMENTS)
+    walk = Walk(rule, kept, n_tiles, count_interior_tiles(kept, N, B, N_BANDS))
+    return walk
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml
 
 from s2_kernels import dense, local_stride, s2_attention
+from s2megatron.errors import ConfigError
 from s2megatron.planner.constants import Machine, load_machine
 
 SECONDS = 1.5
@@ -33,9 +34,17 @@ def calibrate(out: str, *, base: str, small: bool) -> None:
     Args:
         base: a shipped machine or a file, for what is not measured.
         small: tiny sizes; the figures mean nothing but the code has run.
+
+    Raises:
+        ConfigError: there is no GPU (without `small`), or `base` is unknown.
     """
     known = load_machine(base)
     cuda = torch.cuda.is_available()
+    if not cuda and not small:
+        raise ConfigError(
+            "there is no GPU here, and a CPU would take hours over these sizes; run it on a "
+            "machine with one, or add --small to try it out (its figures mean nothing)"
+        )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -119,6 +119,31 @@ def load_machine(name: str) -> Machine:
         )
     try:
         tree = strict_yaml.load(path.read_text(encoding="utf-8"), f"--gpu {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--gpu {path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--gpu {path}: holds no machine's constants. {_MAKE}")
+    if "sparsity" in tree or "megatron" in tree:
+        raise ConfigError(
+            f"--gpu {path}: is a run file, not a machine's constants; name the run file without "
+            f"--gpu. {_MAKE}"
+        )
+    try:
         return Machine.model_validate(tree)
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--gpu {path}: {error}") from None
+    except ValidationError as errors:
+        wrong = [_explain(error) for error in errors.errors()]
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ConfigError(f"--gpu {path}: {'; '.join(wrong[:4])}{more}. {_MAKE}") from None
+
+
+_MAKE = "`s2megatron calibrate --out FILE.yaml` measures your own machine"
+
+
+def _explain(error: dict) -> str:
+    """One pydantic error in one line."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{where} is unknown{did_you_mean(where, Machine.model_fields)}"
+    return f"{where}: {error['input']!r}: {error['msg']}"

@@ -104,7 +104,6 @@ TOLD: dict[str, str] = {
     "data_path": "other data from here on",
     "train_data_path": "other data from here on",
     "split": "other data from here on",
-    "s2_data": "the files of data.train were made anew: other documents from here on",
     "global_batch_size": "other tokens a step; the samples go on from where they were",
     "train_samples": "the run has another length",
     "clip_grad": "gradients are clipped at another norm",
@@ -154,6 +153,11 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
         for change in _differences(_plain(*TOLD), saved, now)
         if change.name not in seen
     ]
+    told += [
+        f"dataset {prefix}: was made anew, other documents from here on"
+        for prefix, digest in getattr(now, "s2_data", {}).items()
+        if getattr(saved, "s2_data", {}).get(prefix, digest) != digest
+    ]
     return Comparison(shape, _differences(_OPTIMIZER, saved, now), schedule, told)
 
 
@@ -169,8 +173,9 @@ def refusal(comparison: Comparison, folder, now) -> str:
             "Restore these options, or start a new run from these weights: an output.folder of its "
             f"own, megatron.load={folder.parent} and megatron.finetune=true"
         )
-    chosen = now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler
-    if comparison.schedule and not chosen:
+    if comparison.schedule and not (
+        now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler
+    ):
         lines += _list(f"checkpoint {folder} has another schedule", comparison.schedule)
         lines.append(
             "Restore these options, or go on with the new ones: "

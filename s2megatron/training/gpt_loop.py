@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
@@ -19,6 +19,7 @@ from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from s2megatron.training.data_identity import KnownDataConfig, KnownGPTDataset, data_identity
 from s2megatron.training.packing import document_ends, flatten_samples, packed_seq_params
 from s2megatron.training.throughput import ThroughputMeter
 
@@ -136,11 +137,12 @@ def make_forward_step(meter: ThroughputMeter, each_iteration: Callable[[int], No
     return forward_step
 
 
-def dataset_config(args) -> GPTDatasetConfig:
+def dataset_config(args) -> KnownDataConfig:
     """Megatron's dataset configuration from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences = args.per_dataset_sequences_path
-    return GPTDatasetConfig(
+    return KnownDataConfig(
+        documents=data_identity(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -175,7 +177,7 @@ def _is_built_here(vp_stage: int | None = None) -> bool:
 def datasets_provider(num_samples, vp_stage: int | None = None):
     """Train, validation and test datasets; `num_samples` of each."""
     args = get_args()
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else KnownGPTDataset
     print_rank_0("> building train, validation, and test datasets ...")
     return BlendedMegatronDatasetBuilder(
         kind, num_samples, partial(_is_built_here, vp_stage=vp_stage), dataset_config(args)

@@ -1,6 +1,6 @@
 """What must be put right in Megatron's distributed optimizer before a run can be resumed with it.
 
-All of it was seen with megatron-core 0.19.2, in megatron/core/optimizer/distrib_optimizer.py. torch's
+All of it was seen with megatron-core 0.19.2 (megatron/core/optimizer/distrib_optimizer.py). torch's
 AdamW keeps a `step` tensor for every parameter; Transformer Engine's and Apex's fused Adam keep one
 number in every parameter group, which is the case that Megatron's own code is written for.
 """
@@ -29,7 +29,7 @@ def mend_distributed_optimizer() -> None:
 
 
 def has_torch_steps(optimizer) -> bool:
-    """Whether a DistributedOptimizer's inner one is torch's Adam, with a step for each parameter."""
+    """Whether the inner optimizer is torch's Adam, with a step for each parameter."""
     return isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
@@ -37,7 +37,7 @@ def _with_state_to_describe(state_dict: Callable) -> Callable:
     """A load starts by describing what is to be loaded, before there is any state.
 
     With torch's AdamW Megatron then looks for the common step of no parameters and stops
-    (`assert len(steps) == 1`). Here the state that AdamW would make at its first step is made first.
+    (`assert len(steps) == 1`). Here what AdamW would make at its first step is made before.
     """
 
     @functools.wraps(state_dict)

@@ -57,12 +57,14 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
+    from s2megatron.training.data_identity import data_identity
     from s2megatron.training.megatron_options import canonical, check_required, to_argv
+    from s2megatron.training.resume import check_resumable
 
     skip_missing_makefile()
     options = default_options(backends, canonical(run.megatron))
+    check_required(options)  # before the data: a run file without a model has none either
     options = data_options.resolve(run.data, options)
-    check_required(options)
     place = output.resolve(run.output, options)
     options = place.options if place else options
     if not writers:
@@ -80,6 +82,8 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
             f"Megatron refuses these options: {str(error) or where.line}\n"
             f"({where.filename}:{where.lineno})"
         ) from error
+    check_resumable(args, backends.fused_adam)
+    args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
     model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
@@ -156,5 +160,15 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
         f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
         f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
         f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
+        *_resuming(args),
         *lines,
     ]
+
+
+def _resuming(args) -> list[str]:
+    """A line for a run whose checkpoints do not resume everywhere."""
+    if not args.save or not args.use_distributed_optimizer:
+        return []
+    if args.dist_ckpt_optim_fully_reshardable:
+        return []
+    return [f"{'resuming':<16} at this TP and PP alone (dist_ckpt_optim_fully_reshardable is off)"]

@@ -53,12 +53,25 @@ def parse(argv=None):
     options = parser.parse_intermixed_args(argv)
     if options.profile and not torch.cuda.is_available():
         parser.error("--profile: adds up GPU kernels, and there is no GPU here")
+    if not Path(options.config).is_file():
+        parser.error(f"CONFIG {options.config}: there is no such file")
+    if options.gpus < 1:
+        parser.error(f"--gpus {options.gpus}: must be 1 or more")
+    # The last step is not counted: its time has the end of the run in it.
+    if options.warmup < 0 or options.steps < options.warmup + 2:
+        parser.error(
+            f"--steps {options.steps} with --warmup {options.warmup}: no step is left to count; "
+            f"--steps must be {max(0, options.warmup) + 2} or more"
+        )
+    runs_of(options)
     return options
 
 
 def runs_of(a) -> list[tuple[str, str, int]]:
     """(attention, recompute, tokens) of every run."""
     if not a.runs:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", a.sequences):
+            sys.exit(f"--sequences {a.sequences}: must be numbers of tokens with commas between")
         tokens = [int(x) for x in a.sequences.split(",")]
         return [(kind, a.recompute, n) for n in tokens for kind in ("dense", "s2")]
     found = [re.fullmatch(r"(dense|s2):(none|full)@(\d+)", x) for x in a.runs.split(",")]
@@ -114,12 +127,14 @@ def run(a, attention, recompute, tokens) -> dict:
 
 
 def read_log(text: str, warmup: int, last: int) -> dict:
-    """ms of the counted steps, of the first, tokens/s, and the most memory of rank 0."""
+    """ms of the counted steps, of the first, tokens/s, the most memory of rank 0; or `error`."""
     line = r"s2megatron iteration +(\d+) \| ([\d.]+) ms.*?true model TFLOP/s/rank: ([\d.e+]+)"
     own = [
         (float(ms), float(tf)) for i, ms, tf in re.findall(line, text) if warmup < int(i) <= last
     ]
     counted = [ms for ms, _ in own]
+    if not counted:
+        return dict(error=f"its log has no s2megatron line of steps {warmup + 1} to {last}")
     theirs = re.findall(r" iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+)", text)
     memory = re.findall(r"max allocated: ([\d.]+)", text)
     losses = re.findall(r"lm loss: ([\d.E+-]+)", text)

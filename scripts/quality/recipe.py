@@ -112,7 +112,8 @@ class Recipe(_Checked):
     documents_seed: int = 1
     """Of the retrieval documents: runs with other seeds see the same ones in another order."""
     phases: list[Phase] = Field(min_length=1)
-    examination: Examination
+    examination: Examination | None = None
+    """Left out: arms are only trained, to time them."""
     watch_tokens: int = 262_144
     """Held-out tokens, of text and of retrieval, whose loss is taken on the way."""
     megatron: dict = Field(default_factory=dict)

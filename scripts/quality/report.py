@@ -63,11 +63,13 @@ def difference(mine: numpy.ndarray, other: numpy.ndarray) -> tuple[float, float]
 
 def loss_table(results: list[dict]) -> list[str]:
     """Markdown: densities, losses and speed of arms that are comparable."""
-    lengths = results[0]["recipe"]["examination"]["loss_lengths"]
+    lengths = examination(results[0])["loss_lengths"]
+    phases = results[0]["recipe"]["phases"]
     head = ["arm", "density at 8k", "at 32k", "tokens"]
     for name in (f"loss at {n}" for n in lengths):
         head += [name, "against dense", "on far repeats", "against dense"]
-    lines = rule([*head, "us a token", "status"])
+    speeds = [f"us a token at {phase['length']}" for phase in phases]
+    lines = rule([*head, *speeds, "status"])
     dense = next((r for r in results if r["arm"] == "dense"), None)
     for result in results:
         cells = [result["arm"], *(f"{density(result['arm'], n):.1%}" for n in (8192, 32768)),
@@ -78,8 +80,9 @@ def loss_table(results: list[dict]) -> list[str]:
                 value = mean(mine)
                 cells.append("" if value is None else f"{value:.4f}")
                 cells.append(against(mine, other) if result is not dense else "")
-        speed = own_speed(result)
-        cells += [f"{speed:.2f}" if speed else "", result["status"]]
+        speeds = (own_speed(result, number) for number in range(len(phases)))
+        cells += ["" if speed is None else f"{speed:.2f}" for speed in speeds]
+        cells.append(result["status"])
         lines.append(row(cells))
     return lines
 
@@ -94,7 +97,7 @@ def against(mine: numpy.ndarray | None, other: numpy.ndarray | None) -> str:
 
 def retrieval_table(results: list[dict], probe: dict) -> list[str]:
     """Markdown: right answers of one probe, by task and length, and those from far away."""
-    lengths = results[0]["recipe"]["examination"]["lengths"]
+    lengths = examination(results[0])["lengths"]
     columns = [(task, n, False) for task in probe["tasks"] for n in lengths]
     columns += [(task, n, True) for task in probe["tasks"] for n in lengths[-1:]]
     names = [f"{task} {n}{' far' if far else ''}" for task, n, far in columns]
@@ -114,11 +117,18 @@ def row(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def own_speed(result: dict) -> float | None:
-    """Microseconds a token in the last phase; None where the arm had not the GPU to itself."""
-    phases = result.get("phases")
-    alone = result.get("arms_per_gpu", 1) == 1
-    return phases[-1].get("us_per_token") if phases and alone else None
+def examination(result: dict) -> dict:
+    """The recipe's, or one that asks nothing."""
+    none: dict = {"lengths": [], "loss_lengths": [], "probes": []}
+    return result["recipe"]["examination"] or none
+
+
+def own_speed(result: dict, number: int) -> float | None:
+    """Microseconds a token in a phase; None where the arm had not the GPU to itself."""
+    phases = result.get("phases", [])
+    if len(phases) <= number or result.get("arms_per_gpu", 1) > 1:
+        return None
+    return phases[number].get("us_per_token")
 
 
 def about(result: dict) -> list[str]:
@@ -144,8 +154,9 @@ def plot_frontier(results: list[dict], path: Path) -> None:
     """Loss against measured time a token of the last phase."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
-        length = max(result["recipe"]["examination"]["loss_lengths"])
-        value, speed = mean(losses(result, length)), own_speed(result)
+        length = max(examination(result)["loss_lengths"], default=0)
+        value = mean(losses(result, length))
+        speed = own_speed(result, len(result["recipe"]["phases"]) - 1)
         if value and speed:
             axis.plot(speed, value, marker="o")
             axis.annotate(result["arm"], (speed, value), fontsize=8,
@@ -191,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     for key in dict.fromkeys(map(group, results)):
         alike = [result for result in results if group(result) == key]
         lines += [*about(alike[0]), *loss_table(alike), ""]
-        for probe in alike[0]["recipe"]["examination"]["probes"]:
+        for probe in examination(alike[0])["probes"]:
             lines += [f"Right answers, {probe['name']}; far: value and answer 2,048 tokens apart "
                       "and more", "", *retrieval_table(alike, probe), ""]  # fmt: skip
     lines += ["![loss against time](loss-against-time.png)", "", "![curves](curves.png)", ""]

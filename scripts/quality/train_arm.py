@@ -234,7 +234,8 @@ def run(arm: Arm) -> None:
     try:
         for number in range(len(arm.recipe.phases)):
             train(arm, number)
-        examine(arm)
+        if arm.recipe.examination is not None:
+            examine(arm)
     except RuntimeError as error:
         arm.write(f"failed: {str(error).splitlines()[0]}")
         raise

@@ -1,7 +1,7 @@
 """Run files: keys twice, spellings, numbers that are none; and Megatron's options by any name."""
 
 import pytest
-from in_process import run_command_line
+from in_process import call, run_command_line
 from launches import TINY, write_run_file
 
 from s2megatron.cli import main
@@ -75,6 +75,38 @@ def test_show_reads_the_other_spelling_and_takes_no_boolean_for_a_number(tmp_pat
     for name in ("num_layers", "num_attention_heads", "seq_length", "num_query_groups"):
         status, _, err = run_command_line(main, ["show", str(config), f"megatron.{name}=on"])
         assert status == 2 and f"megatron.{name}: True: must be a number" in err
+
+
+def test_show_knows_megatrons_options(tmp_path):
+    config = write_run_file(tmp_path / "run.yaml", TINY)
+    status, _, err = run_command_line(main, ["show", str(config), "megatron.hiden_size=8"])
+    assert status == 2 and "megatron.hiden_size: Megatron has no such option" in err
+    assert "hidden_size" in err
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nodir/x.png", "there is no folder"),
+        ("x.foo", "must end in .png, .pdf, .svg"),
+        ("x", "must end in .png, .pdf, .svg"),
+        (".", "is a folder"),
+    ],
+)
+def test_show_checks_where_a_picture_goes_first(tmp_path, name, said):
+    config = write_run_file(tmp_path / "run.yaml", TINY)
+    arguments = ["show", str(config), "--plot", str(tmp_path / name)]
+    status, out, err = run_command_line(main, arguments)
+    assert status == 2 and said in err and str(tmp_path) in err and not out
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_run_file_with_a_sparsity_alone(tmp_path):
+    config = write_run_file(tmp_path / "run.yaml", {"sparsity": {"default": {"kind": "dense"}}})
+    status, _, err = run_command_line(main, ["show", str(config)])
+    assert status == 2 and "megatron.num_layers: is missing" in err
+    said = call("operating_cases", "what_prepare_says", str(config))
+    assert "megatron.num_layers: is missing" in said
 
 
 def test_paths_below_the_home_folder(tmp_path, monkeypatch):

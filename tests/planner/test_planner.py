@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import yaml
+from in_process import run_command_line
 from launches import ROOT
 from planner_cases import SIMPLE, make_model
 
+from s2megatron.cli import main
 from s2megatron.errors import ConfigError
 from s2megatron.planner import memory
 from s2megatron.planner.constants import Attention, Link, interpolate, load_machine
@@ -223,6 +225,28 @@ def test_machines_by_name_by_file_and_wrong(tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match="memory_tb_s"):
         load_machine(str(tmp_path / "bad.yaml"))
+
+
+def test_a_run_file_for_a_machine_is_told_in_one_line(tmp_path):
+    """Megatron-free: the machine is read before the run file."""
+    (tmp_path / "some.yaml").write_text("gpu: x\nmemory: 3\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for name, said in (
+        (f"{ROOT}/configs/quickstart.yaml", "is a run file"),
+        (f"{tmp_path}/some.yaml", "source is missing; memory_gib is missing"),
+        (f"{tmp_path}/list.yaml", "holds no machine"),
+        (str(tmp_path), "is neither a file nor one of"),
+    ):
+        status, _, error = run_command_line(main, ["plan", "x.yaml", "--gpus", "1", "--gpu", name])
+        assert status == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_calibrate_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "mine.yaml"
+    status, _, error = run_command_line(main, ["calibrate", "--out", str(out)])
+    assert status == 2 and "there is no GPU here" in error and "--small" in error
+    assert not out.exists()
 
 
 def command_line(*arguments):

@@ -139,6 +139,10 @@ def test_a_log_gives_curves_and_speed(tmp_path):
     }
 
 
+PHASE = {"length": 4096, "tokens": 5_000_000, "batch_tokens": 4096, "seconds": None, "lr": 1e-3,
+         "final_lr": 1e-4, "retrieval": 0.5, "repeats": 0.5, "records": 0.5}  # fmt: skip
+
+
 def arm_result(arm, nats):
     """A result as train_arm.py leaves it, with two windows and three documents."""
     plan = {"lengths": [4096], "loss_lengths": [4096],
@@ -146,7 +150,7 @@ def arm_result(arm, nats):
     return {
         "arm": arm, "file": arm, "status": "done", "gpu": "none", "commit": "0", "date": "today",
         "versions": {}, "command": "none", "arms_per_gpu": 1,
-        "recipe": {"phases": [], "seed": 1, "examination": plan},
+        "recipe": {"phases": [PHASE], "seed": 1, "examination": plan},
         "phases": [{"tokens": 5_000_000, "us_per_token": 2.0, "validation": {}}],
         "examination": {
             "loss-4096": {"samples": {"loss": {"4096": [[n, 10, n / 5, 2] for n in nats]}}},
@@ -159,7 +163,7 @@ def arm_result(arm, nats):
 def test_arms_are_held_against_dense_window_by_window():
     results = [arm_result("dense", [20.0, 30.0]), arm_result("paper", [21.0, 32.0])]
     dense, paper = report.loss_table(results)[2:]
-    assert "| 2.5000 |  | 2.5000 |  |" in dense and "| 5M |" in dense
+    assert "| 2.5000 |  | 2.5000 |  |" in dense and "| 5M |" in dense and "| 2.00 | done |" in dense
     # 0.1 and 0.2 nats a token more: 0.15 of 2.5, and half of their distance is the error
     assert "| 2.6500 | +6.00% (se 2.00%) |" in paper
     right = report.retrieval_table(results, results[0]["recipe"]["examination"]["probes"][0])

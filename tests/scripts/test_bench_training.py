@@ -45,6 +45,43 @@ def test_runs():
         bench_training.runs_of(Namespace(runs="sparse@32768"))
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--steps", "2", "--warmup", "1"], "--steps must be 3 or more"),
+        (["--steps", "4", "--warmup", "-1"], "no step is left to count"),
+        (["--sequences", "1k"], "must be numbers of tokens"),
+        (["--runs", "sparse@1"], "must be like"),
+        (["--gpus", "0"], "--gpus 0"),
+    ],
+)
+def test_arguments_are_checked_before_the_first_run(arguments, said, capsys):
+    config = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    with pytest.raises(SystemExit) as stop:
+        bench_training.parse([config, "--gpus", "1", *arguments])
+    assert said in f"{stop.value}{capsys.readouterr().err}"
+    with pytest.raises(SystemExit):
+        bench_training.parse(["nowhere.yaml", "--gpus", "1"])
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_run_without_a_step_to_count_is_a_row_of_the_table(tmp_path, monkeypatch):
+    """It ended well and its log is not what we read: the other rows stay."""
+
+    def without_lines(command, stdout, stderr):
+        stdout.write("done")
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(bench_training.subprocess, "run", without_lines)
+    options = Namespace(out=str(tmp_path), config="x", gpus=1, steps=4, warmup=1, profile=False,
+                        overrides=[])  # fmt: skip
+    row = bench_training.run(options, "s2", "none", 128)
+    other = dict(row, attention="dense", ms=2.0, spread_ms=0.0, memory_gib=None, first_ms=None,
+                 true_TFLOPs=1.0)  # fmt: skip
+    table = bench_training.report(options, [other, row])
+    assert "failed: its log has no s2megatron line of steps 2 to 3" in table and "| 2 |" in table
+
+
 def test_kernels_by_kind_idle_and_exposed_communication():
     def kernel(name, ts, dur):
         return dict(ph="X", cat="kernel", name=name, ts=ts, dur=dur)

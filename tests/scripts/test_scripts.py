@@ -120,6 +120,6 @@ def test_show_prints_and_draws(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_show_refuses_layers_that_are_not_there():
-    done = show("configs/quickstart.yaml", "--plot", "/dev/null", "--layers", "9")
+def test_show_refuses_layers_that_are_not_there(tmp_path):
+    done = show("configs/quickstart.yaml", "--plot", tmp_path / "x.png", "--layers", "9")
     assert done.returncode == 2 and "--layers: 9 is not in 1..4" in done.stderr

@@ -1,6 +1,7 @@
 """Real torch_dist checkpoints, small ones, damaged as disks damage them. Run by in_process.py."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -43,3 +44,58 @@ def load_and_save_errors(folder: str) -> list[str]:
 
 def save_that_fails() -> None:
     raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+
+
+def samples_of_replaced_data(folder: str) -> list[dict]:
+    """Of a dataset, of the same again, and of another one written under its prefix."""
+    from s2megatron.data import write_dataset
+
+    prefix, found = f"{folder}/corpus", []
+    for texts in (["abc" * 40] * 4, ["abc" * 40] * 4, [*["xyz" * 40] * 4, "w" * 2000]):
+        write_dataset(texts, prefix)
+        split = samples(prefix, folder)
+        names = sorted(path.name for path in Path(folder, "cache").iterdir())
+        found.append({"files": names, **split})
+    return found
+
+
+def samples(prefix: str, folder: str) -> dict:
+    """The first sample's tokens, and how many samples an epoch has."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    from s2megatron.training.data_identity import KnownDataConfig, KnownGPTDataset, index_digest
+
+    tokenizer = Namespace(
+        unique_identifiers={"class": "bytes"}, eod=256, pad=-1, vocab_size=257, eos=256
+    )
+    config = KnownDataConfig(
+        random_seed=1,
+        sequence_length=16,
+        path_to_cache=f"{folder}/cache",
+        split="1,0,0",
+        blend=([prefix], None),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        documents={prefix: index_digest(prefix)},
+    )
+    data = IndexedDataset(prefix)
+    indices = numpy.arange(len(data.document_indices) - 1, dtype=numpy.int32)
+    dataset = KnownGPTDataset(data, prefix, indices, None, Split.train, config)
+    return {"tokens": dataset[0]["tokens"].tolist(), "most": len(dataset)}
+
+
+def what_prepare_says(config: str) -> str:
+    """The refusal of a run file."""
+    from s2megatron.errors import ConfigError
+    from s2megatron.training.prepare import prepare_without_launch
+
+    try:
+        prepare_without_launch(config, [])
+    except ConfigError as error:
+        return str(error)
+    return ""

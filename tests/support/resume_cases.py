@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from in_process import forget_megatron
 
+from s2megatron.cluster import environment
 from s2megatron.training import cpu_runtime
 from s2megatron.training.checkpoint_folder import TRACKER
 
@@ -26,8 +28,10 @@ def run_all(plan: str) -> dict:
     Returns:
         By run: the error that it ended with on this rank, or "". The first one ends them all.
     """
+    environment.apply()
     if not torch.cuda.is_available():
         cpu_runtime.prepare_environment()
+        cpu_runtime.install()
     rank, errors = int(os.environ["RANK"]), {}
     for run in json.loads(Path(plan).read_text()):
         if rank >= run["ranks"]:
@@ -51,7 +55,8 @@ def one_run(run: dict, rank: int) -> str:
         "MASTER_PORT": str(run["port"]),
     }
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    with output_into(Path(f"{run['folder']}.log.{rank}")):
+    adam = fused_adam_in_place() if run["fused_adam"] else contextlib.nullcontext()
+    with adam, output_into(Path(f"{run['folder']}.log.{rank}")):
         try:
             train(run["config"], run["overrides"])
         except Exception:
@@ -94,5 +99,51 @@ def go_on_from(run: Path, folder: Path, iteration: int, rank: int) -> None:
         name = f"iter_{iteration:07d}"
         shutil.copytree(run / "checkpoints" / name, folder / "checkpoints" / name)
         tracker.write_text(str(iteration))
+    deadline = time.monotonic() + 60
     while not tracker.exists():
+        assert time.monotonic() < deadline, f"{tracker} does not come"
         time.sleep(0.01)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with its state where Apex's and Transformer Engine's have it: a step per group."""
+
+    def __init__(self, params, lr, weight_decay, betas, eps, capturable, adam_w_mode):
+        assert adam_w_mode and not capturable
+        defaults = dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                self._update(param, group)
+
+    def _update(self, param, group) -> None:
+        if not self.state[param]:
+            self.state[param] = {
+                name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")
+            }
+        state, (beta1, beta2) = self.state[param], group["betas"]
+        state["exp_avg"].lerp_(param.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+        mean = state["exp_avg"] / (1 - beta1 ** group["step"])
+        root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt()
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(mean / (root + group["eps"]), alpha=-group["lr"])
+
+
+@contextlib.contextmanager
+def fused_adam_in_place():
+    """Megatron takes the class above as it takes Apex's where that is installed."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with (
+        mock.patch.multiple(optimizer, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
+        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True),
+    ):
+        yield

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from s2_kernels import backward, backward_dkdv, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
+from s2_kernels.decode import launch_decode, launch_write
 from s2_kernels.hopper.backward import launch_hopper_backward
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
@@ -65,6 +66,17 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
 
 
+def paged(arch, n, d):
+    """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
+    pages = torch.zeros(3, 64, d, dtype=torch.bfloat16)
+    table = torch.zeros(2, 4, n // 64, dtype=torch.int32)
+    lengths = torch.full((2,), n - 1, dtype=torch.int32)
+    for tokens in (1, 200):
+        k = torch.zeros(2, tokens, 4, d, dtype=torch.bfloat16)
+        launch_write(k, k, pages, pages, table, lengths, PATTERN, alive_only=False)
+        launch_decode(k, pages, pages, table, lengths, PATTERN, 0.1)
+
+
 # Every row of configs.py, dense and packed; and once per architecture what else is chosen at
 # compile time: float16, small blocks, which are gathered, and more than two bands.
 PORTABLE = [
@@ -73,6 +85,7 @@ PORTABLE = [
     *((portable, dict(d=d, fused=fused, dtype=torch.float32)) for d in (64, 128)
       for fused in (False, True)),
     *((sparse, dict(d=d)) for d in (64, 128, 256)),
+    *((paged, dict(d=d)) for d in (64, 128, 256)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
 ]  # fmt: skip

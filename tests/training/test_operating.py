@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 from in_process import call
+from launches import TINY, start, write_run_file
 
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
@@ -208,6 +209,23 @@ def test_new_rates_reach_the_parameter_groups_of_a_checkpoint():
     assert other["max_lr"] == 1.0  # an override of its own
 
 
+# --- data replaced under the same prefix
+
+
+def test_cache_is_for_the_documents_it_was_made_from(tmp_path):
+    first, again, replaced = call("operating_cases", "samples_of_replaced_data", str(tmp_path))
+    assert first == again and len(replaced["files"]) == 2 * len(first["files"]) > 0
+    assert first["tokens"] != replaced["tokens"] and replaced["most"] > first["most"]
+
+
+def test_data_made_anew_is_told(tmp_path):
+    _, now, found = changed(s2_data={"a": "01", "b": "02"})
+    assert found.told == []  # the checkpoint is older than the record
+    saved = Namespace(**OPTIONS, s2_data={"a": "01", "b": "03"})
+    (told,) = compare(saved, now, optimizer=True).told
+    assert told == "dataset b: was made anew, other documents from here on"
+
+
 # --- errors in checkpoints
 
 
@@ -218,3 +236,29 @@ def test_errors_of_loading_and_of_saving_are_told_apart(tmp_path):
     assert f"echo 2 > {tmp_path}" in loaded
     assert "could not be written" in saved and "make room" in saved
     assert explain(ValueError("x"), load="a", step=None, save="b") is None
+
+
+# --- a real run
+
+
+def test_real_run_goes_on_from_a_broken_tracker_with_another_rate(tmp_path):
+    """Two ranks. Before: a hang, no parameter group for the new rate, a hang in the last save."""
+    tree = TINY | {"data": {"mock": True}}
+    tree["megatron"] = tree["megatron"] | {
+        "train_iters": 2, "save_interval": 2, "lr_warmup_iters": 1,
+    }  # fmt: skip
+    config = write_run_file(tmp_path / "run.yaml", tree)
+    folder = tmp_path / "run"
+    first = start(config, f"output.folder={folder}", ranks=2)
+    assert first.returncode == 0, first.stderr[-3000:]
+    tracker = folder / "checkpoints" / TRACKER
+    tracker.write_text("garbage")
+    longer = [f"output.folder={folder}", "megatron.train_iters=3", "megatron.lr=0.002"]
+    refused = start(config, *longer, ranks=2)
+    assert "megatron.lr: 0.003 in the checkpoint, 0.002 now" in refused.stderr
+    assert tracker.read_text() == "garbage"  # nothing was touched
+    again = start(config, *longer, "megatron.override_opt_param_scheduler=true", ranks=2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "is damaged ('garbage')" in again.stdout and "iter_0000002" in again.stdout
+    assert "megatron.lr: 0.003 in the checkpoint, 0.002 now: the new one from" in again.stdout
+    assert tracker.read_text() == "3" and "consumed samples:            6" in again.stdout

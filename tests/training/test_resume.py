@@ -4,12 +4,12 @@ The shipped run files with small models, in float32 on the CPU. The unbroken run
 own layout, because Megatron's initial weights depend on the layout.
 """
 
-import contextlib
 import json
 import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from agents import make_corpus
 from in_process import call_on_gpus, call_on_ranks
 from launches import ROOT
 
+from s2megatron.errors import ConfigError
 from s2megatron.plot import read_scalars
 from s2megatron.training.backends import find_backends
+from s2megatron.training.resume import check_layout, check_resumable
 
 STOP, END = 3, 6
 LAYOUTS = {
@@ -30,10 +32,11 @@ LAYOUTS = {
 """Ranks, TP, PP."""
 
 SMALL = {
-    "num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 88, "num_attention_heads": 4, "kv_channels": 32,
-    "vocab_size": 257, "seq_length": 64, "max_position_embeddings": 64, "bf16": "false", "global_batch_size": 4,
-    "micro_batch_size": 1, "train_iters": END, "save_interval": STOP, "lr": 0.01,
-    "lr_warmup_iters": 0, "eval_iters": 0, "log_interval": 1, "log_throughput": "false",
+    "num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 88, "num_attention_heads": 4,
+    "kv_channels": 32, "vocab_size": 257, "seq_length": 64, "max_position_embeddings": 64,
+    "bf16": "false", "global_batch_size": 4, "micro_batch_size": 1, "train_iters": END,
+    "save_interval": STOP, "lr": 0.01, "lr_warmup_iters": 0, "eval_iters": 0, "log_interval": 1,
+    "log_throughput": "false",
 }  # fmt: skip
 ODD_BUCKETS = {"ddp_bucket_size": 5000}
 """Several buckets, each with padding at its end."""
@@ -46,23 +49,31 @@ class Kind:
     config: str
     options: dict
     moves: list[tuple[str, str]]
+    fused_adam: bool = False
+    """A stand-in for Apex's and Transformer Engine's, which need a GPU."""
 
 
 MOVES = [("DP2", "DP2"), ("DP2", "TP2"), ("TP2", "one rank"), ("PP2", "TP2"), ("DP2", "one rank")]
 KINDS = {
     "1.3B": Kind("llama_1.3b_32k", ODD_BUCKETS, MOVES),
-    "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, MOVES),
-    "quickstart": Kind("quickstart", {"async_save": "false"}, MOVES),
+    "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, [("PP2", "TP2")]),
+    "quickstart": Kind("quickstart", {"async_save": "false"}, [("DP2", "TP2"), ("PP2", "TP2")]),
     "by bucket": Kind(
         "llama_7b_32k",
         {"dist_ckpt_optim_fully_reshardable": "false"},
         [("DP2", "DP2"), ("DP2", "one rank")],
     ),
+    "fused Adam": Kind(
+        "llama_1.3b_32k", ODD_BUCKETS, [("DP2", "DP2"), ("DP2", "TP2")], fused_adam=True
+    ),
 }
 ON_GPUS = {
     "bf16": Kind(
         "llama_70b_32k",
-        {"num_query_groups": 2, "bf16": "true", "seq_length": 256, "max_position_embeddings": 256},
+        {
+            "num_query_groups": 2, "bf16": "true", "hidden_size": 128, "ffn_hidden_size": 256,
+            "seq_length": 256, "max_position_embeddings": 256, "async_save": "false",
+        },
         [("DP2", "DP2"), ("DP2", "TP2"), ("TP2", "TP2"), ("TP2", "one rank"), ("PP2", "TP2"),
          ("DP2", "one rank")],
     ),
@@ -72,8 +83,9 @@ ON_GPUS = {
 def free_ports():
     """Ports below those that the system gives to connections: a run binds its own minutes later."""
     for port in random.sample(range(20000, 30000), 10000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        with socket.socket() as probe:
+            taken = probe.connect_ex(("127.0.0.1", port)) == 0
+        if not taken:
             yield port
 
 
@@ -91,9 +103,14 @@ def overrides(kind: Kind, layout: str, corpus: str, folder: Path) -> list[str]:
         "sparsity.default.stride=2",
         "data.mock=false",
         f"data.train=[{corpus}]",
+        f"data.valid=[{corpus}]",
         "data.tokenizer=bytes",
         *(f"megatron.{name}={value}" for name, value in options.items()),
     ]
+
+
+def folder_of(home: Path, run: str) -> Path:
+    return home / run.replace(" ", "-")
 
 
 def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
@@ -103,7 +120,7 @@ def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
         firsts = dict.fromkeys(first for first, _ in kind.moves)
         for first, then in [*((first, "") for first in firsts), *kind.moves]:
             label = f"{name} {first} {then}".strip()
-            folder = home / label.replace(" ", "-")
+            folder = folder_of(home, label)
             runs.append({
                 "name": label,
                 "ranks": LAYOUTS[then or first][0],
@@ -111,8 +128,9 @@ def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
                 "overrides": overrides(kind, then or first, corpus, folder),
                 "port": next(ports),
                 "folder": str(folder),
-                "stopped": str(home / f"{name}-{first}") if then else "",
+                "stopped": str(folder_of(home, f"{name} {first}")) if then else "",
                 "stop": STOP,
+                "fused_adam": kind.fused_adam,
             })  # fmt: skip
     return runs
 
@@ -165,3 +183,46 @@ def test_a_run_goes_on_at_another_layout_on_gpus(tmp_path):
     for name, kind in ON_GPUS.items():
         for first, then in kind.moves:
             check_resumed(losses, name, first, then, tolerance=0.02)
+
+
+def run_options(**options) -> SimpleNamespace:
+    """Megatron's arguments, as far as resuming looks at them."""
+    return SimpleNamespace(**{
+        "save": "checkpoints", "load": None, "use_distributed_optimizer": True, "optimizer": "adam",
+        "ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "no_load_optim": None,
+        "dist_ckpt_optim_fully_reshardable": True, "finetune": False,
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+    } | options)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"optimizer": "sgd"}, "megatron.optimizer=sgd .* use_distributed_optimizer=false"),
+        ({"optimizer": "lion"}, "megatron.optimizer=lion"),
+        ({"ckpt_format": "torch"}, "megatron.ckpt_format=torch .* use 'torch_dist'"),
+        ({"non_persistent_ckpt_type": "local"}, "set dist_ckpt_optim_fully_reshardable=false"),
+    ],
+)
+def test_what_could_not_be_resumed_does_not_start(options, words):
+    with pytest.raises(ConfigError, match=words):
+        check_resumable(run_options(**options), None)
+    check_resumable(run_options(**options, save=None), None)
+    check_resumable(run_options(**options, use_distributed_optimizer=False), None)
+
+
+def test_what_can_be_resumed_starts():
+    check_resumable(run_options(), None)
+    check_resumable(run_options(optimizer="lion"), "Transformer Engine")
+
+
+def test_state_by_bucket_is_refused_at_another_tp_with_both_ways_out():
+    saved = {"args": run_options(tensor_model_parallel_size=2),
+             "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}  # fmt: skip
+    words = "tensor_model_parallel_size=1: .* saved at 2.*fully_reshardable=true.*no_load_optim"
+    with pytest.raises(ConfigError, match=words):
+        check_layout(run_options(), saved, Path("iter_0000003"))
+    check_layout(run_options(tensor_model_parallel_size=2), saved, Path("iter_0000003"))
+    check_layout(run_options(no_load_optim=True), saved, Path("iter_0000003"))
+    saved["content_metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
+    check_layout(run_options(), saved, Path("iter_0000003"))

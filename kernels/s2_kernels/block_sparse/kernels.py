@@ -1,7 +1,7 @@
 """Kernels that walk lists of blocks: forward, dk and dv, and dq, for `block_sparse_attention`.
 
-The arithmetic of forward.py, backward_dkdv.py and backward_dq.py on the helpers they share
-(primitives.py); only where the next tile comes from differs. A tile is a block or a part of one.
+What a tile adds is written once, for these and for forward.py, backward_dkdv.py and backward_dq.py:
+in tiles.py. Here stands where the next tile comes from. A tile is a block or a part of one.
 
 Shapes: b batch, s query tokens, t KV tokens, h query heads, g KV heads, d and dv head sizes, B
 block size, M query rows and N KV rows of a tile. Lists as in `BlockTables`.
@@ -10,6 +10,7 @@ block size, M query rows and N KV rows of a tile. Lists as in `BlockTables`.
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,16 +28,8 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
-from s2_kernels.primitives import (
-    finish_softmax,
-    head_offset,
-    load_rows,
-    load_terms,
-    load_tile,
-    mask_scores,
-    online_softmax,
-    store_rows,
-)
+from s2_kernels.primitives import finish_softmax, head_offset, load_rows, mask_scores, store_rows
+from s2_kernels.tiles import Matrix, add_to_dkdv, add_to_dq, add_values, load
 
 
 @triton.jit
@@ -45,6 +38,36 @@ def tile_list(p_ends, i_list, i_block, n_blocks, PER_BLOCK: tl.constexpr):
     p_ends += i_list * n_blocks + i_block
     start = tl.load(p_ends)
     return start, (tl.load(p_ends + 1) - start) * PER_BLOCK
+
+
+@triton.jit
+def listed_tile(p_blocks, start, p, ROWS: tl.constexpr, B: tl.constexpr):
+    """The p-th tile of a list: its block, its first row, and its rows [ROWS]."""
+    i_block = tl.load(p_blocks + start + p // (B // ROWS))
+    first = i_block * B + p % (B // ROWS) * ROWS
+    return i_block, first, first + tl.arange(0, ROWS)
+
+
+class SparseQueries(NamedTuple):
+    """What a program over query rows works on: tile, heads, rows [M], which exist, their block."""
+
+    batch: tl.tensor
+    head: tl.tensor
+    kv_head: tl.tensor
+    rows: tl.tensor
+    there: tl.tensor
+    block: tl.tensor
+
+
+@triton.jit
+def sparse_queries(s, heads, group, M: tl.constexpr, B: tl.constexpr):
+    """Of a grid (query tiles, heads * batch), the last tiles first."""
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_batch = tl.program_id(1) // heads
+    i_head = tl.program_id(1) % heads
+    o_row = i_tile * M + tl.arange(0, M)
+    program = SparseQueries(i_batch, i_head, i_head // group, o_row, o_row < s, i_tile * M // B)
+    return program
 
 
 @triton.jit(do_not_specialize=["s", "t", "nq", "stride_lse_b", "stride_lse_h", "heads", "group"])
@@ -82,46 +105,33 @@ def s2_sparse_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out and lse of one query tile of one head. Grid: (query tiles, heads * batch)."""
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_batch = tl.program_id(1) // heads
-    i_head = tl.program_id(1) % heads
-    i_kv = i_head // group
-    o_row = i_tile * M + tl.arange(0, M)
-    m_row = o_row < s
-    i_block = i_tile * M // B
-
-    zero = i_batch * 0
-    p_q += head_offset(strides_q, i_batch, i_head, zero)
-    p_k += head_offset(strides_k, i_batch, i_kv, zero)
-    p_v += head_offset(strides_v, i_batch, i_kv, zero)
-    b_q = load_rows(p_q, o_row, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
+    at = sparse_queries(s, heads, group, M, B)
+    zero = at.batch * 0
+    p_q += head_offset(strides_q, at.batch, at.head, zero)
+    p_k += head_offset(strides_k, at.batch, at.kv_head, zero)
+    p_v += head_offset(strides_v, at.batch, at.kv_head, zero)
+    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
+    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
+    b_q = load_rows(p_q, at.rows, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
     b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
     b_m = tl.full([M], float("-inf"), tl.float32)
     b_l = tl.zeros([M, 8], tl.float32)
 
-    start, n_tiles = tile_list(p_ends, i_head // mask_group, i_block, nq, B // N)
+    start, n_tiles = tile_list(p_ends, at.head // mask_group, at.block, nq, B // N)
     for p in tl.range(0, n_tiles):
-        i_k = tl.load(p_blocks + start + p // (B // N))
-        column = i_k * B + p % (B // N) * N
-        o_col = column + tl.arange(0, N)
-        m_col = o_col < t
-        b_k = load_tile(
-            p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, column, D, BLOCK_D, N, TMA
-        )  # [N, D]
-        b_v = load_tile(
-            p_v, d_v, strides_v[1], o_col, m_col, i_batch, i_kv, column, DV, BLOCK_DV, N, TMA
-        )  # [N, DV]
+        i_k, column, o_col = listed_tile(p_blocks, start, p, N, B)
+        b_k = load(k, o_col, o_col < t, column, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, o_col, o_col < t, column, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-        if (i_k == i_block) | (column + N > t):
-            b_s = mask_scores(b_s, 0, o_row, o_col, i_k, t, False, N, B, 0)
-        b_p, b_acc, b_m, b_l = online_softmax(b_s, b_acc, b_m, b_l, scale_log2, True)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        if (i_k == at.block) | (column + N > t):
+            b_s = mask_scores(b_s, 0, at.rows, o_col, i_k, t, False, N, B, 0)
+        b_acc, b_m, b_l = add_values(b_s, b_v, b_acc, b_m, b_l, scale_log2, True, PRECISION)
 
     b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
-    p_out += head_offset(strides_out, i_batch, i_head, zero)
-    store_rows(p_out, o_row, strides_out[1], m_row, b_out, DV, BLOCK_DV)
-    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero)
-    tl.store(p_lse + o_row, b_lse, mask=m_row)
+    p_out += head_offset(strides_out, at.batch, at.head, zero)
+    store_rows(p_out, at.rows, strides_out[1], at.there, b_out, DV, BLOCK_DV)
+    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, zero)
+    tl.store(p_lse + at.rows, b_lse, mask=at.there)
 
 
 @triton.jit(do_not_specialize=["s", "t", "nq", "stride_lse_b", "stride_lse_h", "heads", "group"])
@@ -163,48 +173,33 @@ def s2_sparse_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of one query tile of one head; grid and loop of the forward kernel."""
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_batch = tl.program_id(1) // heads
-    i_head = tl.program_id(1) % heads
-    i_kv = i_head // group
-    o_row = i_tile * M + tl.arange(0, M)
-    m_row = o_row < s
-    i_block = i_tile * M // B
-
-    zero = i_batch * 0
-    p_q += head_offset(strides_q, i_batch, i_head, zero)
-    p_k += head_offset(strides_k, i_batch, i_kv, zero)
-    p_v += head_offset(strides_v, i_batch, i_kv, zero)
-    p_dout += head_offset(strides_dout, i_batch, i_head, zero)
-    o_terms = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero) + o_row
-    b_q = load_rows(p_q, o_row, strides_q[1], m_row, D, BLOCK_D)  # [M, D]
-    b_dout = load_rows(p_dout, o_row, strides_dout[1], m_row, DV, BLOCK_DV)  # [M, DV]
-    b_lse2 = tl.load(p_lse2 + o_terms, mask=m_row, other=float("inf"))  # [M]
-    b_delta = tl.load(p_delta + o_terms, mask=m_row, other=0.0)
+    at = sparse_queries(s, heads, group, M, B)
+    zero = at.batch * 0
+    p_q += head_offset(strides_q, at.batch, at.head, zero)
+    p_k += head_offset(strides_k, at.batch, at.kv_head, zero)
+    p_v += head_offset(strides_v, at.batch, at.kv_head, zero)
+    p_dout += head_offset(strides_dout, at.batch, at.head, zero)
+    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
+    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
+    o_terms = head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, zero) + at.rows
+    b_q = load_rows(p_q, at.rows, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
+    b_dout = load_rows(p_dout, at.rows, strides_dout[1], at.there, DV, BLOCK_DV)  # [M, DV]
+    b_lse2 = tl.load(p_lse2 + o_terms, mask=at.there, other=float("inf"))  # [M]
+    b_delta = tl.load(p_delta + o_terms, mask=at.there, other=0.0)
     b_dq = tl.zeros([M, BLOCK_D], tl.float32)
 
-    start, n_tiles = tile_list(p_ends, i_head // mask_group, i_block, nq, B // N)
+    start, n_tiles = tile_list(p_ends, at.head // mask_group, at.block, nq, B // N)
     for p in tl.range(0, n_tiles):
-        i_k = tl.load(p_blocks + start + p // (B // N))
-        column = i_k * B + p % (B // N) * N
-        o_col = column + tl.arange(0, N)
-        m_col = o_col < t
-        b_k = load_tile(
-            p_k, d_k, strides_k[1], o_col, m_col, i_batch, i_kv, column, D, BLOCK_D, N, TMA
-        )  # [N, D]
-        b_v = load_tile(
-            p_v, d_v, strides_v[1], o_col, m_col, i_batch, i_kv, column, DV, BLOCK_DV, N, TMA
-        )  # [N, DV]
+        i_k, column, o_col = listed_tile(p_blocks, start, p, N, B)
+        b_k = load(k, o_col, o_col < t, column, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, o_col, o_col < t, column, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-        if (i_k == i_block) | (column + N > t):
-            b_s = mask_scores(b_s, 0, o_row, o_col, i_k, t, False, N, B, 0)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        if (i_k == at.block) | (column + N > t):
+            b_s = mask_scores(b_s, 0, at.rows, o_col, i_k, t, False, N, B, 0)
+        b_dq = add_to_dq(b_s, b_k, b_v, b_dout, b_lse2, b_delta, b_dq, scale_log2, PRECISION)
 
-    p_dq += head_offset(strides_dq, i_batch, i_head, zero)
-    store_rows(p_dq, o_row, strides_dq[1], m_row, b_dq * scale, D, BLOCK_D)
+    p_dq += head_offset(strides_dq, at.batch, at.head, zero)
+    store_rows(p_dq, at.rows, strides_dq[1], at.there, b_dq * scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["s", "t", "nk", "stride_lse_b", "stride_lse_h", "kv_heads", "group"])
@@ -267,47 +262,27 @@ def s2_sparse_dkdv_kernel(
 
     for j in tl.range(0, group):
         i_head = i_kv * group + j
+        o_terms = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero)
         p_qh = p_q + head_offset(strides_q, i_batch, i_head, zero)
         p_do = p_dout + head_offset(strides_dout, i_batch, i_head, zero)
-        o_terms = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero)
+        q = Matrix(p_qh, d_q, strides_q[1], i_batch, i_head)
+        dout = Matrix(p_do, d_dout, strides_dout[1], i_batch, i_head)
+        lse2 = Matrix(p_lse2 + o_terms, d_lse2, 1, i_batch, i_head)
+        delta = Matrix(p_delta + o_terms, d_delta, 1, i_batch, i_head)
         start, n_tiles = tile_list(p_ends, i_head // mask_group, i_block, nk, B // M)
         for p in tl.range(0, n_tiles):
-            i_q = tl.load(p_blocks + start + p // (B // M))
-            row = i_q * B + p % (B // M) * M
-            o_row = row + tl.arange(0, M)
+            i_q, row, o_row = listed_tile(p_blocks, start, p, M, B)
             m_row = o_row < s
-            b_q = load_tile(
-                p_qh, d_q, strides_q[1], o_row, m_row, i_batch, i_head, row, D, BLOCK_D, M, TMA
-            )  # [M, D]
-            b_dout = load_tile(
-                p_do,
-                d_dout,
-                strides_dout[1],
-                o_row,
-                m_row,
-                i_batch,
-                i_head,
-                row,
-                DV,
-                BLOCK_DV,
-                M,
-                TMA,
-            )  # [M, DV]
+            b_q = load(q, o_row, m_row, row, D, BLOCK_D, M, TMA)  # [M, D]
+            b_dout = load(dout, o_row, m_row, row, DV, BLOCK_DV, M, TMA)  # [M, DV]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [N, M]
             if (i_q == i_block) | (row + M > s):
                 m_s = (o_col[:, None] <= o_row[None, :]) & m_row[None, :]
                 b_s = tl.where(m_s, b_s, float("-inf"))
-            b_lse2 = load_terms(
-                p_lse2 + o_terms, d_lse2, o_row, m_row, i_batch, i_head, row, M, TMA
-            )  # [M]
-            b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
-            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-            b_delta = load_terms(
-                p_delta + o_terms, d_delta, o_row, m_row, i_batch, i_head, row, M, TMA
-            )
-            b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-            b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+            b_dk, b_dv, b_ds = add_to_dkdv(
+                b_s, b_q, b_dout, b_v, b_dk, b_dv, lse2, delta, o_row, m_row, row, scale_log2,
+                M, TMA, PRECISION,
+            )  # fmt: skip
 
     p_dk += head_offset(strides_dk, i_batch, i_kv, zero)
     p_dv += head_offset(strides_dv, i_batch, i_kv, zero)
