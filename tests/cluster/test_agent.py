@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from fake_checkpoints import checkpoint
 from launches import ROOT, TINY, write_run_file
 
 from s2megatron.agent import STOP_SIGNALS
@@ -317,14 +318,6 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 # --- checkpoints
-
-
-def checkpoint(folder, number: int, *, complete: bool = True):
-    path = folder / f"iter_{number:07d}"
-    path.mkdir(parents=True)
-    for name in ("__0_0.distcp", *((".metadata", "metadata.json") if complete else ())):
-        (path / name).write_text("x")
-    return path
 
 
 def track(folder, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/bench"))
+import runs
 import training as bench_training
 from profile_kinds import add_up
 from runs import what_went_wrong
@@ -68,11 +69,11 @@ def test_arguments_are_checked_before_the_first_run(arguments, said, capsys):
 def test_run_without_a_step_to_count_is_a_row_of_the_table(tmp_path, monkeypatch):
     """It ended well and its log is not what we read: the other rows stay."""
 
-    def without_lines(command, stdout, stderr):
+    def without_lines(command, stdout, stderr, env):
         stdout.write("done")
         return Namespace(returncode=0)
 
-    monkeypatch.setattr(bench_training.subprocess, "run", without_lines)
+    monkeypatch.setattr(runs.subprocess, "run", without_lines)
     options = Namespace(out=str(tmp_path), config="x", gpus=1, steps=4, warmup=1, profile=False,
                         overrides=[])  # fmt: skip
     row = bench_training.run(options, "s2", "none", 128)
