@@ -35,9 +35,9 @@ class Phase(_Checked):
     retrieval: float = Field(ge=0, le=1)
     """Share of the sequences that are retrieval documents; the others are text."""
     records: float = Field(default=0.6, ge=0, le=1)
-    """See documents.Recipe."""
+    """See documents.DocumentMix."""
     repeats: float = Field(default=0.5, ge=0, le=1)
-    """See documents.Recipe."""
+    """See documents.DocumentMix."""
     seconds: float | None = None
     """Training stops after so many seconds of this phase, wherever it is: for trying a recipe, not
     for comparing arms. Left out: no limit."""

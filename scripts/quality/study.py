@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from recipe import load_recipe
-from where import ROOT
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ from pathlib import Path
 
 import torch
 from recipe import Phase, Recipe, load_recipe
-from where import ROOT, describe
+
+from s2megatron import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEP = re.compile(r" iteration +(\d+)/ *\d+ .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r" s2megatron iteration +(\d+) \| ([\d.]+) ms/iteration")
@@ -256,7 +259,7 @@ def examine(arm: Arm) -> None:
 
 def run(arm: Arm) -> None:
     """All of it. Raises RuntimeError; what was reached is in result.json."""
-    arm.result = describe() | {
+    arm.result = provenance.describe(ROOT) | {
         "arm": arm.config.stem,
         "recipe": arm.recipe.model_dump(),
         "overrides": arm.overrides,

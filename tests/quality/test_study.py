@@ -91,7 +91,7 @@ def test_a_wrong_recipe_is_refused_by_field(tmp_path):
 
 
 def test_a_key_is_one_token_and_a_value_two(folder):
-    maker = documents.Maker(str(folder / "tokenizer"), None, 128, 1, documents.Recipe())
+    maker = documents.Maker(str(folder / "tokenizer"), None, 128, 1, documents.DocumentMix())
     assert maker.record == 4
     assert len(maker.encode("@ab")) == 1 and len(maker.encode("2345")) == 2
 
@@ -111,7 +111,7 @@ def test_pieces_come_back_as_they_were(tmp_path):
 
 @pytest.mark.parametrize("length", [128, 512])
 def test_retrieval_documents_fill_sequences(folder, length):
-    recipe = documents.Recipe(repeats=0.5, records=0.5)
+    recipe = documents.DocumentMix(repeats=0.5, records=0.5)
     makers = [documents.Maker(str(folder / "tokenizer"), None, length, 1, recipe) for _ in range(2)]
     first, second = (maker.sequences(3, 8) for maker in makers)
     assert first.shape == (8, length) and (first[:, -1] == 0).all()
@@ -119,7 +119,7 @@ def test_retrieval_documents_fill_sequences(folder, length):
 
 
 def test_repeated_keys_keep_their_values(folder):
-    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, documents.Recipe())
+    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, documents.DocumentMix())
     text = maker.tokenizer.decode(maker.repeats(random.Random(5), 500))
     records = [line for line in text.split("\n")[:-1] if line]
     keys = {line[:3] for line in records}
