@@ -41,6 +41,18 @@ make_venv() {
     fi
 }
 
+# The newest Triton that setup.py allows, by itself in .venv/triton-newest: the kernels are compiled
+# with it too (tests/kernels/test_aot_newest.py, which is skipped where it cannot be had).
+make_newest_triton() {
+    local version=3.9.0 folder=.venv/triton-newest
+    [ -d "$folder/triton-$version.dist-info" ] && return
+    rm -rf "$folder"
+    echo "== installing Triton $version into $folder"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        --target "$folder" "triton==$version" ||
+        echo "== Triton $version cannot be had: tests/kernels/test_aot_newest.py will be skipped"
+}
+
 # Sets `python`: $PYTHON where given (an environment of your own, a container), else .venv's. With
 # another folder than the repository's as the current one, relative paths stay the caller's.
 find_training_python() {

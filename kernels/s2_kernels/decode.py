@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.configs import FUSED
 from s2_kernels.decode_lists import (
     listed_tiles,
     live_segments,
@@ -492,6 +493,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **FUSED,
         **({"launch_pdl": True} if pdl else {}),
     )
     merge_rows = 1 if rows <= 16 else 16
@@ -516,6 +518,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         PARTS=32 // merge_rows,
         PDL=pdl,
         num_warps=4,
+        **FUSED,
         **({"launch_pdl": True} if pdl else {}),
     )
 
@@ -558,4 +561,5 @@ def launch_write(
         N_BANDS=pattern.n_bands,
         ALIVE_ONLY=alive_only,
         num_warps=4,
+        **FUSED,
     )

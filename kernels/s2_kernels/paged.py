@@ -4,18 +4,18 @@ A page holds one block of one KV head, in a pool that heads, layers and sequence
 table says where each block of a KV head lies; entries of dead blocks are not read.
 """
 
-import importlib.util
 import math
 
 import torch
 
-from s2_kernels.api import check_triton
+from s2_kernels.api import check_scale, check_triton
+from s2_kernels.autograd import refuse_other_modes
 from s2_kernels.cache import alive_blocks
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import masked_attention
+from s2_kernels.versions import NO_TRITON
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
+if NO_TRITON is None:
     from s2_kernels.decode import launch_decode, launch_write
 
 BACKENDS = ("auto", "triton", "reference")
@@ -51,7 +51,7 @@ def paged_attention(
         lengths: int32 [b] on q's device: the tokens of each sequence, the new ones included, at
             most blocks * block_size. Not checked on a GPU, which would wait for it.
         pattern: lifetimes for exactly these h and g heads.
-        softmax_scale: default 1 / sqrt(d).
+        softmax_scale: above 0; default 1 / sqrt(d).
         return_lse: also return lse [b, h, s], the natural log of the softmax denominator, float32.
         backend: "triton" (head sizes 32 to 256 in multiples of 16), "reference" (PyTorch, any
             device), "auto": "triton" on a GPU.
@@ -70,8 +70,9 @@ def paged_attention(
         )
     if q.shape[1] < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}: must hold at least one token")
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = check_scale(softmax_scale, q)
     if _choose(backend, q, k_pages, v_pages) == "triton":
+        refuse_other_modes("paged_attention", q, k_pages, v_pages)
         with torch.no_grad():
             out, lse = launch_decode(q, k_pages, v_pages, page_table, lengths, pattern, scale)
     else:

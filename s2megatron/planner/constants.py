@@ -27,7 +27,7 @@ class Attention(_Checked):
     backward: dict[int, float]
 
 
-class Network(_Checked):
+class Link(_Checked):
     """One GPU's part of a link."""
 
     gb_s: float = Field(gt=0)
@@ -69,9 +69,9 @@ class Machine(_Checked):
     """Copy, read and write counted."""
     dense_attention: Attention
     s2_attention: Attention
-    node: Network
+    node: Link
     """Between GPUs of a node."""
-    cluster: Network
+    cluster: Link
     """Between nodes, per GPU (its own adapter)."""
     host_layer_us: float = Field(ge=0)
     """The host's time to launch one layer's forward: a lower bound of its time."""
