@@ -134,7 +134,18 @@ def attend_pages(
     return finish_softmax(b_acc, b_m, b_l)
 
 
-@triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_table_b",
+        "stride_table_h",
+        "stride_table_k",
+        "s",
+        "stride_lse",
+        "n_units",
+        "n_tiles_q",
+        "kv_heads",
+    ]
+)
 def s2_decode_kernel(
     p_q,
     p_k,
@@ -150,7 +161,9 @@ def s2_decode_kernel(
     strides_q,
     strides_k,
     strides_v,
-    strides_pages,
+    stride_table_b,
+    stride_table_h,
+    stride_table_k,
     strides_out,
     stride_lse,
     s,
@@ -212,8 +225,8 @@ def s2_decode_kernel(
             )
             b_out, b_lse = attend_pages(
                 b_q, o_row, rule, segments, own_low, own_high, last, scale_log2, p_k, p_v,
-                p_pages + i_seq * strides_pages[0] + i_kv * strides_pages[1],
-                strides_k[0], strides_k[1], strides_v[0], strides_v[1], strides_pages[2],
+                p_pages + i_seq * stride_table_b + i_kv * stride_table_h,
+                strides_k[0], strides_k[1], strides_v[0], strides_v[1], stride_table_k,
                 D, DV, BLOCK_D, BLOCK_DV, M, N, B, N_BANDS, ONE_TOKEN, PRECISION,
             )  # fmt: skip
             b_out = tl.where((o_row >= 0)[:, None], b_out, 0.0)
@@ -306,7 +319,7 @@ def s2_merge_kernel(
     tl.store(p_lse + o_lse, b_lse, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["s"])
+@triton.jit(do_not_specialize=["stride_table_b", "stride_table_h", "stride_table_k", "s"])
 def s2_write_kernel(
     p_k,
     p_v,
@@ -319,7 +332,9 @@ def s2_write_kernel(
     strides_v,
     strides_k_pages,
     strides_v_pages,
-    strides_pages,
+    stride_table_b,
+    stride_table_h,
+    stride_table_k,
     s,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -342,7 +357,7 @@ def s2_write_kernel(
         life = lifetime(load_rule(p_table, i_kv, N_BANDS), i_block, N_BANDS)
         if length // B - i_block >= life:
             return
-    o_page = i_seq * strides_pages[0] + i_kv * strides_pages[1] + i_block * strides_pages[2]
+    o_page = i_seq * stride_table_b + i_kv * stride_table_h + i_block * stride_table_k
     page = tl.load(p_pages + o_page).to(tl.int64)
     o_row = row + tl.arange(0, ROWS)
     o_b = o_row % B
@@ -366,6 +381,7 @@ def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device)
     Other GPUs than Hopper may have 99 KiB of shared memory for a program: there less is in flight.
     """
     hopper, few = capability(device) == (9, 0), rows <= 16
+    hopper = hopper and (few or dtype != torch.float32)  # whose products take more registers
     wide = pad(max(d, dv)) > (128 if hopper else 64)
     block_n = 32768 // (dtype.itemsize * (pad(d) + pad(dv)))
     if not hopper and not few and wide:
@@ -453,7 +469,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         q.stride()[:3],
         k_pages.stride()[:2],
         v_pages.stride()[:2],
-        page_table.stride(),
+        *page_table.stride(),
         out.stride()[:3],
         lse.stride(1),
         s,
@@ -534,7 +550,7 @@ def launch_write(
         v.stride()[:3],
         k_pages.stride()[:2],
         v_pages.stride()[:2],
-        page_table.stride(),
+        *page_table.stride(),
         s,
         D=d,
         DV=dv,
