@@ -2,6 +2,7 @@
 
 from s2_kernels.api import s2_attention, s2_attention_backward, s2_attention_varlen
 from s2_kernels.block_sparse import block_sparse_attention
+from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.pattern import (
     FOREVER,
     Band,
@@ -21,9 +22,11 @@ __all__ = [
     "block_sparse_attention",
     "dense",
     "local_stride",
+    "paged_attention",
     "ranges",
     "s2_attention",
     "s2_attention_backward",
     "s2_attention_varlen",
     "sliding_window",
+    "write_pages",
 ]

@@ -28,7 +28,15 @@ import triton
 import triton.language as tl
 
 from s2_kernels.configs import FUSED
-from s2_kernels.launch import device_table, pad
+from s2_kernels.decode_lists import (
+    listed_tiles,
+    live_segments,
+    positions_of,
+    program_of,
+    share_of,
+    tile_blocks,
+)
+from s2_kernels.launch import capability, device_table, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
 
@@ -38,84 +46,21 @@ MOST_UNITS = 4096
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """KV rows of a tile, warps, stages, and programs per multiprocessor of the decode kernel."""
+    """KV rows of a tile, warps, stages, and programs per multiprocessor of the decode kernel.
+
+    pdl: where the GPU can, start a kernel's programs before the last ones of the kernel before it
+    have ended, to wait there (programmatic dependent launch).
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
     per_sm: int
+    pdl: bool = True
 
     def __str__(self) -> str:
-        return f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}"
-
-
-@triton.jit
-def positions_of(i_tile, length, s, TOKENS: tl.constexpr):
-    """First and last position of a query tile; the last is negative where all is padding."""
-    first = length - s + i_tile * TOKENS
-    last = tl.minimum(first + TOKENS, length) - 1
-    return tl.maximum(first, 0), last
-
-
-@triton.jit
-def live_segments(rule, first, last, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The blocks that positions first..last attend to: per band (start, stride, count), far first.
-
-    What any of them keeps, the first keeps or it lies between them. Each block is listed once, in
-    the band of its age at the first; the block of the last position is the last on the list.
-    Scalars, or one list per element of a tile.
-    """
-    i_first, i_last = first // B, last // B
-    segments = ()
-    for j in tl.static_range(N_BANDS - 1, -1, -1):
-        stride = rule[2 + 2 * j]
-        low = tl.maximum(i_first - rule[1 + 2 * j] + 1, 0)
-        high = i_last if j == 0 else i_first - rule[2 * j - 1]
-        start = low + (stride - (low + rule[0]) % stride) % stride
-        count = tl.where((start <= high) & (last >= 0), (high - start) // stride + 1, 0)
-        segments += (start, stride, count)
-    return segments
-
-
-@triton.jit
-def listed_blocks(segments, N_BANDS: tl.constexpr):
-    """How many blocks are on a list."""
-    total = segments[2]
-    for j in tl.static_range(1, N_BANDS):
-        total += segments[3 * j + 2]
-    return total
-
-
-@triton.jit
-def listed_tiles(segments, last, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """How many tiles of N rows the listed blocks fill, up to position `last` in the last block."""
-    n_blocks = listed_blocks(segments, N_BANDS)
-    if N <= B:
-        unused = B // N - 1 - tl.maximum(last, 0) % B // N
-        return n_blocks * (B // N) - tl.where(n_blocks > 0, unused, 0)
-    else:
-        return tl.cdiv(n_blocks, N // B)
-
-
-@triton.jit
-def listed_block(segments, position, N_BANDS: tl.constexpr):
-    """The block(s) at a position (scalar or tile) of a list."""
-    block = segments[0] + position * segments[1]
-    for j in tl.static_range(1, N_BANDS):
-        position = position - segments[3 * j - 1]
-        block = tl.where(position >= 0, segments[3 * j] + position * segments[3 * j + 1], block)
-    return block
-
-
-@triton.jit
-def tile_blocks(segments, p, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The block of tile p, a scalar; or that of each of its N rows, where a tile holds several."""
-    if N <= B:
-        return listed_block(segments, p // (B // N), N_BANDS)
-    else:
-        position = p * (N // B) + tl.arange(0, N) // B
-        beyond = position >= listed_blocks(segments, N_BANDS)
-        return tl.where(beyond, -1, listed_block(segments, position, N_BANDS))
+        name = f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}"
+        return name + ("" if self.pdl else "nopdl")
 
 
 @triton.jit
@@ -189,37 +134,18 @@ def attend_pages(
     return finish_softmax(b_acc, b_m, b_l)
 
 
-@triton.jit
-def share_of(
-    i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units,
-    TOKENS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, U: tl.constexpr, N_BANDS: tl.constexpr,
-):  # fmt: skip
-    """A program's units i_unit..end_unit-1, tiles before the first of them, own tiles low..high-1.
-
-    The lists of all units are counted at once, in a tile of U. The first program leaves `p_ends`.
-    """
-    o_unit = tl.arange(0, U)
-    m_unit = o_unit < n_units
-    length = tl.load(p_lengths + o_unit // (n_tiles_q * kv_heads), mask=m_unit, other=0)
-    first, last = positions_of(o_unit // kv_heads % n_tiles_q, length, s, TOKENS)
-    rule = load_rule(p_table, o_unit % kv_heads, N_BANDS)
-    segments = live_segments(rule, first, last, B, N_BANDS)
-    n_listed = tl.where(m_unit, listed_tiles(segments, last, N, B, N_BANDS), 0)
-    ends = tl.cumsum(n_listed, 0)
-    total = tl.sum(n_listed, 0)
-    if i_program == 0:
-        tl.store(p_ends + o_unit, ends, mask=m_unit)
-
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
-    low = i_program * share
-    high = tl.minimum(low + share, total)
-    i_unit = tl.sum((ends <= low).to(tl.int32), 0)
-    end_unit = tl.minimum(tl.sum((ends - n_listed < high).to(tl.int32), 0), n_units)
-    start = tl.max(tl.where(ends <= low, ends, 0), 0)
-    return i_unit, tl.where(low < high, end_unit, i_unit), start, low, high
-
-
-@triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_table_b",
+        "stride_table_h",
+        "stride_table_k",
+        "s",
+        "stride_lse",
+        "n_units",
+        "n_tiles_q",
+        "kv_heads",
+    ]
+)
 def s2_decode_kernel(
     p_q,
     p_k,
@@ -235,7 +161,9 @@ def s2_decode_kernel(
     strides_q,
     strides_k,
     strides_v,
-    strides_pages,
+    stride_table_b,
+    stride_table_h,
+    stride_table_k,
     strides_out,
     stride_lse,
     s,
@@ -256,6 +184,7 @@ def s2_decode_kernel(
     N_BANDS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (programs,). Program i takes the i-th of equal ranges of all tiles of all units.
 
@@ -263,6 +192,9 @@ def s2_decode_kernel(
     neither number falls, and one of them grows from part to part. p_ends [units]: the tiles up to
     the end of each unit, for `s2_merge_kernel`.
     """
+    if PDL:  # launched while the kernel before still runs; what it wrote is read from here on
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_program = tl.program_id(0)
     i_unit, end_unit, start, low, high = share_of(
         i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U,
@@ -293,8 +225,8 @@ def s2_decode_kernel(
             )
             b_out, b_lse = attend_pages(
                 b_q, o_row, rule, segments, own_low, own_high, last, scale_log2, p_k, p_v,
-                p_pages + i_seq * strides_pages[0] + i_kv * strides_pages[1],
-                strides_k[0], strides_k[1], strides_v[0], strides_v[1], strides_pages[2],
+                p_pages + i_seq * stride_table_b + i_kv * stride_table_h,
+                strides_k[0], strides_k[1], strides_v[0], strides_v[1], stride_table_k,
                 D, DV, BLOCK_D, BLOCK_DV, M, N, B, N_BANDS, ONE_TOKEN, PRECISION,
             )  # fmt: skip
             b_out = tl.where((o_row >= 0)[:, None], b_out, 0.0)
@@ -333,18 +265,21 @@ def s2_merge_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (units, groups of ROWS rows). Adds the parts of each row up, in order, PARTS at a time.
 
     A unit of one part has its output already; one without a tile (padding) gets 0 and -inf.
     """
     u = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     end = tl.load(p_ends + u)
     start = tl.load(p_ends + tl.maximum(u - 1, 0))
     start = tl.where(u > 0, start, 0)
     total = tl.load(p_ends + n_units - 1)
-    share = tl.maximum(tl.cdiv(total, n_programs), 1)
-    i_first, i_last = start // share, (end - 1) // share
+    i_first = program_of(start, total, n_programs)
+    i_last = program_of(end - 1, total, n_programs)
     if (end > start) & (i_first == i_last):
         return
     o_dv = tl.arange(0, BLOCK_DV)
@@ -384,7 +319,7 @@ def s2_merge_kernel(
     tl.store(p_lse + o_lse, b_lse, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["s"])
+@triton.jit(do_not_specialize=["stride_table_b", "stride_table_h", "stride_table_k", "s"])
 def s2_write_kernel(
     p_k,
     p_v,
@@ -397,33 +332,35 @@ def s2_write_kernel(
     strides_v,
     strides_k_pages,
     strides_v_pages,
-    strides_pages,
+    stride_table_b,
+    stride_table_h,
+    stride_table_k,
     s,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     B: tl.constexpr,
+    ROWS: tl.constexpr,
     N_BANDS: tl.constexpr,
     ALIVE_ONLY: tl.constexpr,
 ):
-    """Grid: (blocks that s tokens can touch, KV heads, sequences): one block of new tokens each."""
+    """Grid: (groups of ROWS rows that s tokens can touch, KV heads, sequences)."""
     i_kv, i_seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     begin = length - s
-    i_block = tl.maximum(begin, 0) // B + tl.program_id(0)
-    if i_block * B >= length:
+    row = (tl.maximum(begin, 0) // ROWS + tl.program_id(0)) * ROWS
+    i_block = row // B
+    if row >= length:
         return
     if ALIVE_ONLY:
         life = lifetime(load_rule(p_table, i_kv, N_BANDS), i_block, N_BANDS)
         if length // B - i_block >= life:
             return
-    page = tl.load(
-        p_pages + i_seq * strides_pages[0] + i_kv * strides_pages[1] + i_block * strides_pages[2]
-    )
-    page = page.to(tl.int64)
-    o_b = tl.arange(0, B)
-    o_row = i_block * B + o_b
+    o_page = i_seq * stride_table_b + i_kv * stride_table_h + i_block * stride_table_k
+    page = tl.load(p_pages + o_page).to(tl.int64)
+    o_row = row + tl.arange(0, ROWS)
+    o_b = o_row % B
     m_row = (o_row >= begin) & (o_row < length)
     o_token = (o_row - begin).to(tl.int64)
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -438,12 +375,20 @@ def s2_write_kernel(
     tl.store(p_to[:, None] + o_dv[None, :], b_v, mask=m_v)
 
 
-def decode_config(d: int, dv: int, rows: int, dtype: torch.dtype) -> DecodeConfig:
-    """Tiles of 32 KiB of K and V, three in flight, two programs on a multiprocessor."""
+def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device) -> DecodeConfig:
+    """Tiles of up to 32 KiB of K and V, two in flight beside the one computed, two programs a time.
+
+    Other GPUs than Hopper may have 99 KiB of shared memory for a program: there less is in flight.
+    """
+    hopper, few = capability(device) == (9, 0), rows <= 16
+    hopper = hopper and (few or dtype != torch.float32)  # whose products take more registers
+    wide = pad(max(d, dv)) > (128 if hopper else 64)
     block_n = 32768 // (dtype.itemsize * (pad(d) + pad(dv)))
-    return DecodeConfig(
-        min(max(block_n, 16), 128 if rows <= 16 else 64), 4, 4 if rows <= 16 else 3, 2
-    )
+    if not hopper and not few and wide:
+        block_n //= 2
+    block_n = min(max(block_n, 16), 128 if few and block_size >= 64 else 64)
+    warps = 8 if dtype == torch.float32 or (wide and not few) else 4
+    return DecodeConfig(block_n, warps, (4 if few else 3) - (not hopper), 2)
 
 
 @functools.cache
@@ -500,7 +445,9 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
             config, programs):  # fmt: skip
     (b, s, h, d), dv = q.shape, v_pages.shape[-1]
     kv_heads, group = pattern.kv_heads, h // pattern.kv_heads
-    config = config or decode_config(d, dv, m, q.dtype)
+    config = config or decode_config(d, dv, m, pattern.block_size, q.dtype, q.device)
+    compiled = isinstance(s2_decode_kernel, triton.JITFunction)  # the interpreter has no PDL
+    pdl = compiled and config.pdl and capability(q.device)[0] >= 9
     programs = programs or config.per_sm * multiprocessors(q.device)
     n_tiles_q = triton.cdiv(s, tokens)
     units, rows = b * kv_heads * n_tiles_q, tokens * group
@@ -522,7 +469,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         q.stride()[:3],
         k_pages.stride()[:2],
         v_pages.stride()[:2],
-        page_table.stride(),
+        *page_table.stride(),
         out.stride()[:3],
         lse.stride(1),
         s,
@@ -543,9 +490,11 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         N_BANDS=pattern.n_bands,
         ONE_TOKEN=s == 1,
         PRECISION="ieee",
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **FUSED,
+        **({"launch_pdl": True} if pdl else {}),
     )
     merge_rows = 1 if rows <= 16 else 16
     s2_merge_kernel[(units, triton.cdiv(rows, merge_rows))](
@@ -567,8 +516,10 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         TOKENS=tokens,
         ROWS=merge_rows,
         PARTS=32 // merge_rows,
+        PDL=pdl,
         num_warps=4,
         **FUSED,
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 
@@ -585,8 +536,9 @@ def launch_write(
 ) -> None:
     """Writes s new tokens [b, s, g, d] into pages; arguments as in `write_pages`."""
     (b, s, kv_heads, d), dv, size = k.shape, v.shape[-1], pattern.block_size
-    blocks = 1 if s == 1 else triton.cdiv(s - 1, size) + 1
-    s2_write_kernel[(blocks, kv_heads, b)](
+    rows = min(size, 32)
+    groups = triton.cdiv(s - 1, rows) + 1
+    s2_write_kernel[(groups, kv_heads, b)](
         k,
         v,
         k_pages,
@@ -598,13 +550,14 @@ def launch_write(
         v.stride()[:3],
         k_pages.stride()[:2],
         v_pages.stride()[:2],
-        page_table.stride(),
+        *page_table.stride(),
         s,
         D=d,
         DV=dv,
         BLOCK_D=pad(d),
         BLOCK_DV=pad(dv),
         B=size,
+        ROWS=rows,
         N_BANDS=pattern.n_bands,
         ALIVE_ONLY=alive_only,
         num_warps=4,

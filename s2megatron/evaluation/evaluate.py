@@ -1,13 +1,11 @@
 """Loss and retrieval of a model that is already there: for programs, and for `command.py`."""
 
-import datetime
 import itertools
 from collections.abc import Callable
-from importlib.metadata import version
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from s2megatron import provenance
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.evaluation.loss import evaluate_loss
 from s2megatron.evaluation.network import Network
@@ -76,9 +74,9 @@ def evaluate(
     about = {
         "attention": network.attention,
         **about,
-        "machine": machine(network.device),
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": provenance.machine(network.device),
+        "versions": provenance.in_words(provenance.versions(("torch", "transformers"))),
+        "date": provenance.now(),
     }
     counted_by = sorted({*grids(network.patterns), *extra_grids})
     found = Evaluation(about, [], None, counted_by)
@@ -96,11 +94,6 @@ def evaluate(
         found = Evaluation(about, found.losses, answers, counted_by)
         keep(found)
     return found
-
-
-def machine(device: torch.device) -> str:
-    """The name of what it ran on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _check_tokens(network: Network, document: RetrievalDocument) -> None:

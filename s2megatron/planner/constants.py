@@ -27,7 +27,7 @@ class Attention(_Checked):
     backward: dict[int, float]
 
 
-class Network(_Checked):
+class Link(_Checked):
     """One GPU's part of a link."""
 
     gb_s: float = Field(gt=0)
@@ -69,9 +69,9 @@ class Machine(_Checked):
     """Copy, read and write counted."""
     dense_attention: Attention
     s2_attention: Attention
-    node: Network
+    node: Link
     """Between GPUs of a node."""
-    cluster: Network
+    cluster: Link
     """Between nodes, per GPU (its own adapter)."""
     host_layer_us: float = Field(ge=0)
     """The host's time to launch one layer's forward: a lower bound of its time."""
@@ -121,11 +121,13 @@ def load_machine(name: str) -> Machine:
         tree = strict_yaml.load(path.read_text(encoding="utf-8"), f"--gpu {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gpu {path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict) or "sparsity" in tree or "megatron" in tree:
-        what = (
-            "a run file, which stands without an option" if isinstance(tree, dict) else "no table"
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--gpu {path}: holds no machine's constants. {_MAKE}")
+    if "sparsity" in tree or "megatron" in tree:
+        raise ConfigError(
+            f"--gpu {path}: is a run file, not a machine's constants; name the run file without "
+            f"--gpu. {_MAKE}"
         )
-        raise ConfigError(f"--gpu {path}: must hold a machine's constants; it is {what}. {_MAKE}")
     try:
         return Machine.model_validate(tree)
     except ValidationError as errors:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
-from s2megatron.planner.constants import Machine, Network
+from s2megatron.planner.constants import Link, Machine
 from s2megatron.planner.layout import Layout
 
 BF16, FP32 = 2, 4
@@ -64,7 +64,7 @@ def gather_seconds(
         return 0.0, 0.0
     sent = size * (ranks - 1) / ranks
     together = max(1, min(ranks, machine.gpus_per_node // stride))
-    link: Network = machine.node
+    link: Link = machine.node
     rate = machine.node.gb_s
     if ranks > together:
         link = machine.cluster

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from s2megatron.provenance import in_words
+
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class MeasuredRun:
     """One measured run. Seconds are of training iterations after the warm-up."""
 
     attention: str
@@ -59,7 +61,7 @@ class Run:
         return self.predicted_gib / self.peak_gib - 1
 
 
-def efficiency(run: Run, runs: Sequence[Run]) -> float:
+def efficiency(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> float:
     """Tokens per second and GPU over those of the smallest run of the same attention and length.
 
     Where several layouts are the smallest, the fastest of them is the measure. The same in weak and
@@ -70,7 +72,7 @@ def efficiency(run: Run, runs: Sequence[Run]) -> float:
     return run.per_gpu / max(r.per_gpu for r in family if r.gpus == least)
 
 
-def speedup(run: Run, runs: Sequence[Run]) -> float | None:
+def speedup(run: MeasuredRun, runs: Sequence[MeasuredRun]) -> float | None:
     """Tokens per second over those of the dense run that is otherwise the same."""
     for other in runs:
         same = (other.layout, other.gpus, other.sequence, other.global_batch)
@@ -125,7 +127,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown(about: dict, runs: Sequence[Run]) -> str:
+def markdown(about: dict, runs: Sequence[MeasuredRun]) -> str:
     """The report: what was run on what, and one row per run."""
 
     def shown(value, text: str) -> str:
@@ -143,7 +145,7 @@ def markdown(about: dict, runs: Sequence[Run]) -> str:
         ))  # fmt: skip
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     lines = [f"| {' | '.join(row)} |" for row in table]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    versions = in_words(about["versions"])
     return "\n".join([
         f"# Scaling ({about['mode']}) on {about['gpu']}, {about['date']}",
         "",
@@ -168,7 +170,7 @@ def _beside(value: float | None, error: float | None, digits: str) -> str:
     return f"{value:{digits}}" + ("" if error is None else f" ({error:+.1%})")
 
 
-def as_json(about: dict, runs: Sequence[Run]) -> str:
+def as_json(about: dict, runs: Sequence[MeasuredRun]) -> str:
     rows = [
         asdict(run) | {
             "seconds": run.seconds, "tokens_per_second": run.tokens_per_second,

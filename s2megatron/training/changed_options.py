@@ -173,8 +173,9 @@ def refusal(comparison: Comparison, folder, now) -> str:
             "Restore these options, or start a new run from these weights: an output.folder of its "
             f"own, megatron.load={folder.parent} and megatron.finetune=true"
         )
-    chosen = now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler
-    if comparison.schedule and not chosen:
+    if comparison.schedule and not (
+        now.override_opt_param_scheduler or now.use_checkpoint_opt_param_scheduler
+    ):
         lines += _list(f"checkpoint {folder} has another schedule", comparison.schedule)
         lines.append(
             "Restore these options, or go on with the new ones: "

@@ -163,7 +163,7 @@ def way_back(folder: Path, iteration: int) -> str:
     return f"to go back to the one before it: echo {sound[-1]} > {folder}/{TRACKER}"
 
 
-class Keeper:
+class CheckpointPruner:
     """Deletes all but the newest `keep` complete checkpoints; used on one rank.
 
     A checkpoint counts once the tracker names it, so an asynchronous save in progress never pushes

@@ -59,7 +59,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     from s2megatron.training.attach import attach
     from s2megatron.training.data_identity import data_identity
     from s2megatron.training.megatron_options import canonical, check_required, to_argv
-    from s2megatron.training.resume import check_resumable
+    from s2megatron.training.resume_layout import check_resumable
 
     skip_missing_makefile()
     options = default_options(backends, canonical(run.megatron))

@@ -9,14 +9,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
 from s2megatron.training.checkpoint_errors import explain
-from s2megatron.training.checkpoint_folder import Keeper
+from s2megatron.training.checkpoint_folder import CheckpointPruner
 from s2megatron.training.load_fixes import name_damaged_files
 from s2megatron.training.prepare import Prepared, prepare, summary
 from s2megatron.training.run_lock import RunLock
 from s2megatron.training.schedule import check_schedule
 
 
-def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
+def _take_output(ready: Prepared) -> tuple[RunLock, CheckpointPruner]:
     """Locks the output folder and checks what is in it; for one rank. Raises ConfigError."""
     place = ready.output
     lock = RunLock(place.folder)
@@ -28,8 +28,8 @@ def _take_output(ready: Prepared) -> tuple[RunLock, Keeper]:
     for note in [lock.note, *place.notes, *aside]:
         if note:
             print(f"s2megatron: {note}", flush=True)
-    keeper = Keeper(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
-    return lock, keeper
+    pruner = CheckpointPruner(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
+    return lock, pruner
 
 
 def _summarize() -> None:
@@ -56,11 +56,11 @@ def train(config: str, overrides: Sequence[str]) -> None:
 
     name_damaged_files()
     args = ready.args
-    lock, keeper = None, None
+    lock, pruner = None, None
     if args.rank == 0:
         print("\n".join(summary(ready, [])), flush=True)
         if ready.output:
-            lock, keeper = _take_output(ready)
+            lock, pruner = _take_output(ready)
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
         if is_last_rank():
@@ -89,7 +89,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
             pretrain_cfg_container_from_args(args, ready.model_config),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            make_forward_step(meter, keeper.after if keeper else None),
+            make_forward_step(meter, pruner.after if pruner else None),
         )
     except SystemExit as stop:
         # Megatron's way out after a signal, a duration or exit_interval has a code; without one it
@@ -106,8 +106,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
         if lock:
             lock.release()
     # Only after success: with a peer gone this can wait for ever.
-    if keeper:
-        keeper.close()
+    if pruner:
+        pruner.close()
     _summarize()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

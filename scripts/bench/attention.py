@@ -10,8 +10,6 @@ without a GPU.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -23,10 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-from attention_providers import PREPARE, Problem, dense_pairs, missing
+from attention_providers import PREPARE, Setting, dense_pairs, missing
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 PROVIDERS = ",".join(PREPARE)
 COLUMNS = dict(  # key in the JSON: (heading, format)
@@ -151,22 +149,18 @@ def cells(row) -> list[str]:
 
 
 def describe() -> dict:
-    """GPU, versions, command."""
-    import torch
-    import triton
+    """GPU, versions, date, commit, command."""
+    from s2megatron import provenance
 
-    versions = dict(torch=torch.__version__, triton=triton.__version__)
-    if importlib.util.find_spec("flash_attn"):
-        versions["flash-attn-4"] = importlib.metadata.version("flash-attn-4")
-    return dict(
-        gpu=torch.cuda.get_device_name(),
-        date=datetime.date.today().isoformat(),
-        versions=versions,
-        command=shlex.join(["python3", "scripts/bench/attention.py", *sys.argv[1:]]),
-    )
+    packages = ["torch", "triton"]
+    packages += ["flash-attn-4"] if importlib.util.find_spec("flash_attn") else []
+    command = shlex.join(["python3", "scripts/bench/attention.py", *sys.argv[1:]])
+    return provenance.describe(ROOT, packages) | dict(command=command)
 
 
 def write(a, name, about, rows) -> None:
+    from s2megatron.provenance import in_words
+
     a.out.mkdir(parents=True, exist_ok=True)
     report = dict(about=about, rows=rows)
     (a.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -174,7 +168,7 @@ def write(a, name, about, rows) -> None:
     lines = [
         f"# Attention on {about['gpu']}, {about['date']}",
         "",
-        ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
+        f"{in_words(about['versions'])}; commit {about['commit']}.",
         f"Causal, batch 1, {setup['dtype']}, d={setup['d']}, blocks of {setup['block']} tokens, "
         f"window of {setup['local']} tokens; heads:stride"
         + (f", {setup['kv_heads']} KV heads" if setup["kv_heads"] else "")
@@ -288,7 +282,7 @@ def main():
     about = describe()
     about["setup"] = {k: getattr(a, k) for k in ("dtype", "d", "block", "local", "kv_heads")}
     slug = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
-    name = a.name or f"attention-{slug}-{about['date']}"
+    name = a.name or f"attention-{slug}-{about['date'][:10]}"
     print(about["gpu"], about["versions"], flush=True)
     print(" | ".join(heading for heading, _ in COLUMNS.values()), flush=True)
     rows = {}
@@ -300,7 +294,7 @@ def main():
             break
         case, tokens, provider = turn
         heads, stride = map(int, case.split(":"))
-        p = Problem(heads, a.kv_heads or heads, stride, tokens, a.d, a.block, a.local, a.dtype)
+        p = Setting(heads, a.kv_heads or heads, stride, tokens, a.d, a.block, a.local, a.dtype)
         try:
             row = measure(p, provider, a)
         except Exception as e:  # a peer that fails is a result: it stays in the table

@@ -1,6 +1,6 @@
-"""The attention kernels that bench_attention.py compares: how each is made ready to run.
+"""The attention kernels that attention.py compares: how each is made ready to run.
 
-A provider takes a `Problem` and the command line, and returns a `Ready`. To add one, write such a
+A provider takes a `Setting` and the command line, and returns a `Ready`. To add one, write such a
 function and enter it in PREPARE.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Problem:
+class Setting:
     """One row of measurements; tensors are drawn in the layout that the provider likes best."""
 
     heads: int

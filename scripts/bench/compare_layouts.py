@@ -17,7 +17,6 @@ The exit status is 1 if a run failed; the table says which, and why.
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -27,14 +26,15 @@ import sysconfig
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
-from layouts import ONE_GPU, Layout, base_run_file, layouts, run_file
-from warm_ranks import Pool, Run
+from layouts import ONE_GPU, TrainedLayout, base_run_file, layouts, run_file
+from runs import ROOT
+from warm_ranks import Pool, WarmRun
 
+from s2megatron import provenance
 from s2megatron.data import documents, find_files, write_dataset
 from s2megatron.errors import hide_import_warnings
 from s2megatron.plot import read_scalars
@@ -47,10 +47,10 @@ STEP = 20  # where the losses must agree, by the issue that this tool answers
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """One run: a layout, its modules, its attention; `initial` runs write the weights."""
 
-    layout: Layout
+    layout: TrainedLayout
     modules: str
     attention: str
     initial: bool = False
@@ -151,26 +151,28 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def describe(layout: Layout) -> str:
+def describe(layout: TrainedLayout) -> str:
     return f"{layout.variant}: {layout.name}"
 
 
-def list_cases(wanted: list[Layout], modules: list[str], attentions: list[str]) -> list[Case]:
+def list_cases(
+    wanted: list[TrainedLayout], modules: list[str], attentions: list[str]
+) -> list[LayoutCase]:
     """All runs in the order in which they start: weights, then single GPUs, then the rest."""
     cases = []
     for layout in wanted:
         fitting = [m for m in modules if m == "te" or not layout.te_only]
-        cases += [Case(layout, m, attention) for m in fitting for attention in attentions]
+        cases += [LayoutCase(layout, m, attention) for m in fitting for attention in attentions]
     starts = {}
     for case in cases:  # one GPU, the first modules named, S2: read by every run of the variant
-        one_gpu = Layout(ONE_GPU, 1, {}, case.layout.variant)
-        starts.setdefault(case.start, Case(one_gpu, case.modules, "s2", initial=True))
+        one_gpu = TrainedLayout(ONE_GPU, 1, {}, case.layout.variant)
+        starts.setdefault(case.start, LayoutCase(one_gpu, case.modules, "s2", initial=True))
     # An attention at a time: what a time limit cuts off is whole tables of the later one.
     cases.sort(key=lambda c: (c.layout.name != ONE_GPU, attentions.index(c.attention)))
     return [*starts.values(), *cases]
 
 
-def tree_of(base: dict, case: Case, out: Path) -> dict:
+def tree_of(base: dict, case: LayoutCase, out: Path) -> dict:
     """The whole run file of a run."""
     modules = MODULES[case.modules]
     tree = run_file(base, case.layout, modules=modules, dense=case.attention == "dense")
@@ -248,7 +250,7 @@ def choose(ranks: int, load: Counter, gpus: int, ranks_per_gpu: int) -> list[int
     return [gpu for _, _, gpu in sorted(turns)][:ranks]
 
 
-def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> Run:
+def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> WarmRun:
     folder = out / case.name
     shutil.rmtree(folder, ignore_errors=True)
     if case.initial:
@@ -261,7 +263,7 @@ def start(case, tree, pool: Pool, gpus: list[int], options, out: Path) -> Run:
     return pool.launch(argv, devices, folder, options.timeout)
 
 
-def collect(case, tree, run: Run, options, out: Path) -> dict:
+def collect(case, tree, run: WarmRun, options, out: Path) -> dict:
     """Reads a run that ended; writes result.json."""
     folder, error = out / case.name, run.poll()
     events = folder / "tensorboard"
@@ -288,8 +290,9 @@ def collect(case, tree, run: Run, options, out: Path) -> dict:
 
 def report(cases, results, options, backends, modules) -> str:
     """The table, and every run that failed with its error."""
-    gpu = torch.cuda.get_device_name() if backends.cuda else f"CPU ({platform.machine()})"
-    te = f", Transformer Engine {backends.transformer_engine}" if "te" in modules else ""
+    gpu = provenance.machine("cuda" if backends.cuda else "cpu")
+    packages = ["torch", "triton", "megatron-core"]
+    packages += ["transformer-engine"] if "te" in modules else []
     at = f"difference at step {min(STEP, options.steps)}"
     kinds = ("loss at step 1", "last", at, "largest")
     columns = [f"{attention}: {kind}" for attention in options.attention for kind in kinds]
@@ -304,10 +307,9 @@ def report(cases, results, options, backends, modules) -> str:
         f"# Loss curves of every layout against one GPU: {machine}",
         "",
         *shared,
-        f"torch {torch.__version__}, Triton {version('triton')}, megatron-core "
-        f"{version('megatron-core')}{te}; {time.strftime('%Y-%m-%d')}. {options.steps} steps from "
-        "the same weights on the same batches; differences are relative to the run named, with "
-        "the same attention.",
+        f"{provenance.in_words(provenance.versions(packages))}; commit {provenance.commit(ROOT)}, "
+        f"{provenance.now()}. {options.steps} steps from the same weights on the same batches; "
+        "differences are relative to the run named, with the same attention.",
         "",
         "    " + shlex.join(["python", *sys.argv]),
         "",
@@ -327,11 +329,11 @@ def report(cases, results, options, backends, modules) -> str:
     return "\n".join(lines) + "\n"
 
 
-def row_of(layout: Layout, kind: str, cases, results, options) -> str:
+def row_of(layout: TrainedLayout, kind: str, cases, results, options) -> str:
     """One layout on one kind of modules, all attentions."""
     against, cells, steps = "", [], 0
     for attention in options.attention:
-        case = Case(layout, kind, attention)
+        case = LayoutCase(layout, kind, attention)
         reference, against = reference_of(case, cases)
         got, expected = (_losses(results, c) for c in (case, reference))
         steps = max(steps, len(got))
@@ -349,7 +351,7 @@ def row_of(layout: Layout, kind: str, cases, results, options) -> str:
     return "| " + " | ".join(head + cells) + " |"
 
 
-def reference_of(case: Case, cases: list[Case]) -> tuple[Case, str]:
+def reference_of(case: LayoutCase, cases: list[LayoutCase]) -> tuple[LayoutCase, str]:
     """What a run is compared with: its single-GPU run; for that of local modules, TE's."""
     first = next((c for c in cases if c.initial and c.start == case.start), case).modules
     modules = first if case.layout.name == ONE_GPU else case.modules
@@ -362,7 +364,7 @@ def reference_of(case: Case, cases: list[Case]) -> tuple[Case, str]:
     return reference, "-" if reference == case else f"{ONE_GPU}, {modules}"
 
 
-def _losses(results: dict, case: Case) -> dict[int, float]:
+def _losses(results: dict, case: LayoutCase) -> dict[int, float]:
     result = results.get(case)
     if not result or result["error"]:
         return {}

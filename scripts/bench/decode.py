@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from s2_kernels import LayerPattern, dense, local_stride  # noqa: E402
 from s2_kernels.cache import alive_pages  # noqa: E402
 from s2_kernels.record import record  # noqa: E402
+from s2megatron import provenance  # noqa: E402
 
 PROVIDERS = ("s2 graph", "s2", "dense pages graph", "dense sdpa")
 
@@ -193,9 +194,9 @@ def measure(a) -> dict:
             torch.cuda.empty_cache()
         rows.append(row)
         print(line(row), flush=True)
-    name = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
-    return dict(device=name, torch=torch.__version__, copy=bandwidth, weights=weights, rows=rows,
-                layers=a.layers, stride=a.stride, dense_layers=a.dense_layers, **shape)  # fmt: skip
+    made = dict(device=provenance.machine(a.device), torch=torch.__version__)
+    return dict(**made, copy=bandwidth, weights=weights, rows=rows, layers=a.layers,
+                stride=a.stride, dense_layers=a.dense_layers, **shape)  # fmt: skip
 
 
 def free_memory() -> float:

@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrainedLayout:
     """One layout of one variant."""
 
     name: str
@@ -46,27 +46,27 @@ class Layout:
 
 ONE_GPU = "1 GPU"
 LAYOUTS = (
-    Layout("TP=2 + SP", 2, TP2),
-    Layout("TP=4 + SP", 4, TP4),
-    Layout("PP=2", 2, PP2),
-    Layout("PP=2, 2 virtual stages", 2, VIRTUAL_PP2),
-    Layout("DP=2, distributed optimizer, overlapped", 2, OVERLAPPED_DP),
-    Layout("TP=2 + SP, PP=2", 4, TP2 | PP2),
-    Layout("full recompute", 1, FULL),
-    Layout("core_attn recompute", 1, CORE_ATTENTION),
-    Layout("TP=2 + SP, full recompute", 2, TP2 | FULL),
-    Layout("TP=2 + SP", 2, TP2, "GQA, 1 KV head"),
-    Layout("TP=4 + SP", 4, TP4, "GQA, 2 KV heads"),
-    Layout("TP=2 + SP", 2, TP2, "qk_layernorm"),
-    Layout("TP=2 + SP", 2, TP2, "tied embeddings"),
-    Layout("PP=2", 2, PP2, "tied embeddings"),
-    Layout("EP=2", 2, {"expert_model_parallel_size": 2}, "MoE, 8 experts"),
-    Layout("TP=2 + SP", 2, TP2, "FP8 linears", te_only=True),
-    Layout("TP=2 + SP", 2, TP2, "packed"),
+    TrainedLayout("TP=2 + SP", 2, TP2),
+    TrainedLayout("TP=4 + SP", 4, TP4),
+    TrainedLayout("PP=2", 2, PP2),
+    TrainedLayout("PP=2, 2 virtual stages", 2, VIRTUAL_PP2),
+    TrainedLayout("DP=2, distributed optimizer, overlapped", 2, OVERLAPPED_DP),
+    TrainedLayout("TP=2 + SP, PP=2", 4, TP2 | PP2),
+    TrainedLayout("full recompute", 1, FULL),
+    TrainedLayout("core_attn recompute", 1, CORE_ATTENTION),
+    TrainedLayout("TP=2 + SP, full recompute", 2, TP2 | FULL),
+    TrainedLayout("TP=2 + SP", 2, TP2, "GQA, 1 KV head"),
+    TrainedLayout("TP=4 + SP", 4, TP4, "GQA, 2 KV heads"),
+    TrainedLayout("TP=2 + SP", 2, TP2, "qk_layernorm"),
+    TrainedLayout("TP=2 + SP", 2, TP2, "tied embeddings"),
+    TrainedLayout("PP=2", 2, PP2, "tied embeddings"),
+    TrainedLayout("EP=2", 2, {"expert_model_parallel_size": 2}, "MoE, 8 experts"),
+    TrainedLayout("TP=2 + SP", 2, TP2, "FP8 linears", te_only=True),
+    TrainedLayout("TP=2 + SP", 2, TP2, "packed"),
 )
 
 
-def layouts(gpus: int) -> list[Layout]:
+def layouts(gpus: int) -> list[TrainedLayout]:
     """Those that fit, each variant's single-GPU run first."""
     fitting = [layout for layout in LAYOUTS if layout.gpus <= gpus]
     variants = dict.fromkeys(["base", *(layout.variant for layout in fitting)])
@@ -74,7 +74,7 @@ def layouts(gpus: int) -> list[Layout]:
     for variant in variants:
         of_variant = [layout for layout in fitting if layout.variant == variant]
         te_only = all(layout.te_only for layout in of_variant) and bool(of_variant)
-        chosen += [Layout(ONE_GPU, 1, {}, variant, te_only), *of_variant]
+        chosen += [TrainedLayout(ONE_GPU, 1, {}, variant, te_only), *of_variant]
     return chosen
 
 
@@ -124,7 +124,7 @@ def base_run_file(*, small: bool, corpus: str, steps: int) -> dict:
     }
 
 
-def run_file(base: dict, layout: Layout, *, modules: str, dense: bool) -> dict:
+def run_file(base: dict, layout: TrainedLayout, *, modules: str, dense: bool) -> dict:
     """The run file of a layout, without where it loads from and writes to.
 
     Args:

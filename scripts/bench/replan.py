@@ -18,10 +18,11 @@ from pathlib import Path
 import scaling_test
 
 from s2megatron.errors import ConfigError, hide_import_warnings
-from s2megatron.planner.measured import Run, as_json, markdown
+from s2megatron.planner.measured import MeasuredRun, as_json, markdown
+from s2megatron.provenance import MISSING
 
 
-def predicted(recorded: Path, gpu: str) -> tuple[dict, list[Run]]:
+def predicted(recorded: Path, gpu: str) -> tuple[dict, list[MeasuredRun]]:
     """What the runs were made with, and the runs with predictions by `gpu`. Raises ConfigError."""
     try:
         data = json.loads(recorded.read_text())
@@ -33,12 +34,12 @@ def predicted(recorded: Path, gpu: str) -> tuple[dict, list[Run]]:
     options = scaling_test.parse(command[2:])
     options.gpu = gpu
     planner = scaling_test.Planner(options)
-    local = data["about"]["versions"]["transformer-engine"] == "not installed"
+    local = data["about"]["versions"]["transformer-engine"] == MISSING
     planner.layout = replace(planner.layout, fused=not local)
     cases = {(c.attention, c.sequence, c.name, c.gpus): c for c in scaling_test.cases(options)[0]}
     runs = []
     for row in data["runs"]:
-        run = Run(**{f.name: row[f.name] for f in fields(Run)})
+        run = MeasuredRun(**{f.name: row[f.name] for f in fields(MeasuredRun)})
         run = replace(run, step_seconds=tuple(run.step_seconds))
         plan = planner.predict(cases[run.attention, run.sequence, run.layout, run.gpus])
         gib = plan.memory.total / 2**30

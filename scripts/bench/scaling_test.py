@@ -12,15 +12,12 @@ parallelism takes the rest of the GPUs. Writes NAME.json, NAME.md and NAME.png i
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,26 +26,27 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from runs import ROOT, train, what_went_wrong
 from warm_ranks import Pool, open_pool
 
 from s2_kernels import dense
+from s2megatron import provenance
 from s2megatron.errors import ConfigError, hide_import_warnings
 from s2megatron.planner.constants import load_machine
 from s2megatron.planner.costs import Model
 from s2megatron.planner.layout import Layout
-from s2megatron.planner.measured import Run, as_json, exposed_share, markdown, read_trace
+from s2megatron.planner.measured import MeasuredRun, as_json, exposed_share, markdown, read_trace
 from s2megatron.planner.step import Plan, plan
 from s2megatron.plot import read_scalars
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[2]
 DENSE = "sparsity={default: {kind: dense}}"
 
 
 @dataclass(frozen=True)
-class Case:
+class ScalingCase:
     """One run to make."""
 
     attention: str
@@ -84,7 +82,7 @@ def parse_layout(text: str) -> dict[str, int]:
     return {axis: int(size) for axis, size in found}
 
 
-def cases(options) -> tuple[list[Case], list[str]]:
+def cases(options) -> tuple[list[ScalingCase], list[str]]:
     """What to run, smallest first, and what was left out. Raises ConfigError when that is all."""
     found, left_out = [], []
     least, most = min(options.gpus), max(options.gpus)
@@ -100,7 +98,9 @@ def cases(options) -> tuple[list[Case], list[str]]:
                     left_out.append(f"{name} on {gpus} GPUs with a batch of {total}")
                     continue
                 for recompute, attention in itertools.product(options.recompute, options.attention):
-                    found.append(Case(attention, sequence, name, gpus, tp, pp, total, recompute))
+                    found.append(
+                        ScalingCase(attention, sequence, name, gpus, tp, pp, total, recompute)
+                    )
     if not found:
         raise ConfigError(f"nothing to run: {'; '.join(left_out)} do not divide")
     return found, left_out
@@ -115,7 +115,7 @@ RECOMPUTE = {
 }  # fmt: skip
 
 
-def overrides_of(case: Case, options, folder: Path) -> list[str]:
+def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
     last = options.warmup + options.steps
     trace = case.gpus > 1 and case.attention in options.traced  # one GPU does not communicate
     traced = [  # torch's profiler warms up one step before, and slows that one
@@ -150,7 +150,7 @@ def overrides_of(case: Case, options, folder: Path) -> list[str]:
     ]
 
 
-def train_warm(case: Case, options, folder: Path, pool: Pool) -> str:
+def train_warm(case: ScalingCase, options, folder: Path, pool: Pool) -> str:
     """A run of ranks that imported ahead: rank 0's log. Raises RuntimeError."""
     argv = ["--config", str(options.config), *overrides_of(case, options, folder)]
     run = pool.launch(argv, list(range(case.gpus)), folder, timeout=options.timeout)
@@ -165,26 +165,20 @@ def train_warm(case: Case, options, folder: Path, pool: Pool) -> str:
     return (folder / "rank0.log").read_text()
 
 
-def train(case: Case, options, folder: Path) -> str:
-    """A run of scripts/train.sh: its log. Raises RuntimeError with the log's end."""
+def train_cold(case: ScalingCase, options, folder: Path) -> str:
+    """A run of scripts/train.sh: its log. Raises RuntimeError."""
     log = folder / "log.txt"
-    command = ["scripts/train.sh", str(options.config), *overrides_of(case, options, folder)]
-    env = {**os.environ, "GPUS_PER_NODE": str(case.gpus)}
-    env.setdefault("PYTHON", sys.executable)
-    with log.open("w") as stream:
-        stream.write(shlex.join(command) + "\n")
-        stream.flush()
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
-    text = log.read_text()
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}; {log}:\n{text[-2000:]}")
-    return text
+    words = overrides_of(case, options, folder)
+    _, status = train(options.config, words, gpus=case.gpus, log=log)
+    if status:
+        raise RuntimeError(f"{what_went_wrong(log, status)}; {log}")
+    return log.read_text()
 
 
-def measure(case: Case, options, folder: Path, pool: Pool | None) -> Run:
+def measure(case: ScalingCase, options, folder: Path, pool: Pool | None) -> MeasuredRun:
     """One run under the launcher. Raises RuntimeError with what went wrong."""
     folder.mkdir(parents=True)
-    text = train_warm(case, options, folder, pool) if pool else train(case, options, folder)
+    text = train_warm(case, options, folder, pool) if pool else train_cold(case, options, folder)
     steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
@@ -193,7 +187,7 @@ def measure(case: Case, options, folder: Path, pool: Pool | None) -> Run:
     summary = json.loads(re.findall(r"^s2megatron summary (.*)$", text, re.MULTILINE)[-1])
     peak = max(summary["peak_gib"])
     trace = folder / "torch_profile" / "rank-0.json.gz"
-    return Run(
+    return MeasuredRun(
         attention=case.attention,
         layout=case.name,
         gpus=case.gpus,
@@ -220,7 +214,7 @@ class Planner:
             str(options.config), [*options.overrides, *extra], 1, local=local
         )
 
-    def predict(self, case: Case) -> Plan:
+    def predict(self, case: ScalingCase) -> Plan:
         """What the planner says of a case, whether or not it fits."""
         shape = replace(self.model.shape, seq_len=case.sequence)
         patterns = self.model.patterns
@@ -235,7 +229,7 @@ class Planner:
         return plan(self.machine, Model(shape, patterns), layout)
 
 
-def draw(about: dict, runs: list[Run], path: Path) -> None:
+def draw(about: dict, runs: list[MeasuredRun], path: Path) -> None:
     """Tokens/s/GPU against GPUs, one panel per length; predictions dashed."""
     lengths = sorted({run.sequence for run in runs})
     figure, axes = plt.subplots(1, len(lengths), figsize=(5.5 * len(lengths), 4), squeeze=False,
@@ -268,29 +262,17 @@ def draw(about: dict, runs: list[Run], path: Path) -> None:
 
 def describe(options, argv: list[str], notes: list[str]) -> dict:
     """What was run on what."""
-    cuda = torch.cuda.is_available()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                         cwd=ROOT)  # fmt: skip
-    names = ["torch", "triton", "megatron-core", "transformer-engine"]
-    return {
-        "gpu": torch.cuda.get_device_name() if cuda else f"CPU ({os.cpu_count()} cores, gloo)",
-        "date": datetime.date.today().isoformat(),
+    made = provenance.describe(ROOT)
+    if not torch.cuda.is_available():
+        made["gpu"] += f" ({os.cpu_count()} cores, gloo)"
+    return made | {
         "mode": options.mode,
         "steps": options.steps,
         "warmup": options.warmup,
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {name: _version(name) for name in names},
         "constants": options.gpu,
         "command": shlex.join(["python", "scripts/bench/scaling_test.py", *argv]),
         "notes": notes,
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def numbers(text: str) -> list[int]:
@@ -335,7 +317,7 @@ def parse(argv: list[str]):
     return options
 
 
-def fitting(chosen: list[Case], planner: "Planner") -> tuple[list[Case], list[str]]:
+def fitting(chosen: list[ScalingCase], planner: "Planner") -> tuple[list[ScalingCase], list[str]]:
     """Those that fit by the planner, and the others in words."""
     plans = {case: planner.predict(case) for case in chosen}
     over = [
@@ -347,7 +329,9 @@ def fitting(chosen: list[Case], planner: "Planner") -> tuple[list[Case], list[st
     return [case for case in chosen if plans[case].fits], over
 
 
-def attempt(case: Case, options, logs: Path, pool, planner: "Planner", notes) -> Run | None:
+def attempt(
+    case: ScalingCase, options, logs: Path, pool, planner: "Planner", notes
+) -> MeasuredRun | None:
     """One run beside its prediction; None, and a note, where it failed."""
     try:
         run = measure(case, options, logs / case.folder, pool)
@@ -375,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.fitting:
         chosen, over = fitting(chosen, planner)
         notes += [f"Left out, does not fit by the planner: {text}." for text in over]
-    name = options.name or f"scaling-{options.mode}-{datetime.date.today().isoformat()}"
+    name = options.name or f"scaling-{options.mode}-{provenance.now()[:10]}"
     logs = options.logs or Path(tempfile.mkdtemp(prefix="scaling-"))
     options.out.mkdir(parents=True, exist_ok=True)
     about, runs = describe(options, argv, notes), []

@@ -2,8 +2,8 @@
 
     python3 scripts/bench/training.py configs/llama_1.3b_32k.yaml --gpus 2 --sequences 32768
 
-Every run is `torchrun -m s2megatron.pretrain` on random tokens (mock data), one sequence a step and
-model copy. ATTENTION is dense (every layer) or s2 (the config's `sparsity:`); RECOMPUTE none or
+Every run goes through scripts/train.sh, on random tokens (mock data), one sequence a step and model
+copy. ATTENTION is dense (every layer) or s2 (the config's `sparsity:`); RECOMPUTE none or
 full; a run is ATTENTION:RECOMPUTE@TOKENS, by default both attentions at every --sequences. Prints
 ms a step (median after the warm-up) and its spread, the first step, tokens/s and memory; writes
 OUT.json, OUT.md and the logs under OUT/. With --profile one more step is traced, and its
@@ -14,15 +14,15 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from profile_kinds import add_up, table
+from runs import train, what_went_wrong
 
+from s2megatron import provenance
 from s2megatron.planner.measured import read_trace
 
 OPTIONS = dict(
@@ -109,31 +109,21 @@ def run(a, attention, recompute, tokens) -> dict:
     name = f"{attention}-{recompute}-{tokens}"
     folder = Path(a.out) / name
     folder.mkdir(parents=True, exist_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(a.gpus), "-m", "s2megatron.pretrain"]
-    command += ["--config", a.config, *overrides(a, attention, recompute, tokens, folder)]
-    print(f"== {name}: {folder}/log.txt", flush=True)
+    log = folder / "log.txt"
+    print(f"== {name}: {log}", flush=True)
     began = time.time()
-    with open(folder / "log.txt", "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    row = dict(attention=attention, recompute=recompute, tokens=tokens, command=" ".join(command))
+    words = overrides(a, attention, recompute, tokens, folder)
+    command, status = train(a.config, words, gpus=a.gpus, log=log)
+    row = dict(attention=attention, recompute=recompute, tokens=tokens, command=command)
     row |= dict(status=status, wall_s=round(time.time() - began, 1))
     if status == 0:
-        row |= read_log((folder / "log.txt").read_text(), a.warmup, a.steps - 1)
+        row |= read_log(log.read_text(), a.warmup, a.steps - 1)
         traces = sorted(folder.rglob("*.pt.trace.json*"))
         if traces:
             row["profile"] = add_up(read_trace(traces[0]))
     else:
-        row["error"] = error_in((folder / "log.txt").read_text())
+        row["error"] = what_went_wrong(log, status)
     return row
-
-
-def error_in(text: str) -> str:
-    """What a failed run said: the launcher's refusal, or the first exception."""
-    refusal = re.search(r"cannot start:\n(.*)", text)
-    exception = re.search(r"^(\[rank\d+\]: )?(\w+\.)*\w*(Error|Exception)\b.*", text, re.MULTILINE)
-    found = refusal[1] if refusal else exception[0] if exception else text[-300:]
-    return found[:300]
 
 
 def read_log(text: str, warmup: int, last: int) -> dict:
@@ -159,14 +149,8 @@ def read_log(text: str, warmup: int, last: int) -> dict:
 
 
 def versions() -> dict:
-    found = dict(torch=torch.__version__)
-    for name in ("triton", "megatron-core", "transformer-engine"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    found["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
+    """Of what was measured with, and the GPU."""
+    return provenance.versions() | dict(GPU=provenance.machine())
 
 
 def report(a, rows) -> str:
@@ -175,7 +159,7 @@ def report(a, rows) -> str:
     lines = [
         f"`python3 scripts/bench/training.py {' '.join(sys.argv[1:])}`",
         "",
-        ", ".join(f"{name} {value}" for name, value in versions().items()),
+        provenance.in_words(versions()),
         "",
         "| sequence | attention | recompute | ms/step | spread | first step | tokens/s | "
         "true TFLOP/s/GPU | memory | speed-up |",

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import re
 import socket
 import subprocess
 import sys
@@ -24,15 +23,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runs import ROOT, last_line, what_went_wrong
+
 from s2megatron.cluster import environment
 
-ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = ("s2megatron.layer_spec", "s2megatron.training.gpt_loop", "s2megatron.training.prepare",
            "torch.utils.tensorboard")  # fmt: skip
 
 
 @dataclass
-class Run:
+class WarmRun:
     """A launch under way."""
 
     ranks: list[subprocess.Popen]
@@ -57,7 +57,7 @@ class Run:
             return what_went_wrong(self.logs[self.failed], states[self.failed])
         if None in states:
             limit = self.deadline - self.began
-            return f"not done after {limit:.0f} s (--timeout); " + _last_line(self.logs[0])
+            return f"not done after {limit:.0f} s (--timeout); " + last_line(self.logs[0])
         return ""
 
     def end(self) -> None:
@@ -110,7 +110,7 @@ class Pool:
             )
         self.left -= 1
 
-    def launch(self, argv: list[str], gpus: list[int], folder: Path, timeout: float) -> Run:
+    def launch(self, argv: list[str], gpus: list[int], folder: Path, timeout: float) -> WarmRun:
         """One run of the launcher.
 
         Args:
@@ -122,7 +122,7 @@ class Pool:
         while len(self.idle) < len(gpus):
             self._start()
         port = next(self.ports)
-        run = Run([], [], time.monotonic() + timeout)
+        run = WarmRun([], [], time.monotonic() + timeout)
         for rank in range(len(gpus)):
             log = folder / f"rank{rank}.log"
             log.unlink(missing_ok=True)
@@ -186,25 +186,6 @@ def _free_ports():
             except OSError:
                 continue
         yield port
-
-
-def what_went_wrong(log: Path, status: int | None) -> str:
-    """The error of a rank's log in one line."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    lines = re.sub(r"^\[rank\d+\]: ?", "", text, flags=re.MULTILINE).splitlines()
-    for i, line in enumerate(lines):
-        if line.startswith("s2megatron: this run cannot start:"):
-            return " ".join(lines[i + 1 : i + 4])
-    for i in range(len(lines) - 1, -1, -1):
-        name = lines[i].split(":")[0]
-        if name.isascii() and name.endswith(("Error", "Exception")) and " " not in name:
-            return " ".join(lines[i : i + 3])[:500]
-    return f"status {status}; " + _last_line(log)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return "its log ends: " + next((line for line in reversed(lines) if line.strip()), "(empty)")
 
 
 def main() -> int:

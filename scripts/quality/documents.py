@@ -43,7 +43,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DocumentMix:
     """What the documents are like.
 
     Args:
@@ -63,11 +63,13 @@ class Maker:
         filler: prefix of a Megatron dataset, or None for generated sentences.
     """
 
-    def __init__(self, tokenizer: str, filler: str | None, length: int, seed: int, recipe: Recipe):
+    def __init__(
+        self, tokenizer: str, filler: str | None, length: int, seed: int, mix: DocumentMix
+    ):
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
         self.end = self.tokenizer.eos_token_id
         self.text = None if filler is None else numpy.memmap(f"{filler}.bin", numpy.uint16, "r")
-        self.length, self.seed, self.recipe = length, seed, recipe
+        self.length, self.seed, self.mix = length, seed, mix
         self.record = len(self.encode("@zq9876\n"))
         """Tokens of a record, and of a question about it: 4 with the study's tokenizer."""
 
@@ -95,10 +97,10 @@ class Maker:
         return room if room - length < SHORTEST else length
 
     def document(self, rng: random.Random, length: int) -> list[int]:
-        if rng.random() < self.recipe.repeats:
+        if rng.random() < self.mix.repeats:
             return self.repeats(rng, length)
         most = max(1, min(MOST_RECORDS, length // (2 * self.record)))
-        if length < TASKS_FROM or rng.random() < self.recipe.records:
+        if length < TASKS_FROM or rng.random() < self.mix.records:
             records = max(1, rng.randint(most // 2, most))
             made = make_document(
                 "multi_key", self.encode, length, rng, queries=records, records=records,
@@ -159,14 +161,14 @@ def write(
     filler: str | None,
     length: int,
     seed: int,
-    recipe: Recipe,
+    mix: DocumentMix,
     processes: int | None = None,
 ) -> None:
     """Writes PREFIX.bin and PREFIX.idx: `sequences` documents of `length` tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     jobs = [(i, min(CHUNK, sequences - i * CHUNK)) for i in range(-(-sequences // CHUNK))]
-    arguments = (tokenizer, filler, length, seed, recipe)
+    arguments = (tokenizer, filler, length, seed, mix)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each worker has one thread
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     part = f"{prefix}.part-{os.getpid()}"
@@ -188,12 +190,12 @@ def main():
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--filler", metavar="PREFIX")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--repeats", type=float, default=Recipe.repeats)
-    parser.add_argument("--records", type=float, default=Recipe.records)
+    parser.add_argument("--repeats", type=float, default=DocumentMix.repeats)
+    parser.add_argument("--records", type=float, default=DocumentMix.records)
     parser.add_argument("--processes", type=int)
     a = parser.parse_args()
-    recipe = Recipe(repeats=a.repeats, records=a.records)
-    write(a.out, a.sequences, a.tokenizer, a.filler, a.length, a.seed, recipe, a.processes)
+    mix = DocumentMix(repeats=a.repeats, records=a.records)
+    write(a.out, a.sequences, a.tokenizer, a.filler, a.length, a.seed, mix, a.processes)
 
 
 if __name__ == "__main__":

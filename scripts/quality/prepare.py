@@ -20,8 +20,8 @@ from recipe import Phase, Recipe, load_recipe
 def write_retrieval(data: Path, phase: Phase, recipe: Recipe, processes: int | None) -> None:
     """The retrieval documents of a phase, and records of its length to watch."""
     name = phase.documents_name(recipe.documents_seed)
-    kind = documents.Recipe(records=phase.records, repeats=phase.repeats)
-    watched = documents.Recipe(records=1.0, repeats=0.0)
+    kind = documents.DocumentMix(records=phase.records, repeats=phase.repeats)
+    watched = documents.DocumentMix(records=1.0, repeats=0.0)
     few = max(1, recipe.watch_tokens // phase.length)
     jobs = (
         (name, int(name.split("-")[-1]), 2 * recipe.documents_seed, kind),

@@ -35,9 +35,9 @@ class Phase(_Checked):
     retrieval: float = Field(ge=0, le=1)
     """Share of the sequences that are retrieval documents; the others are text."""
     records: float = Field(default=0.6, ge=0, le=1)
-    """See documents.Recipe."""
+    """See documents.DocumentMix."""
     repeats: float = Field(default=0.5, ge=0, le=1)
-    """See documents.Recipe."""
+    """See documents.DocumentMix."""
     seconds: float | None = None
     """Training stops after so many seconds of this phase, wherever it is: for trying a recipe, not
     for comparing arms. Left out: no limit."""
@@ -66,11 +66,10 @@ class Phase(_Checked):
         kind = f"{self.records:g}-{self.repeats:g}"
         return f"retrieval-{self.length}-{kind}-seed-{seed}-of-{wanted}"
 
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of a forward pass: the largest divisor of `sequences` that is allowed."""
+    def micro_batch(self, sequences: int) -> int:
+        """Of so many sequences on one GPU, those of a forward pass: the largest divisor allowed."""
         most = max(1, self.micro_batch_tokens // self.length)
-        return max(n for n in range(1, self.sequences + 1) if self.sequences % n == 0 and n <= most)
+        return max(n for n in range(1, sequences + 1) if sequences % n == 0 and n <= most)
 
 
 class Probe(_Checked):
@@ -112,12 +111,23 @@ class Recipe(_Checked):
     documents_seed: int = 1
     """Of the retrieval documents: runs with other seeds see the same ones in another order."""
     phases: list[Phase] = Field(min_length=1)
+    trunk: int = Field(default=0, ge=0)
+    """The first so many phases are trained once, dense, and every arm goes on from their weights.
+    Where a phase is no longer than an arm's window, nothing else would come of it."""
     examination: Examination | None = None
     """Left out: arms are only trained, to time them."""
     watch_tokens: int = 262_144
     """Held-out tokens, of text and of retrieval, whose loss is taken on the way."""
     megatron: dict = Field(default_factory=dict)
     """Options of Megatron for all phases, over those of the run file."""
+
+    @model_validator(mode="after")
+    def _a_phase_is_left(self):
+        if self.trunk >= len(self.phases):
+            raise ValueError(
+                f"trunk: {self.trunk} of {len(self.phases)} phases leaves the arms none"
+            )
+        return self
 
 
 def load_recipe(path: str | Path) -> Recipe:

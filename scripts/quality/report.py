@@ -23,6 +23,7 @@ from arms import ARMS, density
 def read_results(folder: Path) -> list[dict]:
     """The results of a folder, by recipe, seed, and the order of the table of arms."""
     found = [json.loads(path.read_text()) | {"file": path.stem} for path in folder.glob("*.json")]
+    found = [result for result in found if not result.get("only_trunk")]
     order = list(ARMS)
     return sorted(found, key=lambda r: (group(r), order.index(r["arm"])))
 

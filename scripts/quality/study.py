@@ -3,9 +3,10 @@
     python scripts/quality/study.py --data DATA --out OUT --copies DIR \
         dense@configs/quality/recipe.yaml paper@configs/quality/recipe.yaml
 
-ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of its own.
-`--gpus-per-arm` spreads an arm over several GPUs, `--arms-per-gpu` puts several arms on one. DIR
-gets ARM--RECIPE--SEED.json of each, written anew whenever an arm has come further.
+ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of its own. A recipe's
+trunk is trained first, on all GPUs. `--gpus-per-arm` spreads an arm over several GPUs,
+`--arms-per-gpu` puts several arms on one. DIR gets ARM--RECIPE--SEED.json of each, written anew
+whenever an arm has come further.
 """
 
 import argparse
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from where import ROOT
+from recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 @dataclass(frozen=True)
 class Job:
-    arm: str
+    """An arm with a recipe; or, with no arm, the phases that the recipe's arms have in common."""
+
+    arm: str | None
     recipe: Path
     seed: int | None
 
@@ -38,57 +42,72 @@ class Job:
     @property
     def name(self) -> str:
         seed = "" if self.seed is None else f"--seed-{self.seed}"
-        return f"{self.arm}--{self.recipe.stem}{seed}"
+        return f"{self.arm or 'trunk'}--{self.recipe.stem}{seed}"
+
+    @property
+    def trunk(self) -> "Job | None":
+        """What has to be trained before this."""
+        shares = self.arm is not None and load_recipe(self.recipe).trunk > 0
+        return Job(None, self.recipe, self.seed) if shares else None
 
     def command(self, a) -> list[str]:
-        config = ROOT / "configs" / "quality" / f"{self.arm}.yaml"
+        config = ROOT / "configs" / "quality" / f"{self.arm or 'dense'}.yaml"
         command = [sys.executable, str(HERE / "train_arm.py"), str(config)]
         command += ["--recipe", str(self.recipe), "--data", str(a.data)]
         command += ["--out", str(a.out / self.name)]
         if self.seed is not None:
             command += ["--seed", str(self.seed)]
-        if a.arms_per_gpu > 1:
-            command += ["--sharing", str(a.arms_per_gpu)]
         if a.copies:
             command += ["--copy", str(a.copies / f"{self.name}.json")]
+        if self.arm is None:
+            return [*command, "--only-trunk", *a.override]
+        if self.trunk:
+            command += ["--trunk", str(a.out / self.trunk.name)]
+        if a.arms_per_gpu > 1:
+            command += ["--sharing", str(a.arms_per_gpu)]
         return command + a.override
 
 
-def run_all(jobs: list[Job], a) -> int:
-    """Runs the jobs, as many at a time as there are groups of GPUs; returns how many failed."""
-    gpus = torch.cuda.device_count()
-    size = max(1, a.gpus_per_arm)
-    groups = [",".join(map(str, range(i, i + size))) for i in range(0, gpus - size + 1, size)]
-    groups = groups or [""]  # the CPU
-    places = [(group, i) for i in range(a.arms_per_gpu) for group in groups]
-    waiting, running, failed = list(jobs), {}, 0
-    began = time.time()
+def places(gpus_per_arm: int, arms_per_gpu: int) -> list[tuple[str, int]]:
+    """(GPUs, number) of each place where an arm can run; no GPU: the CPU."""
+    gpus, size = torch.cuda.device_count(), max(1, gpus_per_arm)
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # others are not this study's
+    names = names if len(names) == gpus and all(names) else [str(i) for i in range(gpus)]
+    groups = [",".join(names[i : i + size]) for i in range(0, gpus - size + 1, size)]
+    return [(group, i) for i in range(arms_per_gpu) for group in groups or [""]]
+
+
+def run_all(jobs: list[Job], free: list[tuple[str, int]], a, began: float) -> list[Job]:
+    """Runs the jobs in the places that are free; returns those that failed."""
+    waiting, running, failed = list(jobs), {}, []
+
+    def say(text: str) -> None:
+        print(f"{time.time() - began:6.0f} s  {text}", flush=True)
+
     while waiting or running:
-        for place in places:
-            if place not in running and waiting:
-                group = place[0]
-                job = waiting.pop(0)
-                a.out.mkdir(parents=True, exist_ok=True)
-                log = (a.out / f"{job.name}.txt").open("w")
+        while waiting and len(running) < len(free):
+            job, place = waiting.pop(0), next(place for place in free if place not in running)
+            with (a.out / f"{job.name}.txt").open("w") as log:
                 running[place] = job, subprocess.Popen(
                     job.command(a), stdout=log, stderr=subprocess.STDOUT,
-                    env=os.environ | {"CUDA_VISIBLE_DEVICES": group},
+                    env=os.environ | {"CUDA_VISIBLE_DEVICES": place[0]},
                 )  # fmt: skip
-                print(f"{time.time() - began:6.0f} s  {job.name}: started on {group or 'CPU'}",
-                      flush=True)  # fmt: skip
+            say(f"{job.name}: started on {place[0] or 'the CPU'}")
         time.sleep(0.5)
         for place, (job, process) in list(running.items()):
-            if process.poll() is not None:
-                failed += process.returncode != 0
-                del running[place]
+            if process.poll() is None:
+                continue
+            del running[place]
+            if process.returncode:
+                failed.append(job)
                 last = (a.out / f"{job.name}.txt").read_text(errors="replace").strip()
-                print(f"{time.time() - began:6.0f} s  {job.name}: "
-                      f"{'done' if process.returncode == 0 else 'FAILED ' + last[-1500:]}",
-                      flush=True)  # fmt: skip
+                say(f"{job.name}: FAILED {last[-1500:]}")
+            else:
+                say(f"{job.name}: done")
     return failed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arms", nargs="+", metavar="ARM[@RECIPE][#SEED]")
     parser.add_argument("--recipe", type=Path, default=ROOT / "configs/quality/recipe.yaml")
@@ -99,8 +118,15 @@ def main() -> int:
     parser.add_argument("--arms-per-gpu", type=int, default=1,
                         help="side by side: no arm can be timed then")  # fmt: skip
     parser.add_argument("--override", action="append", default=[], metavar="key.path=value")
-    a = parser.parse_args()
-    return 1 if run_all([Job.parse(text, a.recipe) for text in a.arms], a) else 0
+    a = parser.parse_args(argv)
+    jobs = [Job.parse(text, a.recipe) for text in a.arms]
+    a.out.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    trunks = list(dict.fromkeys(job.trunk for job in jobs if job.trunk))
+    failed = run_all(trunks, places(max(1, torch.cuda.device_count()), 1), a, began)
+    jobs = [job for job in jobs if job.trunk not in failed]
+    failed += run_all(jobs, places(a.gpus_per_arm, a.arms_per_gpu), a, began)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ OUT/phase-N/       checkpoints and log of phase N
 OUT/hf/            the trained model
 OUT/result.json    curves, speed, versions, loss and retrieval: written anew after every step
 
-What is there is kept: a phase whose checkpoint is complete is not trained again.
+What is there is kept: a phase that is done is not trained again.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from recipe import Recipe, load_recipe
-from where import ROOT, describe
+from recipe import Phase, Recipe, load_recipe
+
+from s2megatron import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEP = re.compile(r" iteration +(\d+)/ *\d+ .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r" s2megatron iteration +(\d+) \| ([\d.]+) ms/iteration")
 VALID = re.compile(r"validation(?:-(\w+))? loss at iteration (\d+).*?lm loss value: ([\d.E+-]+)")
+DONE = "done.json"
+"""In a phase's folder: its row of the result, once it is trained."""
 LOOK = 15.0
 """Seconds between two looks at the log of a phase."""
 SAVING = 90
@@ -36,7 +42,7 @@ SAVING = 90
 
 ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0",
          "WORLD_SIZE": "1"}  # fmt: skip
-"""The environment of a single rank; the agent sets its own."""
+"""The environment of a single rank."""
 
 
 @dataclass
@@ -52,6 +58,10 @@ class Arm:
     sharing: int
     """Arms that share the GPU: above 1 the speed is not the arm's own."""
     overrides: list[str]
+    trunk: Path | None = None
+    """Where the phases that all arms have in common were trained."""
+    only_trunk: bool = False
+    """This is they."""
     result: dict = field(default_factory=dict)
 
     def write(self, status: str) -> None:
@@ -79,7 +89,7 @@ def options(arm: Arm, number: int) -> list[str]:
         "seed": recipe.seed,
         "seq_length": phase.length,
         "max_position_embeddings": longest,
-        "micro_batch_size": phase.micro_batch,
+        "micro_batch_size": micro_batch(phase),
         "global_batch_size": phase.sequences,
         "train_iters": phase.steps,
         "lr": phase.lr,
@@ -87,7 +97,7 @@ def options(arm: Arm, number: int) -> list[str]:
         "lr_decay_style": "linear",
         "lr_warmup_iters": min(phase.warmup_steps, phase.steps // 2),
         "log_interval": max(1, min(20, phase.steps // 10)),
-        "eval_interval": max(20, phase.steps // 8),
+        "eval_interval": max(20, phase.steps // 5),
         "multiple_validation_sets": True,
         "full_validation": True,
         "validation_set_names": ["text", "retrieval"],
@@ -97,8 +107,12 @@ def options(arm: Arm, number: int) -> list[str]:
         "tensorboard_dir": None,
         **recipe.megatron,
     }
+    ours = []
     if number:
-        megatron |= {"load": str(arm.out / f"phase-{number - 1}" / "checkpoints"),
+        shared = number == recipe.trunk and arm.trunk is not None
+        before = (arm.trunk if shared else arm.out) / f"phase-{number - 1}"
+        ours = ["sparsity.on_resume=replace"] if shared else []
+        megatron |= {"load": str(before / "checkpoints"),
                      "finetune": True, "no_load_optim": True, "no_load_rng": True}  # fmt: skip
     chosen = [f"megatron.{name}={json.dumps(value)}" for name, value in megatron.items()]
     return [
@@ -108,8 +122,22 @@ def options(arm: Arm, number: int) -> list[str]:
         f"data.tokenizer=huggingface:{arm.data / 'tokenizer'}",
         f"data.cache={out / 'cache'}",
         f"output.folder={out}",
+        *ours,
         *arm.overrides,
     ]
+
+
+def micro_batch(phase: Phase) -> int:
+    """Sequences of a forward pass on each of the visible GPUs."""
+    ranks = max(1, torch.cuda.device_count())
+    if phase.sequences % ranks:
+        raise RuntimeError(f"{phase.sequences} sequences a step do not divide over {ranks} GPUs")
+    return phase.micro_batch(phase.sequences // ranks)
+
+
+def environment() -> dict[str, str]:
+    """What a rank without an agent is told of itself; an agent tells its ranks."""
+    return dict(os.environ) if torch.cuda.device_count() > 1 else os.environ | ALONE
 
 
 def launcher() -> list[str]:
@@ -121,25 +149,36 @@ def launcher() -> list[str]:
 
 
 def train(arm: Arm, number: int) -> None:
-    """Runs a phase to its end, or to its last second. Raises RuntimeError if it fails."""
+    """Runs a phase to its end, or to its last second. Raises RuntimeError if it fails.
+
+    A phase that is done has left DONE; what one that was broken off has left goes.
+    """
     phase, out = arm.recipe.phases[number], arm.out / f"phase-{number}"
-    out.mkdir(parents=True, exist_ok=True)
-    before = list(arm.result.get("phases", []))
+    rows = arm.result.setdefault("phases", [])
+    if (out / DONE).is_file():
+        rows.append(json.loads((out / DONE).read_text()))
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    rows.append({})
     began = time.time()
-    if not tracker(arm, number).is_file():
-        with (out / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                [*launcher(), "--config", str(arm.config), *options(arm, number)],
-                stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | ALONE,
-            )  # fmt: skip
-            while not ended(process, began, phase.seconds):
-                arm.result["phases"] = [*before, phase_row(arm, number, began)]
-                arm.write(f"training phase {number}")
-    arm.result["phases"] = [*before, phase_row(arm, number, began)]
-    if not tracker(arm, number).is_file():
-        tail = (out / "log.txt").read_text(errors="replace")[-3000:]
-        arm.result["log"] = tail
-        raise RuntimeError(f"phase {number} of {arm.config.stem} left no checkpoint:\n{tail}")
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [*launcher(), "--config", str(arm.config), *options(arm, number)],
+            stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
+        )  # fmt: skip
+        while not ended(process, began, phase.seconds):
+            rows[-1] = phase_row(arm, number, began)
+            arm.write(f"training phase {number}")
+    rows[-1] = phase_row(arm, number, began)
+    steps = rows[-1]["steps"] if tracker(arm, number).is_file() else 0
+    if steps < (phase.steps if phase.seconds is None else 1):
+        arm.result["log"] = (out / "log.txt").read_text(errors="replace")[-3000:]
+        raise RuntimeError(
+            f"phase {number} of {arm.config.stem} ended with a checkpoint of step {steps} of "
+            f"{phase.steps}:\n{arm.result['log']}"
+        )
+    (out / DONE).write_text(json.dumps(rows[-1]))
     arm.write(f"trained phase {number}")
 
 
@@ -220,18 +259,25 @@ def examine(arm: Arm) -> None:
 
 def run(arm: Arm) -> None:
     """All of it. Raises RuntimeError; what was reached is in result.json."""
-    arm.result = describe() | {
+    arm.result = provenance.describe(ROOT) | {
         "arm": arm.config.stem,
         "recipe": arm.recipe.model_dump(),
         "overrides": arm.overrides,
         "arms_per_gpu": arm.sharing,
+        "only_trunk": arm.only_trunk,
         "command": shlex.join(["python", "scripts/quality/train_arm.py", *sys.argv[1:]]),
     }
     arm.write("started")
     try:
-        for number in range(len(arm.recipe.phases)):
+        first, last = 0, len(arm.recipe.phases)
+        if arm.only_trunk:
+            last = arm.recipe.trunk
+        elif arm.trunk is not None:
+            first = arm.recipe.trunk
+            arm.result["phases"] = json.loads((arm.trunk / "result.json").read_text())["phases"]
+        for number in range(first, last):
             train(arm, number)
-        if arm.recipe.examination is not None:
+        if arm.recipe.examination is not None and not arm.only_trunk:
             examine(arm)
     except RuntimeError as error:
         arm.write(f"failed: {str(error).splitlines()[0]}")
@@ -248,6 +294,9 @@ def main() -> int:
     parser.add_argument("--copy", type=Path, help="write result.json here, too")
     parser.add_argument("--seed", type=int, help="in place of the recipe's")
     parser.add_argument("--sharing", type=int, default=1, help="arms on the same GPU at a time")
+    parser.add_argument("--trunk", type=Path, help="OUT of the run with --only-trunk")
+    parser.add_argument("--only-trunk", action="store_true",
+                        help="train the recipe's first phases, which all arms share")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     a = parser.parse_intermixed_args()
     recipe = load_recipe(a.recipe)
@@ -257,7 +306,12 @@ def main() -> int:
     config, data, out = paths
     os.environ.setdefault("OMP_NUM_THREADS", "4")
     try:
-        run(Arm(config, recipe, data, out, a.copy and a.copy.resolve(), a.sharing, a.overrides))
+        run(
+            Arm(
+                config, recipe, data, out, a.copy and a.copy.resolve(), a.sharing, a.overrides,
+                a.trunk and a.trunk.resolve(), a.only_trunk,
+            )
+        )  # fmt: skip
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

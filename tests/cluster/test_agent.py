@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from fake_checkpoints import checkpoint
 from launches import ROOT, TINY, write_run_file
 
 from s2megatron.agent import STOP_SIGNALS
@@ -22,7 +23,7 @@ from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
 from s2megatron.training import output, run_lock
-from s2megatron.training.checkpoint_folder import Keeper, resume_point
+from s2megatron.training.checkpoint_folder import CheckpointPruner, resume_point
 from s2megatron.training.run_lock import RunLock
 
 
@@ -319,14 +320,6 @@ def test_folder_that_cannot_be_written(tmp_path):
 # --- checkpoints
 
 
-def checkpoint(folder, number: int, *, complete: bool = True):
-    path = folder / f"iter_{number:07d}"
-    path.mkdir(parents=True)
-    for name in ("__0_0.distcp", *((".metadata", "metadata.json") if complete else ())):
-        (path / name).write_text("x")
-    return path
-
-
 def track(folder, text: str) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text(text)
 
@@ -363,11 +356,11 @@ def test_keeper_keeps_the_newest_complete_ones(tmp_path):
     checkpoint(tmp_path, 50, complete=False)  # being written
     (tmp_path / ".deleting-iter_0000001").mkdir()  # a deletion that was cut off
     track(tmp_path, "40")
-    keeper = Keeper(tmp_path, 2, save_interval=10)
-    keeper.after(9)
+    pruner = CheckpointPruner(tmp_path, 2, save_interval=10)
+    pruner.after(9)
     assert (tmp_path / "iter_0000010").exists()
-    keeper.after(51)
-    keeper.close()
+    pruner.after(51)
+    pruner.close()
     left = sorted(path.name for path in tmp_path.glob("*iter_*"))
     assert left == ["iter_0000030", "iter_0000040", "iter_0000050"]
 

@@ -39,13 +39,7 @@ def ask(network, **changes):
     return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are so small that threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from planner_cases import SIMPLE, make_model
 
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Network
+from s2megatron.planner.constants import Link
 from s2megatron.planner.costs import gather_seconds
 from s2megatron.planner.layout import Layout
 from s2megatron.planner.step import plan
@@ -17,7 +17,7 @@ EMBEDDING = 32000 * 2048
 def slow(**networks) -> object:
     """SIMPLE with networks that take time."""
     return SIMPLE.model_copy(
-        update={name: Network(gb_s=gb_s, latency_us=us) for name, (gb_s, us) in networks.items()}
+        update={name: Link(gb_s=gb_s, latency_us=us) for name, (gb_s, us) in networks.items()}
     )
 
 

@@ -15,7 +15,7 @@ from planner_cases import SIMPLE, make_model
 from s2megatron.cli import main
 from s2megatron.errors import ConfigError
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Attention, Network, interpolate, load_machine
+from s2megatron.planner.constants import Attention, Link, interpolate, load_machine
 from s2megatron.planner.costs import gather_seconds, layer_matmuls
 from s2megatron.planner.layout import Layout, candidates
 from s2megatron.planner.report import check_fits_gpus
@@ -103,7 +103,7 @@ def test_bytes_of_each_axis_by_hand():
 
 def test_rings_use_all_adapters_of_a_node():
     machine = SIMPLE.model_copy(
-        update={"node": Network(gb_s=400, latency_us=0), "cluster": Network(gb_s=50, latency_us=0)}
+        update={"node": Link(gb_s=400, latency_us=0), "cluster": Link(gb_s=50, latency_us=0)}
     )
     seconds = {(ranks, stride): gather_seconds(machine, 1e9, ranks, stride=stride)[0]
                for ranks, stride in ((8, 1), (16, 1), (16, 8), (32, 2))}  # fmt: skip

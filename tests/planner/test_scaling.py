@@ -11,7 +11,7 @@ from launches import ON_CPU, ROOT, TINY, write_run_file
 
 from s2megatron.errors import ConfigError
 from s2megatron.planner.measured import (
-    Run,
+    MeasuredRun,
     as_json,
     efficiency,
     exposed_share,
@@ -24,12 +24,14 @@ import replan
 import scaling_test
 
 SAME = {"sequence": 1000, "peak_gib": 10.0, "exposed": 0.125}
-ONE = Run(attention="s2", layout="dp", gpus=1, global_batch=1,
+ONE = MeasuredRun(attention="s2", layout="dp", gpus=1, global_batch=1,
           step_seconds=(2.0, 2.0, 2.0, 2.1, 9.0), **SAME)  # fmt: skip
-FOUR = Run(attention="s2", layout="dp", gpus=4, global_batch=4, predicted_seconds=2.2,
+FOUR = MeasuredRun(attention="s2", layout="dp", gpus=4, global_batch=4, predicted_seconds=2.2,
            predicted_gib=9.0, step_seconds=(2.5,) * 20 + (0.1, 90.0), **SAME)  # fmt: skip
-TP = Run(attention="s2", layout="tp4", gpus=4, global_batch=4, step_seconds=(4.0,), **SAME)
-DENSE = Run(attention="dense", layout="dp", gpus=4, global_batch=4, step_seconds=(10.0,), **SAME)
+TP = MeasuredRun(attention="s2", layout="tp4", gpus=4, global_batch=4, step_seconds=(4.0,), **SAME)
+DENSE = MeasuredRun(
+    attention="dense", layout="dp", gpus=4, global_batch=4, step_seconds=(10.0,), **SAME
+)
 RUNS = [ONE, FOUR, TP, DENSE]
 
 

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ import documents
 import examine
 import pieces
 import report
+import study
 import tokenizer
 import train_arm
 from recipe import load_recipe
@@ -74,8 +77,9 @@ def test_turned_shards_cover_in_two_layers_what_one_leaves_out():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_can_be_read(path):
     for phase in load_recipe(path).phases:
-        assert phase.micro_batch * phase.length <= phase.micro_batch_tokens
-        assert phase.sequences % phase.micro_batch == 0
+        for sequences in (phase.sequences, phase.sequences // 2):  # on one GPU, on two
+            assert phase.micro_batch(sequences) * phase.length <= phase.micro_batch_tokens
+            assert sequences % phase.micro_batch(sequences) == 0
 
 
 def test_a_wrong_recipe_is_refused_by_field(tmp_path):
@@ -87,7 +91,7 @@ def test_a_wrong_recipe_is_refused_by_field(tmp_path):
 
 
 def test_a_key_is_one_token_and_a_value_two(folder):
-    maker = documents.Maker(str(folder / "tokenizer"), None, 128, 1, documents.Recipe())
+    maker = documents.Maker(str(folder / "tokenizer"), None, 128, 1, documents.DocumentMix())
     assert maker.record == 4
     assert len(maker.encode("@ab")) == 1 and len(maker.encode("2345")) == 2
 
@@ -107,7 +111,7 @@ def test_pieces_come_back_as_they_were(tmp_path):
 
 @pytest.mark.parametrize("length", [128, 512])
 def test_retrieval_documents_fill_sequences(folder, length):
-    recipe = documents.Recipe(repeats=0.5, records=0.5)
+    recipe = documents.DocumentMix(repeats=0.5, records=0.5)
     makers = [documents.Maker(str(folder / "tokenizer"), None, length, 1, recipe) for _ in range(2)]
     first, second = (maker.sequences(3, 8) for maker in makers)
     assert first.shape == (8, length) and (first[:, -1] == 0).all()
@@ -115,7 +119,7 @@ def test_retrieval_documents_fill_sequences(folder, length):
 
 
 def test_repeated_keys_keep_their_values(folder):
-    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, documents.Recipe())
+    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, documents.DocumentMix())
     text = maker.tokenizer.decode(maker.repeats(random.Random(5), 500))
     records = [line for line in text.split("\n")[:-1] if line]
     keys = {line[:3] for line in records}
@@ -215,3 +219,51 @@ def test_from_a_source_tree_to_the_report(folder):
     results = report.read_results(folder / "study/results")
     assert len(results[0]["examination"]["loss-256"]["samples"]["loss"]["256"]) == 4
     assert f"| {arm} |" in (folder / "study/report/report.md").read_text()
+
+
+def test_a_job_names_its_recipe_and_seed():
+    job = study.Job.parse("paper@configs/quality/recipe.yaml#2", Path("other.yaml"))
+    assert (job.arm, job.recipe.stem, job.seed) == ("paper", "recipe", 2)
+    assert job.name == "paper--recipe--seed-2" and job.trunk.name == "trunk--recipe--seed-2"
+    assert study.Job.parse("dense", Path("a/other.yaml")).name == "dense--other"
+
+
+def test_arms_of_a_failed_trunk_are_not_started(tmp_path, monkeypatch, capsys):
+    recipe = str(ROOT / "configs/quality/recipe.yaml")
+    monkeypatch.setattr(study.Job, "command", lambda self, a: [sys.executable, "-c", "1 / 0"])
+    assert study.main(["paper", "--recipe", recipe, "--data", "x", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "trunk--recipe: FAILED" in out and "ZeroDivisionError" in out
+    assert "paper--recipe" not in out
+
+
+def test_a_phase_is_asked_to_leave_at_its_last_second(monkeypatch):
+    text = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); time.sleep(30)"
+    process = subprocess.Popen([sys.executable, "-c", text])
+    time.sleep(0.5)
+    monkeypatch.setattr(train_arm, "LOOK", 0.1)
+    began = time.time()
+    assert not train_arm.ended(process, began, 60.0)  # a look at the log comes next
+    assert train_arm.ended(process, began, 0.0) and process.returncode == 7
+
+
+def an_arm(folder, monkeypatch, program):
+    """An arm whose phases run `program` in place of the training."""
+    recipe = load_recipe(ROOT / "configs/quality/recipes/tiny.yaml")
+    monkeypatch.setattr(train_arm, "launcher", lambda: [sys.executable, "-c", program])
+    config = ROOT / "configs/quality/dense.yaml"
+    return train_arm.Arm(config, recipe, folder / "data", folder / "out", None, 1, [])
+
+
+def test_a_phase_that_was_broken_off_is_trained_again(tmp_path, monkeypatch):
+    left = tmp_path / "out/phase-0/checkpoints/latest_checkpointed_iteration.txt"
+    program = f"from pathlib import Path; p = Path({str(left)!r}); p.parent.mkdir(parents=True)"
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('5')")
+    with pytest.raises(RuntimeError, match="checkpoint of step 5 of 8"):
+        train_arm.train(arm, 0)
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('8')")
+    train_arm.train(arm, 0)  # the folder of the first try is gone, or mkdir would fail
+    assert [row["steps"] for row in arm.result["phases"]] == [8]
+    again = an_arm(tmp_path, monkeypatch, "1 / 0")
+    train_arm.train(again, 0)
+    assert again.result["phases"] == arm.result["phases"]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/bench"))
+import runs
 import training as bench_training
 from profile_kinds import add_up
+from runs import what_went_wrong
 
 STEP = (
     " iteration {i:8d}/       4 | consumed samples: 1 | elapsed time per iteration (ms): {ms} |\n"
@@ -26,11 +28,15 @@ def test_steps_after_the_warm_up_count():
     assert (row["memory_gib"], row["true_TFLOPs"], row["loss"]) == (2.0, 275.0, 1.5)
 
 
-def test_what_a_failed_run_said():
+def test_what_a_failed_run_said(tmp_path):
+    def error_in(text):
+        (tmp_path / "log.txt").write_text(text)
+        return what_went_wrong(tmp_path / "log.txt", 1)
+
     refusal = "s2megatron: this run cannot start:\ndata.train: x.bin does not exist\nother"
-    assert bench_training.error_in(refusal) == "data.train: x.bin does not exist"
+    assert error_in(refusal) == "data.train: x.bin does not exist"
     raised = "a line\n[rank0]: torch.OutOfMemoryError: CUDA out of memory\nmore"
-    assert bench_training.error_in(raised).endswith("OutOfMemoryError: CUDA out of memory")
+    assert error_in(raised).endswith("OutOfMemoryError: CUDA out of memory")
 
 
 def test_runs():
@@ -63,11 +69,11 @@ def test_arguments_are_checked_before_the_first_run(arguments, said, capsys):
 def test_run_without_a_step_to_count_is_a_row_of_the_table(tmp_path, monkeypatch):
     """It ended well and its log is not what we read: the other rows stay."""
 
-    def without_lines(command, stdout, stderr):
+    def without_lines(command, stdout, stderr, env):
         stdout.write("done")
         return Namespace(returncode=0)
 
-    monkeypatch.setattr(bench_training.subprocess, "run", without_lines)
+    monkeypatch.setattr(runs.subprocess, "run", without_lines)
     options = Namespace(out=str(tmp_path), config="x", gpus=1, steps=4, warmup=1, profile=False,
                         overrides=[])  # fmt: skip
     row = bench_training.run(options, "s2", "none", 128)

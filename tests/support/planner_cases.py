@@ -2,7 +2,7 @@
 
 from s2_kernels import dense, local_stride
 from s2megatron.accounting import ModelShape
-from s2megatron.planner.constants import Attention, Machine, Network
+from s2megatron.planner.constants import Attention, Link, Machine
 from s2megatron.planner.costs import Model
 
 LLAMA_1_3B = {
@@ -50,8 +50,8 @@ SIMPLE = Machine(
     # Backward kernels do 10 operations where the model has 8 (scores again): 8 at a rate of 100.
     dense_attention=Attention(forward={1024: 100}, backward={1024: 125}),
     s2_attention=Attention(forward={1024: 100}, backward={1024: 125}),
-    node=Network(gb_s=1e9, latency_us=0),
-    cluster=Network(gb_s=1e9, latency_us=0),
+    node=Link(gb_s=1e9, latency_us=0),
+    cluster=Link(gb_s=1e9, latency_us=0),
     host_layer_us=0,
     step_ms=0,
 )

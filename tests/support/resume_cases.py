@@ -5,6 +5,7 @@ forgets its globals and the process group is made anew, of both ranks or of one.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -90,6 +91,7 @@ def forget_run() -> None:
     rerun_state_machine.destroy_rerun_state_machine()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    gc.collect()  # models and optimizers in circles hold process groups, each with its threads
 
 
 def go_on_from(run: Path, folder: Path, iteration: int, rank: int) -> None:

@@ -16,10 +16,9 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, forward, local_stride, ranges
+from s2_kernels import backward, backward_dkdv, decode, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
-from s2_kernels.decode import launch_decode, launch_write
 from s2_kernels.hopper.backward import launch_hopper_backward
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
@@ -67,15 +66,17 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
 
 
-def paged(arch, n, d):
+def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
     """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
-    pages = torch.zeros(3, 64, d, dtype=torch.bfloat16)
-    table = torch.zeros(2, 4, n // 64, dtype=torch.int32)
+    kv_heads, size = pattern.kv_heads, pattern.block_size
+    pages = torch.zeros(3, size, d, dtype=dtype)
+    table = torch.zeros(2, kv_heads, -(-n // size), dtype=torch.int32)
     lengths = torch.full((2,), n - 1, dtype=torch.int32)
     for tokens in (1, 200):
-        k = torch.zeros(2, tokens, 4, d, dtype=torch.bfloat16)
-        launch_write(k, k, pages, pages, table, lengths, PATTERN, alive_only=False)
-        launch_decode(k, pages, pages, table, lengths, PATTERN, 0.1)
+        q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
+        k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
+        decode.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
+        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
 # Every row of configs.py; once per architecture what else is chosen at compile time: packed
@@ -87,6 +88,8 @@ PORTABLE = [
     (portable, dict(d=128, packed=True)),
     (sparse, dict(d=128)),
     *((paged, dict(d=d)) for d in (64, 128, 256)),
+    (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
+    (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
 ]  # fmt: skip
@@ -108,7 +111,7 @@ def name_of(launch, options: dict) -> str:
 
 def compile_all(arch: int) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels):
+    for module in (forward, backward, sparse_kernels, decode):
         module.capability = lambda *_: divmod(arch, 10)
     cases = PORTABLE + (HOPPER if arch == 90 else [])
     report = dict(usage=[], loops=[])

@@ -11,7 +11,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.training import output
 from s2megatron.training.checkpoint_folder import (
     TRACKER,
-    Keeper,
+    CheckpointPruner,
     damage,
     iteration_dir,
     iterations,
@@ -118,8 +118,8 @@ def names(folder) -> list[int]:
 
 
 def test_the_keeper_keeps_the_newest(folder):
-    keeper = Keeper(folder, keep=2, save_interval=10)
-    keeper.close()
+    pruner = CheckpointPruner(folder, keep=2, save_interval=10)
+    pruner.close()
     assert names(folder) == [20, 30]
     assert sorted(path.name for path in folder.iterdir()) == [
         "iter_0000020", "iter_0000030", TRACKER,
@@ -129,45 +129,45 @@ def test_the_keeper_keeps_the_newest(folder):
 def test_the_keeper_counts_only_what_the_tracker_names(folder):
     """A save in progress never pushes out the last good checkpoint."""
     (folder / TRACKER).write_text("20")
-    keeper = Keeper(folder, keep=1, save_interval=10)
-    keeper.prune()
+    pruner = CheckpointPruner(folder, keep=1, save_interval=10)
+    pruner.prune()
     assert names(folder) == [20, 30]
     (folder / TRACKER).write_text("30")
-    keeper.prune()
+    pruner.prune()
     assert names(folder) == [30]
-    keeper.close()
+    pruner.close()
 
 
 @pytest.mark.parametrize("text", ["", "garbage", None])
 def test_a_tracker_that_is_lost_while_training_deletes_nothing(folder, text):
     """Another program, or a full disk, may empty it after the first look."""
-    keeper = Keeper(folder, keep=2, save_interval=10)
-    keeper.prune()
+    pruner = CheckpointPruner(folder, keep=2, save_interval=10)
+    pruner.prune()
     if text is None:
         (folder / TRACKER).unlink()
     else:
         (folder / TRACKER).write_text(text)
-    keeper.after(40)
-    keeper.close()
+    pruner.after(40)
+    pruner.close()
     assert names(folder) == [20, 30]
 
 
 def test_the_keeper_looks_only_while_a_save_is_awaited(folder, monkeypatch):
     looks = []
-    keeper = Keeper(folder, keep=3, save_interval=10)
-    monkeypatch.setattr(keeper, "prune", lambda: looks.append(1))
-    keeper.after(9)  # nothing was saved yet
+    pruner = CheckpointPruner(folder, keep=3, save_interval=10)
+    monkeypatch.setattr(pruner, "prune", lambda: looks.append(1))
+    pruner.after(9)  # nothing was saved yet
     assert looks == []
-    keeper.after(30)
+    pruner.after(30)
     assert looks == [1]
     monkeypatch.undo()
-    keeper.after(30)
-    monkeypatch.setattr(keeper, "prune", lambda: looks.append(2))
-    keeper.after(39)  # the save at 30 was seen
+    pruner.after(30)
+    monkeypatch.setattr(pruner, "prune", lambda: looks.append(2))
+    pruner.after(39)  # the save at 30 was seen
     assert looks == [1]
-    keeper.after(40)
+    pruner.after(40)
     assert looks == [1, 2]
-    without = Keeper(folder, keep=3, save_interval=None)
+    without = CheckpointPruner(folder, keep=3, save_interval=None)
     monkeypatch.setattr(without, "prune", lambda: looks.append(3))
     without.after(1000)
     assert looks == [1, 2]
@@ -177,7 +177,7 @@ def test_the_keeper_ends_deletions_that_were_cut_off(folder):
     leftover = folder / ".deleting-iter_0000005"
     leftover.mkdir()
     (leftover / "file").write_text("x")
-    Keeper(folder, keep=3, save_interval=10).close()
+    CheckpointPruner(folder, keep=3, save_interval=10).close()
     assert not leftover.exists() and names(folder) == [10, 20, 30]
 
 

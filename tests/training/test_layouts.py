@@ -12,8 +12,9 @@ from launches import ON_CPU, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 import compare_layouts
-from layouts import LAYOUTS, ONE_GPU, VARIANTS, Layout, base_run_file, layouts, run_file
-from warm_ranks import rank_environment, what_went_wrong
+from layouts import LAYOUTS, ONE_GPU, VARIANTS, TrainedLayout, base_run_file, layouts, run_file
+from runs import what_went_wrong
+from warm_ranks import rank_environment
 
 from s2megatron.training.backends import Backends
 from s2megatron.training.megatron_options import to_argv
@@ -65,7 +66,7 @@ def test_every_layout_is_made_of_megatrons_options():
 
 def test_dense_runs_differ_in_the_sparsity_alone():
     base = base_run_file(small=False, corpus="corpus", steps=24)
-    layout = Layout("PP=2", 2, {"pipeline_model_parallel_size": 2}, "MoE, 8 experts")
+    layout = TrainedLayout("PP=2", 2, {"pipeline_model_parallel_size": 2}, "MoE, 8 experts")
     sparse = run_file(base, layout, modules="local", dense=False)
     dense = run_file(base, layout, modules="local", dense=True)
     assert sparse.pop("sparsity") != dense.pop("sparsity") and sparse == dense
@@ -73,7 +74,7 @@ def test_dense_runs_differ_in_the_sparsity_alone():
 
 
 def test_a_failed_run_is_in_the_table_with_its_error():
-    wanted = [Layout(ONE_GPU, 1, {}), Layout("TP=2 + SP", 2, {})]
+    wanted = [TrainedLayout(ONE_GPU, 1, {}), TrainedLayout("TP=2 + SP", 2, {})]
     cases = compare_layouts.list_cases(wanted, ["local"], ["s2"])
     initial, one, two = cases
     assert initial.initial and not one.initial
@@ -134,6 +135,15 @@ def test_ranks_that_share_a_gpu_are_nodes_of_their_own_to_nccl():
         ("s2megatron: this run cannot start:\nmegatron.lr: bad\n", "megatron.lr: bad"),
         ("torch.OutOfMemoryError: CUDA out of memory\nbye\n", "torch.OutOfMemoryError: CUDA"),
         ("Killed\n", "status -9; its log ends: Killed"),
+        (  # its traceback is above; what a peer saw of it comes later
+            "[rank1]: KeyError: 'head'\n[rank1]: ValueError: head 3\n[rank0]: RuntimeError: peer\n",
+            "ValueError: head 3",
+        ),
+        (
+            "RuntimeError: closed by peer\ns2megatron: the job failed on node 0 (host): "
+            "rank 1 failed: ValueError: head 3\ns2megatron: nothing was saved\n",
+            "rank 1 failed: ValueError: head 3",
+        ),
     ],
 )
 def test_error_of_a_log(tmp_path, log, words):

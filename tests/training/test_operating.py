@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+from fake_checkpoints import checkpoint
 from in_process import call
 from launches import TINY, start, write_run_file
 
@@ -15,14 +16,6 @@ from s2megatron.training.checkpoint_folder import TRACKER, set_aside_newer
 from s2megatron.training.load_fixes import _replace_rates, settle_schedule
 
 # --- which checkpoint is resumed from
-
-
-def checkpoint(folder, number: int, *, complete: bool = True):
-    path = folder / f"iter_{number:07d}"
-    path.mkdir(parents=True)
-    for name in ("__0_0.distcp", *((".metadata", "metadata.json") if complete else ())):
-        (path / name).write_text("x")
-    return path
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from launches import ROOT
 from s2megatron.errors import ConfigError
 from s2megatron.plot import read_scalars
 from s2megatron.training.backends import find_backends
-from s2megatron.training.resume import check_layout, check_resumable
+from s2megatron.training.resume_layout import check_layout, check_resumable
 
 STOP, END = 3, 6
 LAYOUTS = {
@@ -31,6 +31,8 @@ LAYOUTS = {
 }
 """Ranks, TP, PP."""
 
+# Saved in the foreground: the background writer is forked, here from a process with the threads of
+# many process groups. What it writes is the same; test_launch.py resumes from it.
 SMALL = {
     "num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 88, "num_attention_heads": 4,
     "kv_channels": 32, "vocab_size": 257, "seq_length": 64, "max_position_embeddings": 64,
@@ -57,7 +59,7 @@ MOVES = [("DP2", "DP2"), ("DP2", "TP2"), ("TP2", "one rank"), ("PP2", "TP2"), ("
 KINDS = {
     "1.3B": Kind("llama_1.3b_32k", ODD_BUCKETS, MOVES),
     "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, [("PP2", "TP2")]),
-    "quickstart": Kind("quickstart", {"async_save": "false"}, [("DP2", "TP2"), ("PP2", "TP2")]),
+    "quickstart": Kind("quickstart", {}, [("DP2", "TP2"), ("PP2", "TP2")]),
     "by bucket": Kind(
         "llama_7b_32k",
         {"dist_ckpt_optim_fully_reshardable": "false"},
@@ -72,7 +74,7 @@ ON_GPUS = {
         "llama_70b_32k",
         {
             "num_query_groups": 2, "bf16": "true", "hidden_size": 128, "ffn_hidden_size": 256,
-            "seq_length": 256, "max_position_embeddings": 256, "async_save": "false",
+            "seq_length": 256, "max_position_embeddings": 256,
         },
         [("DP2", "DP2"), ("DP2", "TP2"), ("TP2", "TP2"), ("TP2", "one rank"), ("PP2", "TP2"),
          ("DP2", "one rank")],

@@ -20,13 +20,7 @@ from s2megatron.serving.pages import PagePool, pages_needed
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These tensors are so small that threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_folder(name, folder, sparsity=S2, **changes):
