@@ -38,7 +38,7 @@ SMALL = {
     "kv_channels": 32, "vocab_size": 257, "seq_length": 64, "max_position_embeddings": 64,
     "bf16": "false", "global_batch_size": 4, "micro_batch_size": 1, "train_iters": END,
     "save_interval": STOP, "lr": 0.01, "lr_warmup_iters": 0, "eval_iters": 0, "log_interval": 1,
-    "log_throughput": "false", "async_save": "false",
+    "log_throughput": "false",
 }  # fmt: skip
 ODD_BUCKETS = {"ddp_bucket_size": 5000}
 """Several buckets, each with padding at its end."""

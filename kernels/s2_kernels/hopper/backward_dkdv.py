@@ -22,6 +22,7 @@ Shapes and formulas as in s2_kernels/backward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -65,34 +66,96 @@ NOTES = gl.constexpr(10)
 """How many the producer leaves for each warpgroup of an item."""
 
 
+class Memory(NamedTuple):
+    """What the partitions share, and the barriers of it.
+
+    A ring of query half-tiles, q, dout and their row terms, freed together by `free`; K, V and
+    notes of two columns, of this item and the next, in four places.
+    """
+
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse2: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    q_ready: gl.shared_memory_descriptor
+    do_ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
+    kv_ready: gl.shared_memory_descriptor
+    kv_free: gl.shared_memory_descriptor
+
+
+class Descriptors(NamedTuple):
+    """TMA descriptors of what comes in and of dk and dv."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dout: tma.tensor_descriptor
+    lse2: tma.tensor_descriptor
+    delta: tma.tensor_descriptor
+    dk: tma.tensor_descriptor
+    dv: tma.tensor_descriptor
+
+
+class Work(NamedTuple):
+    """Pointers: the items, how many are taken, the pattern's rules, and where pieces go."""
+
+    items: gl.tensor
+    taken: gl.tensor
+    rules: gl.tensor
+    partial: gl.tensor
+
+
+class Sizes(NamedTuple):
+    """Numbers of sequences, heads, items and tokens, and the scale."""
+
+    batch: gl.tensor
+    heads: gl.tensor
+    items: gl.tensor
+    s: gl.tensor
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    kv_heads: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where dk and dv go, by pointer."""
+
+    dk: gl.tensor
+    dv: gl.tensor
+    strides_dk: tuple
+    strides_dv: tuple
+
+
 @gluon.jit
 def column_item(item, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr, PACKED: gl.constexpr):
     """An item's rule, KV head, two columns, piece, number of pieces, slot of its share, sequence.
 
     Of the sequence: i_batch, where it starts, its length, where its row terms start.
     """
-    p_items, p_taken, p_table, p_partial = work
-    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
     zero = item * 0
     if PACKED:
-        i_kv, p_slot = item % kv_heads, p_items + item // kv_heads * 4
+        i_kv, p_slot = item % sizes.kv_heads, work.items + item // sizes.kv_heads * 4
         u, start, length = gl.load(p_slot), gl.load(p_slot + 1), gl.load(p_slot + 2)
-        rule = load_rule(p_table, i_kv, N_BANDS)
+        rule = load_rule(work.rules, i_kv, N_BANDS)
         column_0, column_1 = pair_of_sequence(rule, u, length, B, N_BANDS)
         sequence = (zero, start, length, gl.load(p_slot + 3))
         return rule, i_kv, column_0, column_1, zero, zero + 1, zero - 1, sequence
     else:
-        p_item = p_items + item * 7
+        p_item = work.items + item * 7
         i_kv, column_0, column_1 = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
         piece, n_pieces, slot = gl.load(p_item + 3), gl.load(p_item + 4), gl.load(p_item + 5)
-        rule = load_rule(p_table, i_kv, N_BANDS)
-        sequence = (gl.load(p_item + 6), zero, zero + s, zero)
+        rule = load_rule(work.rules, i_kv, N_BANDS)
+        sequence = (gl.load(p_item + 6), zero, zero + sizes.s, zero)
         return rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence
 
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
+    descs, memory, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads K and V of an item's columns, then Q, dO and their row terms, from the last back.
@@ -101,11 +164,6 @@ def producer(
     Notes for each warpgroup how many it passes over, adds whole, adds on the diagonal, passes over,
     where its column lies, and what is left of the sequence there; the last notes say that.
     """
-    d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv = descs
-    q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, do_ready, free, kv_ready, kv_free = barriers
-    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
-    p_items, p_taken, p_table, p_partial = work
     done, i_round, item = 0, 0, gl.program_id(0)
     while item >= 0:
         rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence = column_item(
@@ -121,7 +179,7 @@ def producer(
         columns, ends = (column_0, column_1), (end_0, end_1)
         for w in gl.static_range(2):
             half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
-            mbarrier.wait(kv_free.index(half), turn ^ 1)
+            mbarrier.wait(memory.kv_free.index(half), turn ^ 1)
             end = gl.minimum(gl.maximum(ends[w], low), high)
             first = gl.minimum(gl.maximum(columns[w], low), end)
             on_diagonal = (first == columns[w]) & (first < end)
@@ -132,71 +190,68 @@ def producer(
             n_left = length - (end - 1) * 64
             tiles = (high - end, end - first, n_whole, first - low)
             place = (i_batch, i_kv, share, row, n_there, n_left)
-            write_notes(notes, half * NOTES, tiles + place)
-            ready = kv_ready.index(half)
-            mbarrier.expect(ready, d_k.block_type.nbytes + d_v.block_type.nbytes)
-            load_rows(d_k, i_batch, i_kv, row, ready, k_bufs.index(half))
-            load_rows(d_v, i_batch, i_kv, row, ready, v_bufs.index(half))
+            write_notes(memory.notes, half * NOTES, tiles + place)
+            ready = memory.kv_ready.index(half)
+            mbarrier.expect(ready, descs.k.block_type.nbytes + descs.v.block_type.nbytes)
+            load_rows(descs.k, i_batch, i_kv, row, ready, memory.k.index(half))
+            load_rows(descs.v, i_batch, i_kv, row, ready, memory.v.index(half))
         for i_member in range(GROUP):
             i_head = i_kv * GROUP + i_member
-            term = i_batch * heads + i_head
+            term = i_batch * sizes.heads + i_head
             for i in range(high - low):
                 row, term_row = start + (high - 1 - i) * 64, terms + (high - 1 - i) * 64
                 stage, phase = done % STAGES, done // STAGES & 1
-                mbarrier.wait(free.index(stage), phase ^ 1)
-                ready = q_ready.index(stage)
-                mbarrier.expect(ready, d_q.block_type.nbytes + d_lse2.block_type.nbytes)
-                load_rows(d_q, i_batch, i_head, row, ready, q_bufs.index(stage))
-                async_load(d_lse2, [term, term_row], ready, lse_bufs.index(stage))
-                ready = do_ready.index(stage)
-                mbarrier.expect(ready, d_dout.block_type.nbytes + d_delta.block_type.nbytes)
-                load_rows(d_dout, i_batch, i_head, row, ready, do_bufs.index(stage))
-                async_load(d_delta, [term, term_row], ready, delta_bufs.index(stage))
+                mbarrier.wait(memory.free.index(stage), phase ^ 1)
+                ready = memory.q_ready.index(stage)
+                mbarrier.expect(ready, descs.q.block_type.nbytes + descs.lse2.block_type.nbytes)
+                load_rows(descs.q, i_batch, i_head, row, ready, memory.q.index(stage))
+                async_load(descs.lse2, [term, term_row], ready, memory.lse2.index(stage))
+                ready = memory.do_ready.index(stage)
+                mbarrier.expect(ready, descs.dout.block_type.nbytes + descs.delta.block_type.nbytes)
+                load_rows(descs.dout, i_batch, i_head, row, ready, memory.dout.index(stage))
+                async_load(descs.delta, [term, term_row], ready, memory.delta.index(stage))
                 done += 1
         i_round += 1
-        item = next_item(p_taken, n_items)
+        item = next_item(work.taken, sizes.items)
     for w in gl.static_range(2):
         half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
-        mbarrier.wait(kv_free.index(half), turn ^ 1)
-        write_notes(notes, half * NOTES, (-1,))
-        mbarrier.arrive(kv_ready.index(half))
+        mbarrier.wait(memory.kv_free.index(half), turn ^ 1)
+        write_notes(memory.notes, half * NOTES, (-1,))
+        mbarrier.arrive(memory.kv_ready.index(half))
 
 
 @gluon.jit
-def pass_over(n, done, barriers, STAGES: gl.constexpr):
+def pass_over(n, done, memory, STAGES: gl.constexpr):
     """Leaves n tiles to the other warpgroup."""
-    q_ready, do_ready, free, kv_ready, kv_free = barriers
     for i in range(n):
         stage, phase = (done + i) % STAGES, (done + i) // STAGES & 1
-        mbarrier.wait(q_ready.index(stage), phase)
-        mbarrier.wait(do_ready.index(stage), phase)
-        mbarrier.arrive(free.index(stage))
+        mbarrier.wait(memory.q_ready.index(stage), phase)
+        mbarrier.wait(memory.do_ready.index(stage), phase)
+        mbarrier.arrive(memory.free.index(stage))
     return done + n
 
 
 @gluon.jit
 def add_tiles(
-    low, high, n_whole, n_left, done, k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers,
+    low, high, n_whole, n_left, done, k_buf, v_buf, b_dk, b_dv, scale_log2, memory,
     STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv [64, D] of a column with the shares of the query half-tiles low..high-1 added.
 
     Those from n_whole on lie on the diagonal. PACKED: tile 0 has n_left rows of the sequence.
     """
-    q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, do_ready, free, kv_ready, kv_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
     term_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     for i in range(low, high):
         stage, phase = (done + i) % STAGES, (done + i) // STAGES & 1
-        q_buf, do_buf = q_bufs.index(stage), do_bufs.index(stage)
+        q_buf, do_buf = memory.q.index(stage), memory.dout.index(stage)
         zeros = gl.zeros([64, 64], gl.float32, s_layout)
-        mbarrier.wait(q_ready.index(stage), phase)
+        mbarrier.wait(memory.q_ready.index(stage), phase)
         t_s = warpgroup_mma(k_buf, q_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(do_ready.index(stage), phase)
+        mbarrier.wait(memory.do_ready.index(stage), phase)
         t_dp = warpgroup_mma(v_buf, do_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        b_lse2 = lse_bufs.index(stage).reshape([64]).load(term_layout)
+        b_lse2 = memory.lse2.index(stage).reshape([64]).load(term_layout)
         if PACKED:
             there = gl.arange(0, 64, layout=term_layout) < n_left + 64 * i
             b_lse2 = gl.where(there, b_lse2, float("inf"))
@@ -208,79 +263,93 @@ def add_tiles(
         b_t = b_s * scale_log2 - b_lse2[None, :]
         b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
         b_p = gl.exp2(b_t)
-        b_p16 = gl.convert_layout(b_p.to(do_bufs.dtype), p_layout)
+        b_p16 = gl.convert_layout(b_p.to(memory.dout.dtype), p_layout)
         t_dv = warpgroup_mma(b_p16, do_buf, b_dv, is_async=True)
-        b_delta = delta_bufs.index(stage).reshape([64]).load(term_layout)
+        b_delta = memory.delta.index(stage).reshape([64]).load(term_layout)
         if PACKED:
             b_delta = gl.where(there, b_delta, 0.0)
-        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(q_bufs.dtype), p_layout)
+        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(memory.q.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
         b_dv, b_dk = warpgroup_mma_wait(0, deps=[t_dv, t_dk])
-        mbarrier.arrive(free.index(stage))
+        mbarrier.arrive(memory.free.index(stage))
     return b_dk, b_dv
 
 
 @gluon.jit
 def consumer(
-    descs, stores, buffers, barriers, work, sizes,
+    descs, stores, memory, work, sizes,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one column of every item, stored, or as a piece's share in float32."""
-    d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv = descs
-    p_dk, p_dv, strides_dk, strides_dv = stores
-    q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, do_ready, free, kv_ready, kv_free = barriers
-    p_items, p_taken, p_table, p_partial = work
-    batch, heads, n_items, s, scale, scale_log2, kv_heads = sizes
-    D: gl.constexpr = k_bufs.shape[2]
+    D: gl.constexpr = memory.k.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     done, i_round = 0, 0
     half, turn = WARPGROUP, 0
-    mbarrier.wait(kv_ready.index(half), turn)
-    n_before = read_scalar(notes, half * NOTES)
+    mbarrier.wait(memory.kv_ready.index(half), turn)
+    n_before = read_scalar(memory.notes, half * NOTES)
     while n_before >= 0:
         note = half * NOTES
-        k_buf, v_buf = k_bufs.index(half), v_bufs.index(half)
-        n, n_whole = read_scalar(notes, note + 1), read_scalar(notes, note + 2)
-        n_after, n_left = read_scalar(notes, note + 3), read_scalar(notes, note + 9)
+        k_buf, v_buf = memory.k.index(half), memory.v.index(half)
+        n, n_whole = read_scalar(memory.notes, note + 1), read_scalar(memory.notes, note + 2)
+        n_after, n_left = read_scalar(memory.notes, note + 3), read_scalar(memory.notes, note + 9)
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
         for i_member in range(GROUP):
-            done = pass_over(n_before, done, barriers, STAGES)
+            done = pass_over(n_before, done, memory, STAGES)
             for part in range(2):
                 b_dk, b_dv = add_tiles(
                     part, gl.where(part == 0, gl.minimum(n, 1), n), n_whole, n_left, done,
-                    k_buf, v_buf, b_dk, b_dv, scale_log2, buffers, barriers, STAGES, PACKED,
+                    k_buf, v_buf, b_dk, b_dv, sizes.scale_log2, memory, STAGES, PACKED,
                 )  # fmt: skip
                 if part == 0:
                     # By now the item before has left the other place, which may be loaded again.
                     tma.store_wait(0)
-                    mbarrier.arrive(kv_free.index(half ^ 2), pred=(i_round > 0) & (i_member == 0))
-            done = pass_over(n_after, done + n, barriers, STAGES)
-        b_dk *= scale
-        i_batch, i_kv = read_scalar(notes, note + 4), read_scalar(notes, note + 5)
-        slot, row = read_scalar(notes, note + 6), read_scalar(notes, note + 7)
-        n_there = read_scalar(notes, note + 8)
+                    mbarrier.arrive(
+                        memory.kv_free.index(half ^ 2), pred=(i_round > 0) & (i_member == 0)
+                    )
+            done = pass_over(n_after, done + n, memory, STAGES)
+        b_dk *= sizes.scale
+        i_batch, i_kv = read_scalar(memory.notes, note + 4), read_scalar(memory.notes, note + 5)
+        slot, row = read_scalar(memory.notes, note + 6), read_scalar(memory.notes, note + 7)
+        n_there = read_scalar(memory.notes, note + 8)
         if slot >= 0:
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
             o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-            at = (slot.to(gl.int64) * batch + i_batch) * (64 * 2 * D)
-            p_tile = p_partial + at + o_n[:, None] * D + o_d[None, :]
+            at = (slot.to(gl.int64) * sizes.batch + i_batch) * (64 * 2 * D)
+            p_tile = work.partial + at + o_n[:, None] * D + o_d[None, :]
             gl.store(p_tile, b_dk)
             gl.store(p_tile + 64 * D, b_dv)
         elif PACKED and n_there < 64:  # TMA would write over the next sequence
-            store_some_rows(b_dk.to(k_bufs.dtype), p_dk, strides_dk, i_batch, i_kv, row, 0, n_there)
-            store_some_rows(b_dv.to(v_bufs.dtype), p_dv, strides_dv, i_batch, i_kv, row, 0, n_there)
+            store_some_rows(
+                b_dk.to(memory.k.dtype),
+                stores.dk,
+                stores.strides_dk,
+                i_batch,
+                i_kv,
+                row,
+                0,
+                n_there,
+            )
+            store_some_rows(
+                b_dv.to(memory.v.dtype),
+                stores.dv,
+                stores.strides_dv,
+                i_batch,
+                i_kv,
+                row,
+                0,
+                n_there,
+            )
         else:  # dk and dv leave from the place of K and V, which have been read
-            v_buf.store(b_dv.to(v_bufs.dtype))
-            k_buf.store(b_dk.to(k_bufs.dtype))
+            v_buf.store(b_dv.to(memory.v.dtype))
+            k_buf.store(b_dk.to(memory.k.dtype))
             fence_async_shared()
-            store_rows(d_dv, i_batch, i_kv, row, v_buf)
-            store_rows(d_dk, i_batch, i_kv, row, k_buf)
+            store_rows(descs.dv, i_batch, i_kv, row, v_buf)
+            store_rows(descs.dk, i_batch, i_kv, row, k_buf)
         i_round += 1
         half, turn = i_round % 2 * 2 + WARPGROUP, i_round // 2 & 1
-        mbarrier.wait(kv_ready.index(half), turn)
-        n_before = read_scalar(notes, half * NOTES)
+        mbarrier.wait(memory.kv_ready.index(half), turn)
+        n_before = read_scalar(memory.notes, half * NOTES)
     tma.store_wait(0)
 
 
@@ -332,18 +401,20 @@ def s2_hopper_dkdv_kernel(
     q_ready, do_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     free = make_barriers(STAGES, 2)
     kv_ready, kv_free = make_barriers(4, 1), make_barriers(4, 1)
-    descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv)
+    descs = Descriptors(d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dk, d_dv)
     notes = make_notes(4 * NOTES)
-    buffers = (q_bufs, do_bufs, lse_bufs, delta_bufs, k_bufs, v_bufs, notes)
-    barriers = (q_ready, do_ready, free, kv_ready, kv_free)
-    sizes = (batch, heads, n_items, s, scale, scale_log2, kv_heads)
-    work = (p_items, p_taken, p_table, p_partial)
-    stores = (p_dk, p_dv, strides_dk, strides_dv)
+    memory = Memory(
+        q_bufs, do_bufs, lse_bufs, delta_bufs, q_ready, do_ready, free,
+        k_bufs, v_bufs, notes, kv_ready, kv_free,
+    )  # fmt: skip
+    sizes = Sizes(batch, heads, n_items, s, scale, scale_log2, kv_heads)
+    work = Work(p_items, p_taken, p_table, p_partial)
+    stores = Output(p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
         [
-            (consumer, (descs, stores, buffers, barriers, work, sizes, STAGES, GROUP, PACKED, 0)),
-            (consumer, (descs, stores, buffers, barriers, work, sizes, STAGES, GROUP, PACKED, 1)),
-            (producer, (descs, buffers, barriers, work, sizes, B, N_BANDS, STAGES, GROUP, PACKED)),
+            (consumer, (descs, stores, memory, work, sizes, STAGES, GROUP, PACKED, 0)),
+            (consumer, (descs, stores, memory, work, sizes, STAGES, GROUP, PACKED, 1)),
+            (producer, (descs, memory, work, sizes, B, N_BANDS, STAGES, GROUP, PACKED)),
         ],
         [4, 1],
         [240, 24],

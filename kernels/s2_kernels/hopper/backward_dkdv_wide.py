@@ -29,12 +29,14 @@ Shapes and formulas as in s2_kernels/backward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -46,6 +48,7 @@ from s2_kernels.hopper.primitives import (
     OPTIONS,
     ROWS,
     TERM_LAYOUT,
+    Ring,
     descriptor,
     extents,
     load_rows,
@@ -87,14 +90,67 @@ does it; with more, Triton would go through shared memory, where there is no roo
 """
 
 
+class Memory(NamedTuple):
+    """What the partitions share: a ring in which Q and dO take turns, with their row terms; K, V
+    and notes of an item; P^T, handed from one warpgroup to the other.
+    """
+
+    tiles: Ring
+    terms: gl.shared_memory_descriptor
+    k: Ring
+    v: Ring
+    probs: Ring
+    notes: gl.shared_memory_descriptor
+
+
+class Inputs(NamedTuple):
+    """TMA descriptors."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dout: tma.tensor_descriptor
+    lse2: tma.tensor_descriptor
+    delta: tma.tensor_descriptor
+
+
+class Work(NamedTuple):
+    """Pointers: the items, how many are taken, the pattern's rules."""
+
+    items: gl.tensor
+    taken: gl.tensor
+    rules: gl.tensor
+
+
+class Sizes(NamedTuple):
+    """Numbers of heads, of half-tiles of queries, of items; the scale."""
+
+    heads: gl.tensor
+    rows: gl.tensor
+    items: gl.tensor
+    scale_log2: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where a warpgroup's sum goes, dk or dv, or its share in float32; of so many tokens."""
+
+    base: gl.tensor
+    strides: tuple
+    partial: gl.tensor
+    batch: gl.tensor
+    t: gl.tensor
+    scale: gl.tensor
+
+
 @gluon.jit
-def load_place(desc, terms, i_batch, i_head, term, row, turn, bufs, term_bufs, ready, free):
+def load_place(desc, terms, i_batch, i_head, term, row, turn, memory):
     """A half-tile of Q or dO with its row terms into its place, once that is free."""
     place, phase = turn % PLACES, turn // PLACES & 1
-    mbarrier.wait(free.index(place), phase ^ 1)
-    mbarrier.expect(ready.index(place), desc.block_type.nbytes + terms.block_type.nbytes)
-    load_rows(desc, i_batch, i_head, row, ready.index(place), bufs.index(place))
-    async_load(terms, [term, row], ready.index(place), term_bufs.index(place))
+    ready = memory.tiles.ready.index(place)
+    mbarrier.wait(memory.tiles.free.index(place), phase ^ 1)
+    mbarrier.expect(ready, desc.block_type.nbytes + terms.block_type.nbytes)
+    load_rows(desc, i_batch, i_head, row, ready, memory.tiles.bufs.index(place))
+    async_load(terms, [term, row], ready, memory.terms.index(place))
 
 
 @gluon.jit
@@ -106,7 +162,7 @@ def load_column(desc, i_batch, i_kv, column, buf, ready):
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, work, sizes,
+    descs, memory, work, sizes,
     B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Loads the half-tiles of queries that see a column, from the last back, and the column.
@@ -114,46 +170,37 @@ def producer(
     Notes how many they are for a query head, and whether the last lies on the diagonal. Where none
     sees the column it loads one of zeros, so that every item has work.
     """
-    d_q, d_k, d_v, d_dout, d_lse2, d_delta = descs
-    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
-    p_items, p_taken, p_table = work
-    heads, n_rows, n_items, scale_log2 = sizes
+    k, v = memory.k, memory.v
     turn, i_round, item = 0, 0, gl.program_id(0)
     while item >= 0:
-        p_item = p_items + item * 6
+        p_item = work.items + item * 6
         i_kv, column, piece = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
         n_pieces, i_batch = gl.load(p_item + 3), gl.load(p_item + 5)
-        rule = load_rule(p_table, i_kv, N_BANDS)
-        seen = column_rows(rule, column, n_rows, B, N_BANDS) - column
+        rule = load_rule(work.rules, i_kv, N_BANDS)
+        seen = column_rows(rule, column, sizes.rows, B, N_BANDS) - column
         low = column + seen * piece // n_pieces
         high = column + seen * (piece + 1) // n_pieces
         on_diagonal = (low == column) & (low < high)
         n = gl.maximum(high - low, 1)
         for i_member in range(GROUP):
             i_head = i_kv * GROUP + i_member
-            term = i_batch * heads + i_head
+            term = i_batch * sizes.heads + i_head
             for i in range(n):
                 row = gl.where(low < high, (high - 1 - i) * 64, FAR)
-                load_place(
-                    d_q, d_lse2, i_batch, i_head, term, row, turn, bufs, term_bufs, ready, free
-                )
+                load_place(descs.q, descs.lse2, i_batch, i_head, term, row, turn, memory)
                 if (i_member == 0) & (i == 0):
-                    mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
-                    write_notes(notes, 0, (n, on_diagonal.to(gl.int32), item))
-                    load_column(d_k, i_batch, i_kv, column, k_bufs.index(0), k_ready.index(0))
-                    mbarrier.wait(v_free.index(0), i_round & 1 ^ 1)
-                    load_column(d_v, i_batch, i_kv, column, v_bufs.index(0), v_ready.index(0))
-                load_place(
-                    d_dout, d_delta, i_batch, i_head, term, row, turn + 1, bufs, term_bufs, ready,
-                    free,
-                )  # fmt: skip
+                    mbarrier.wait(k.free.index(0), i_round & 1 ^ 1)
+                    write_notes(memory.notes, 0, (n, on_diagonal.to(gl.int32), item))
+                    load_column(descs.k, i_batch, i_kv, column, k.bufs.index(0), k.ready.index(0))
+                    mbarrier.wait(v.free.index(0), i_round & 1 ^ 1)
+                    load_column(descs.v, i_batch, i_kv, column, v.bufs.index(0), v.ready.index(0))
+                load_place(descs.dout, descs.delta, i_batch, i_head, term, row, turn + 1, memory)
                 turn += 2
         i_round += 1
-        item = next_item(p_taken, n_items)
-    mbarrier.wait(k_free.index(0), i_round & 1 ^ 1)
-    write_notes(notes, 2, (-1,))
-    mbarrier.arrive(k_ready.index(0))
+        item = next_item(work.taken, sizes.items)
+    mbarrier.wait(k.free.index(0), i_round & 1 ^ 1)
+    write_notes(memory.notes, 2, (-1,))
+    mbarrier.arrive(k.ready.index(0))
 
 
 @gluon.jit
@@ -170,76 +217,76 @@ def probabilities(b_s, b_lse2, scale_log2, masked, zero):
 
 
 @gluon.jit
-def hand_over(b_p, turn, p_bufs, p_ready, p_free):
+def hand_over(b_p, turn, probs):
     """P^T [64, 64] of a tile, in float32, for the other warpgroup."""
     place, phase = turn // 2 % 2, turn // 4 & 1
-    mbarrier.wait(p_free.index(place), phase ^ 1)
-    p_bufs.index(place).store(b_p)
-    mbarrier.arrive(p_ready.index(place))
+    mbarrier.wait(probs.free.index(place), phase ^ 1)
+    probs.bufs.index(place).store(b_p)
+    mbarrier.arrive(probs.ready.index(place))
 
 
 @gluon.jit
-def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, buffers, barriers):
+def add_dv(turn, n, n_member, on_diagonal, scale_log2, D: gl.constexpr, memory):
     """dv [64, D] of a column from n half-tiles of queries, n_member of each query head.
 
     The scores of one are issued with P^T dO of the one before.
     """
-    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
+    k, probs, tiles = memory.k, memory.probs, memory.tiles
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     term_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
     place = turn % PLACES
-    mbarrier.wait(ready.index(place), turn // PLACES & 1)
-    b_s = warpgroup_mma(k_bufs.index(0), bufs.index(place).permute([1, 0]), zeros, use_acc=False)
-    b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
-    mbarrier.arrive(free.index(place))  # warpgroup 1 keeps it until P^T is there
+    mbarrier.wait(tiles.ready.index(place), turn // PLACES & 1)
+    b_s = warpgroup_mma(
+        k.bufs.index(0), tiles.bufs.index(place).permute([1, 0]), zeros, use_acc=False
+    )
+    b_lse2 = memory.terms.index(place).reshape([64]).load(term_layout)
+    mbarrier.arrive(tiles.free.index(place))  # warpgroup 1 keeps it until P^T is there
     if n == 1:
-        mbarrier.arrive(k_free.index(0))
+        mbarrier.arrive(k.free.index(0))
     b_dv = gl.zeros([64, D], gl.float32, layout)
     left = n_member - 1  # of this query head
     for i in range(1, n):
         b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, i >> 30)
-        hand_over(b_p, turn, p_bufs, p_ready, p_free)
+        hand_over(b_p, turn, probs)
         left = gl.where(left == 0, n_member, left) - 1
         before, phase = (turn + 1) % PLACES, (turn + 1) // PLACES & 1
-        mbarrier.wait(ready.index(before), phase)
-        b_p16 = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
-        t_dv = warpgroup_mma(b_p16, bufs.index(before), b_dv, is_async=True)
+        mbarrier.wait(tiles.ready.index(before), phase)
+        b_p16 = gl.convert_layout(b_p.to(tiles.bufs.dtype), p_layout)
+        t_dv = warpgroup_mma(b_p16, tiles.bufs.index(before), b_dv, is_async=True)
         turn += 2
         place = turn % PLACES
-        mbarrier.wait(ready.index(place), turn // PLACES & 1)
+        mbarrier.wait(tiles.ready.index(place), turn // PLACES & 1)
         # 0, which no compiler can tell: the addresses of K, 16 of them, would be worked out before
         # the loop, and spill.
-        k_buf = k_bufs.index(i >> 30)
+        k_buf = k.bufs.index(i >> 30)
         t_s = warpgroup_mma(
-            k_buf, bufs.index(place).permute([1, 0]), zeros, use_acc=False, is_async=True
+            k_buf, tiles.bufs.index(place).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        b_lse2 = term_bufs.index(place).reshape([64]).load(term_layout)
+        b_lse2 = memory.terms.index(place).reshape([64]).load(term_layout)
         b_dv = warpgroup_mma_wait(1, deps=[t_dv])
-        mbarrier.arrive(free.index(before))
+        mbarrier.arrive(tiles.free.index(before))
         b_s = warpgroup_mma_wait(0, deps=[t_s])
-        mbarrier.arrive(free.index(place))
+        mbarrier.arrive(tiles.free.index(place))
         if i == n - 1:
-            mbarrier.arrive(k_free.index(0))
+            mbarrier.arrive(k.free.index(0))
     b_p = probabilities(b_s, b_lse2, scale_log2, (left == 0) & on_diagonal, 0)
-    hand_over(b_p, turn, p_bufs, p_ready, p_free)
-    b_p16 = gl.convert_layout(b_p.to(bufs.dtype), p_layout)
+    hand_over(b_p, turn, probs)
+    b_p16 = gl.convert_layout(b_p.to(tiles.bufs.dtype), p_layout)
     turn += 1
     place = turn % PLACES
-    mbarrier.wait(ready.index(place), turn // PLACES & 1)
-    b_dv = warpgroup_mma(b_p16, bufs.index(place), b_dv)
-    mbarrier.arrive(free.index(place))
+    mbarrier.wait(tiles.ready.index(place), turn // PLACES & 1)
+    b_dv = warpgroup_mma(b_p16, tiles.bufs.index(place), b_dv)
+    mbarrier.arrive(tiles.free.index(place))
     return b_dv
 
 
 @gluon.jit
-def add_dk(turn, n, D: gl.constexpr, buffers, barriers):
+def add_dk(turn, n, D: gl.constexpr, memory):
     """dk [64, D] / scale of a column from n half-tiles of queries."""
-    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
+    v, probs, tiles = memory.v, memory.probs, memory.tiles
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -249,23 +296,23 @@ def add_dk(turn, n, D: gl.constexpr, buffers, barriers):
     for i in range(n):
         q_place, do_place, phase = turn % PLACES, (turn + 1) % PLACES, (turn + 1) // PLACES & 1
         p_place, p_phase = turn // 2 % 2, turn // 4 & 1
-        q_buf, do_buf = bufs.index(q_place), bufs.index(do_place)
-        mbarrier.wait(ready.index(do_place), phase)
-        v_buf = v_bufs.index(i >> 30)  # 0, as in add_dv
+        q_buf, do_buf = tiles.bufs.index(q_place), tiles.bufs.index(do_place)
+        mbarrier.wait(tiles.ready.index(do_place), phase)
+        v_buf = v.bufs.index(i >> 30)  # 0, as in add_dv
         t_dp = warpgroup_mma(v_buf, do_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        b_delta = term_bufs.index(do_place).reshape([64]).load(term_layout)
-        mbarrier.wait(p_ready.index(p_place), p_phase)
-        b_p = p_bufs.index(p_place).load(s_layout)
-        mbarrier.arrive(p_free.index(p_place))
+        b_delta = memory.terms.index(do_place).reshape([64]).load(term_layout)
+        mbarrier.wait(probs.ready.index(p_place), p_phase)
+        b_p = probs.bufs.index(p_place).load(s_layout)
+        mbarrier.arrive(probs.free.index(p_place))
         b_dp = warpgroup_mma_wait(0, deps=[t_dp])
         if i == n - 1:
-            mbarrier.arrive(v_free.index(0))
-        mbarrier.wait(ready.index(q_place), turn // PLACES & 1)
-        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(bufs.dtype), p_layout)
+            mbarrier.arrive(v.free.index(0))
+        mbarrier.wait(tiles.ready.index(q_place), turn // PLACES & 1)
+        b_ds = gl.convert_layout((b_p * (b_dp - b_delta[None, :])).to(tiles.bufs.dtype), p_layout)
         t_dk = warpgroup_mma(b_ds, q_buf, b_dk, is_async=True)
-        mbarrier.arrive(free.index(do_place))
+        mbarrier.arrive(tiles.free.index(do_place))
         b_dk = warpgroup_mma_wait(0, deps=[t_dk])
-        mbarrier.arrive(free.index(q_place))
+        mbarrier.arrive(tiles.free.index(q_place))
         turn += 2
     return b_dk
 
@@ -290,42 +337,38 @@ def store_share(p_tile, b_sum):
 
 @gluon.jit
 def consumer(
-    buffers, barriers, work, sizes, out,
+    memory, work, sizes, out,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """dv (warpgroup 0) or dk (1) of every item, stored, or as a piece's share in float32."""
-    bufs, term_bufs, k_bufs, v_bufs, p_bufs, notes = buffers
-    ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free = barriers
-    p_items, p_taken, p_table = work
-    heads, n_rows, n_items, scale_log2 = sizes
-    p_out, strides, p_partial, batch, t, scale = out
-    BLOCK_D: gl.constexpr = bufs.shape[2]
+    k, v, tiles = memory.k, memory.v, memory.tiles
+    BLOCK_D: gl.constexpr = tiles.bufs.shape[2]
     turn, i_round = 0, 0
-    mbarrier.wait(k_ready.index(0), 0)
-    item = read_scalar(notes, 2)
+    mbarrier.wait(k.ready.index(0), 0)
+    item = read_scalar(memory.notes, 2)
     while item >= 0:
-        p_item = p_items + item * 6
-        n_member, on_diagonal = read_scalar(notes, 0), read_scalar(notes, 1) > 0
+        p_item = work.items + item * 6
+        n_member, on_diagonal = read_scalar(memory.notes, 0), read_scalar(memory.notes, 1) > 0
         n = n_member * GROUP
         if WARPGROUP == 0:
-            b_out = add_dv(turn, n, n_member, on_diagonal, scale_log2, BLOCK_D, buffers, barriers)
+            b_out = add_dv(turn, n, n_member, on_diagonal, sizes.scale_log2, BLOCK_D, memory)
         else:
-            mbarrier.arrive(k_free.index(0))  # for the notes, which were read
-            mbarrier.wait(v_ready.index(0), i_round & 1)
-            b_out = add_dk(turn, n, BLOCK_D, buffers, barriers)
-            b_out *= scale
+            mbarrier.arrive(k.free.index(0))  # for the memory.notes, which were read
+            mbarrier.wait(v.ready.index(0), i_round & 1)
+            b_out = add_dk(turn, n, BLOCK_D, memory)
+            b_out *= out.scale
         turn += 2 * n
         i_kv, column = gl.load(p_item), gl.load(p_item + 1)
         slot, i_batch = gl.load(p_item + 4), gl.load(p_item + 5)
         if slot < 0:
-            p_tile = p_out + head_offset(strides, i_batch, i_kv, column * 64)
-            store_sum(p_tile, strides[1], t - column * 64, b_out.to(bufs.dtype), D)
+            p_tile = out.base + head_offset(out.strides, i_batch, i_kv, column * 64)
+            store_sum(p_tile, out.strides[1], out.t - column * 64, b_out.to(tiles.bufs.dtype), D)
         else:
-            at = (slot.to(gl.int64) * batch + i_batch) * 2 + (1 - WARPGROUP)
-            store_share(p_partial + at * (64 * BLOCK_D), b_out)
+            at = (slot.to(gl.int64) * out.batch + i_batch) * 2 + (1 - WARPGROUP)
+            store_share(out.partial + at * (64 * BLOCK_D), b_out)
         i_round += 1
-        mbarrier.wait(k_ready.index(0), i_round & 1)
-        item = read_scalar(notes, 2)
+        mbarrier.wait(k.ready.index(0), i_round & 1)
+        item = read_scalar(memory.notes, 2)
 
 
 @gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "n_items", "t"])
@@ -347,19 +390,25 @@ def s2_hopper_dkdv_wide_kernel(
     ready, free = make_barriers(PLACES, 1), make_barriers(PLACES, 2)
     k_ready, k_free = make_barriers(1, 1), make_barriers(1, 2)
     v_ready, v_free = make_barriers(1, 1), make_barriers(1, 1)
-    descs = (d_q, d_k, d_v, d_dout, d_lse2, d_delta)
+    descs = Inputs(d_q, d_k, d_v, d_dout, d_lse2, d_delta)
     p_ready, p_free = make_barriers(2, 1), make_barriers(2, 1)
-    buffers = (bufs, term_bufs, k_bufs, v_bufs, p_bufs, make_notes(3))
-    barriers = (ready, free, k_ready, k_free, v_ready, v_free, p_ready, p_free)
-    work = (p_items, p_taken, p_table)
-    sizes = (heads, n_rows, n_items, scale_log2)
-    dv_out = (p_dv, strides_dv, p_partial, batch, t, scale)
-    dk_out = (p_dk, strides_dk, p_partial, batch, t, scale)
+    memory = Memory(
+        Ring(bufs, ready, free),
+        term_bufs,
+        Ring(k_bufs, k_ready, k_free),
+        Ring(v_bufs, v_ready, v_free),
+        Ring(p_bufs, p_ready, p_free),
+        make_notes(3),
+    )
+    work = Work(p_items, p_taken, p_table)
+    sizes = Sizes(heads, n_rows, n_items, scale_log2)
+    dv_out = Output(p_dv, strides_dv, p_partial, batch, t, scale)
+    dk_out = Output(p_dk, strides_dk, p_partial, batch, t, scale)
     gl.warp_specialize(
         [
-            (consumer, (buffers, barriers, work, sizes, dv_out, 0, GROUP, D)),
-            (consumer, (buffers, barriers, work, sizes, dk_out, 1, GROUP, D)),
-            (producer, (descs, buffers, barriers, work, sizes, B, N_BANDS, GROUP)),
+            (consumer, (memory, work, sizes, dv_out, 0, GROUP, D)),
+            (consumer, (memory, work, sizes, dk_out, 1, GROUP, D)),
+            (producer, (descs, memory, work, sizes, B, N_BANDS, GROUP)),
         ],
         [4, 1],
         [240, 24],

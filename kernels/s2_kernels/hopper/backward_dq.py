@@ -13,6 +13,7 @@ Shapes and formulas as in s2_kernels/backward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -29,6 +30,7 @@ from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.packed import term_rows
 from s2_kernels.hopper.primitives import (
     OPTIONS,
+    Tables,
     count_items,
     descriptor,
     extents,
@@ -49,61 +51,113 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
 
+class Memory(NamedTuple):
+    """What the partitions share, and the barriers of it; K and V of a half-tile are freed together.
+
+    dq: where it leaves from, and where O of the next item arrives.
+    """
+
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    notes: gl.shared_memory_descriptor
+    q_ready: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k_ready: gl.shared_memory_descriptor
+    v_ready: gl.shared_memory_descriptor
+    kv_free: gl.shared_memory_descriptor
+
+
+class Inputs(NamedTuple):
+    """TMA descriptors."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    dout: tma.tensor_descriptor
+
+
+class Terms(NamedTuple):
+    """Pointers: lse and its gradient (or None) come in, lse2 and delta go out."""
+
+    lse: gl.tensor
+    dlse: gl.tensor
+    lse2: gl.tensor
+    delta: gl.tensor
+
+
+class Sizes(NamedTuple):
+    """As in the forward kernel, and rows: row terms of a head, with padding."""
+
+    heads: gl.tensor
+    group: gl.tensor
+    slots: gl.tensor
+    s: gl.tensor
+    rows: gl.tensor
+    scale: gl.tensor
+    scale_log2: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where dq goes: by descriptor, or by pointer."""
+
+    desc: tma.tensor_descriptor
+    base: gl.tensor
+    strides: tuple
+
+
 @gluon.jit
 def producer(
-    descs, buffers, barriers, tables, sizes,
+    descs, memory, tables, sizes,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads Q, dO and O of every item, then the K and V half-tiles of its list; notes its length.
 
     The list: what only the upper rows see, what all see, the two half-tiles of the diagonal.
     """
-    d_q, d_k, d_v, d_out, d_dout = descs
-    p_items, p_starts, p_table = tables
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
     done = 0
-    for i_round in range(count_items(tables, heads * n_slots, PACKED)):
+    for i_round in range(count_items(tables, sizes.heads * sizes.slots, PACKED)):
         item = item_at(i_round, tables, PACKED)
         i_batch, i_head, row, start, length, at = query_item(
-            item, tables, heads, n_slots, s, PACKED
+            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
         )
-        i_kv = i_head // group
-        rule = load_rule(p_table, i_kv, N_BANDS)
+        i_kv = i_head // sizes.group
+        rule = load_rule(tables.rules, i_kv, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
-        mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
-        write_notes(notes, 0, (n_edges, n_kept, unseen))
-        ready = q_ready.index(0)
-        mbarrier.expect(ready, 2 * d_q.block_type.nbytes + 4 * d_dout.block_type.nbytes)
+        mbarrier.wait(memory.q_free.index(0), i_round & 1 ^ 1)
+        write_notes(memory.notes, 0, (n_edges, n_kept, unseen))
+        ready = memory.q_ready.index(0)
+        mbarrier.expect(ready, 2 * descs.q.block_type.nbytes + 4 * descs.dout.block_type.nbytes)
         for w in gl.static_range(2):
             first = start + row + w * 64
-            load_rows(d_q, i_batch, i_head, first, ready, q_bufs.index(w))
-            load_rows(d_dout, i_batch, i_head, first, ready, do_bufs.index(w))
-            load_rows(d_out, i_batch, i_head, first, ready, dq_bufs.index(w))
+            load_rows(descs.q, i_batch, i_head, first, ready, memory.q.index(w))
+            load_rows(descs.dout, i_batch, i_head, first, ready, memory.dout.index(w))
+            load_rows(descs.out, i_batch, i_head, first, ready, memory.dq.index(w))
         for p in range(n_edges + n_kept + 2):
             stage, phase = done % STAGES, done // STAGES & 1
             i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
             column = start + i_half * 64
-            mbarrier.wait(free.index(stage), phase ^ 1)
-            ready = k_ready.index(stage)
-            mbarrier.expect(ready, d_k.block_type.nbytes)
-            load_rows(d_k, i_batch, i_kv, column, ready, k_bufs.index(stage))
-            ready = v_ready.index(stage)
-            mbarrier.expect(ready, d_v.block_type.nbytes)
-            load_rows(d_v, i_batch, i_kv, column, ready, v_bufs.index(stage))
+            mbarrier.wait(memory.kv_free.index(stage), phase ^ 1)
+            ready = memory.k_ready.index(stage)
+            mbarrier.expect(ready, descs.k.block_type.nbytes)
+            load_rows(descs.k, i_batch, i_kv, column, ready, memory.k.index(stage))
+            ready = memory.v_ready.index(stage)
+            mbarrier.expect(ready, descs.v.block_type.nbytes)
+            load_rows(descs.v, i_batch, i_kv, column, ready, memory.v.index(stage))
             done += 1
 
 
 @gluon.jit
-def pass_over(low, high, barriers, STAGES: gl.constexpr):
+def pass_over(low, high, memory, STAGES: gl.constexpr):
     """Leaves the half-tiles low..high-1, counted over all items, to the other warpgroup."""
-    q_ready, q_free, k_ready, v_ready, free = barriers
     for done in range(low, high):
         stage, phase = done % STAGES, done // STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase)
-        mbarrier.wait(v_ready.index(stage), phase)
-        mbarrier.arrive(free.index(stage))
+        mbarrier.wait(memory.k_ready.index(stage), phase)
+        mbarrier.wait(memory.v_ready.index(stage), phase)
+        mbarrier.arrive(memory.kv_free.index(stage))
 
 
 @gluon.jit
@@ -113,44 +167,44 @@ def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
 
     A row that sees nothing, or is not there, has lse2 inf: its probabilities come out as 0.
     """
-    p_lse, p_dlse, p_lse2, p_delta = terms
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
-    i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, PACKED)
+    i_batch, i_head, row, start, length, at = query_item(
+        item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
+    )
     D: gl.constexpr = o_buf.shape[1]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     b_out, b_dout = o_buf.load(o_layout).to(gl.float32), do_buf.load(o_layout).to(gl.float32)
     b_delta = gl.convert_layout(gl.sum(b_out * b_dout, 1), layout)
     o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * heads + i_head).to(gl.int64)
-    b_lse = gl.load(p_lse + i_row * s + start + o_row, mask=o_row < length, other=float("-inf"))
-    if p_dlse is not None:
-        p_row = p_dlse + i_row * s + start
+    i_row = (i_batch * sizes.heads + i_head).to(gl.int64)
+    b_lse = gl.load(
+        terms.lse + i_row * sizes.s + start + o_row, mask=o_row < length, other=float("-inf")
+    )
+    if terms.dlse is not None:
+        p_row = terms.dlse + i_row * sizes.s + start
         b_delta -= gl.load(p_row + o_row, mask=o_row < length, other=0.0)
     sees = b_lse != float("-inf")
     b_delta = gl.where(sees, b_delta, 0.0)
     b_lse2 = gl.where(sees, b_lse * LOG2E, float("inf"))
-    end = length if PACKED else rows
-    gl.store(p_lse2 + i_row * rows + at + o_row, b_lse2, mask=o_row < end)
-    gl.store(p_delta + i_row * rows + at + o_row, b_delta, mask=o_row < end)
+    end = length if PACKED else sizes.rows
+    gl.store(terms.lse2 + i_row * sizes.rows + at + o_row, b_lse2, mask=o_row < end)
+    gl.store(terms.delta + i_row * sizes.rows + at + o_row, b_delta, mask=o_row < end)
     return b_lse2, b_delta
 
 
 @gluon.jit
 def add_tile(
-    b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, done, buffers, barriers,
+    b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, done, memory,
     STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dq [64, D] / scale with the share of one half-tile added."""
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
     stage, phase = done % STAGES, done // STAGES & 1
-    k_buf, v_buf = k_bufs.index(stage), v_bufs.index(stage)
+    k_buf, v_buf = memory.k.index(stage), memory.v.index(stage)
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
-    mbarrier.wait(k_ready.index(stage), phase)
+    mbarrier.wait(memory.k_ready.index(stage), phase)
     t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(stage), phase)
+    mbarrier.wait(memory.v_ready.index(stage), phase)
     t_dp = warpgroup_mma(b_dout, v_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[t_s])
     if MASKED:
@@ -160,81 +214,77 @@ def add_tile(
     b_t = b_s * scale_log2 - b_lse2[:, None]
     b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
     b_p = gl.exp2(b_t)
-    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(k_bufs.dtype), p_layout)
+    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(memory.k.dtype), p_layout)
     b_dq = warpgroup_mma(b_ds, k_buf, b_dq)
-    mbarrier.arrive(free.index(stage))
+    mbarrier.arrive(memory.kv_free.index(stage))
     return b_dq
 
 
 @gluon.jit
 def consumer(
-    store, buffers, barriers, terms, tables, sizes,
+    store, memory, terms, tables, sizes,
     STAGES: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """dq of 64 query rows of every item, and the row terms of the next one."""
-    d_dq, p_dq, strides_dq = store
-    q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes = buffers
-    q_ready, q_free, k_ready, v_ready, free = barriers
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
-    D: gl.constexpr = k_bufs.shape[2]
+    D: gl.constexpr = memory.k.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    dq_buf, do_buf = dq_bufs.index(WARPGROUP), do_bufs.index(WARPGROUP)
-    n_items = count_items(tables, heads * n_slots, PACKED)
+    dq_buf, do_buf = memory.dq.index(WARPGROUP), memory.dout.index(WARPGROUP)
+    n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
     item = item_at(0, tables, PACKED)
-    mbarrier.wait(q_ready.index(0), 0)
+    mbarrier.wait(memory.q_ready.index(0), 0)
     b_lse2, b_delta = row_terms(
         item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
     )
     done = 0
     for i_round in range(n_items):
-        b_q = q_bufs.index(WARPGROUP).load(q_layout)
+        b_q = memory.q.index(WARPGROUP).load(q_layout)
         b_dout = do_buf.load(q_layout)
-        n_edges, n_kept = read_scalar(notes, 0), read_scalar(notes, 1)
+        n_edges, n_kept = read_scalar(memory.notes, 0), read_scalar(memory.notes, 1)
         b_dq = gl.zeros([64, D], gl.float32, layout)
         begin = done + (n_edges if WARPGROUP == 1 else 0)
         diagonal = done + n_edges + n_kept + WARPGROUP
-        end = diagonal - (read_scalar(notes, 2) if WARPGROUP == 1 else 0)
-        pass_over(done, begin, barriers, STAGES)
+        end = diagonal - (read_scalar(memory.notes, 2) if WARPGROUP == 1 else 0)
+        pass_over(done, begin, memory, STAGES)
         done += n_edges + n_kept + 2
         for part in range(2):
             high = gl.where(part == 0, gl.minimum(begin + 1, end), end)
             for p in range(begin + part, high):
                 b_dq = add_tile(
-                    b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, p, buffers, barriers, STAGES,
+                    b_q, b_dout, b_dq, b_lse2, b_delta, sizes.scale_log2, p, memory, STAGES,
                     False,
                 )  # fmt: skip
             if part == 0:
                 # Not before they are used: a load from shared memory may be on its way until then.
                 # By now dq of the item before has left.
                 tma.store_wait(0)
-                mbarrier.arrive(q_free.index(0), pred=begin < end)
-        pass_over(end, diagonal, barriers, STAGES)
+                mbarrier.arrive(memory.q_free.index(0), pred=begin < end)
+        pass_over(end, diagonal, memory, STAGES)
         b_dq = add_tile(
-            b_q, b_dout, b_dq, b_lse2, b_delta, scale_log2, diagonal, buffers, barriers, STAGES,
+            b_q, b_dout, b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, memory, STAGES,
             True,
         )  # fmt: skip
-        mbarrier.arrive(q_free.index(0), pred=begin == end)
-        pass_over(diagonal + 1, done, barriers, STAGES)
+        mbarrier.arrive(memory.q_free.index(0), pred=begin == end)
+        pass_over(diagonal + 1, done, memory, STAGES)
         i_batch, i_head, row, start, length, at = query_item(
-            item, tables, heads, n_slots, s, PACKED
+            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
         )
         if i_round + 1 < n_items:
             item = item_at(i_round + 1, tables, PACKED)
-            mbarrier.wait(q_ready.index(0), i_round + 1 & 1)
+            mbarrier.wait(memory.q_ready.index(0), i_round + 1 & 1)
             b_lse2, b_delta = row_terms(
                 item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
             )
         row += WARPGROUP * 64
-        b_dq16 = (b_dq * scale).to(dq_bufs.dtype)
+        b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
         if PACKED and row + 64 > length:  # TMA would write over the next sequence
-            store_some_rows(b_dq16, p_dq, strides_dq, i_batch, i_head, start, row, length)
+            store_some_rows(b_dq16, store.base, store.strides, i_batch, i_head, start, row, length)
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()
-            store_rows(d_dq, i_batch, i_head, start + row, dq_buf)
+            store_rows(store.desc, i_batch, i_head, start + row, dq_buf)
     tma.store_wait(0)
 
 
@@ -283,18 +333,19 @@ def s2_hopper_dq_kernel(
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, v_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     free = make_barriers(STAGES, 2)
-    descs = (d_q, d_k, d_v, d_out, d_dout)
-    buffers = (q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes)
-    barriers = (q_ready, q_free, k_ready, v_ready, free)
-    terms = (p_lse, p_dlse, p_lse2, p_delta)
-    tables = (p_items, p_starts, p_table)
-    sizes = (heads, group, n_slots, s, rows, scale, scale_log2)
-    store = (d_dq, p_dq, strides_dq)
+    descs = Inputs(d_q, d_k, d_v, d_out, d_dout)
+    memory = Memory(
+        q_bufs, do_bufs, k_bufs, v_bufs, dq_bufs, notes, q_ready, q_free, k_ready, v_ready, free
+    )
+    terms = Terms(p_lse, p_dlse, p_lse2, p_delta)
+    tables = Tables(p_items, p_starts, p_table)
+    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    store = Output(d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
-            (consumer, (store, buffers, barriers, terms, tables, sizes, STAGES, PACKED, 0)),
-            (consumer, (store, buffers, barriers, terms, tables, sizes, STAGES, PACKED, 1)),
-            (producer, (descs, buffers, barriers, tables, sizes, B, N_BANDS, STAGES, PACKED)),
+            (consumer, (store, memory, terms, tables, sizes, STAGES, PACKED, 0)),
+            (consumer, (store, memory, terms, tables, sizes, STAGES, PACKED, 1)),
+            (producer, (descs, memory, tables, sizes, B, N_BANDS, STAGES, PACKED)),
         ],
         [4, 1],
         [232, 40],

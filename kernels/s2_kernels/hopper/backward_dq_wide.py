@@ -21,20 +21,25 @@ Shapes and formulas as in s2_kernels/backward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from s2_kernels.hopper.backward_dkdv_wide import store_sum
+from s2_kernels.hopper.backward_dq import Sizes
 from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
+    Ring,
+    Tables,
     count_items,
     descriptor,
     extents,
@@ -55,55 +60,88 @@ from s2_kernels.primitives import head_offset, load_rule
 K_STAGES = gl.constexpr(2)
 
 
+class Inputs(NamedTuple):
+    """TMA descriptors."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    dout: tma.tensor_descriptor
+
+
+class Memory(NamedTuple):
+    """What the partitions share: Q and dO of both warpgroups, K and V half-tiles, notes."""
+
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    q_ready: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k: Ring
+    v: Ring
+    notes: gl.shared_memory_descriptor
+
+
+class Terms(NamedTuple):
+    """Pointers to the row terms."""
+
+    lse2: gl.tensor
+    delta: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where dq goes."""
+
+    base: gl.tensor
+    strides: tuple
+
+
 @gluon.jit
 def producer(
-    descs, buffers, barriers, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr
+    descs, memory, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr
 ):  # fmt: skip
     """Loads Q and dO of every item, then the K and V half-tiles of its list; notes its length.
 
     The list: what only the upper rows see, what all see, the two half-tiles of the diagonal.
     """
-    d_q, d_k, d_v, d_dout = descs
-    p_items, p_starts, p_table = tables
-    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
+    k, v = memory.k, memory.v
     done = 0
-    for i_round in range(count_items(tables, heads * n_slots, False)):
+    for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
         item = item_at(i_round, tables, False)
-        i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, False)
-        i_kv = i_head // group
-        rule = load_rule(p_table, i_kv, N_BANDS)
+        i_batch, i_head, row, start, length, at = query_item(
+            item, tables, sizes.heads, sizes.slots, sizes.s, False
+        )
+        i_kv = i_head // sizes.group
+        rule = load_rule(tables.rules, i_kv, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         for w in gl.static_range(2):
-            ready = q_ready.index(w)
-            mbarrier.wait(q_free.index(w), i_round & 1 ^ 1)
-            write_notes(notes, w * 3, (n_edges, n_kept, unseen))
-            mbarrier.expect(ready, d_q.block_type.nbytes + d_dout.block_type.nbytes)
-            load_rows(d_q, i_batch, i_head, row + w * 64, ready, q_bufs.index(w))
-            load_rows(d_dout, i_batch, i_head, row + w * 64, ready, do_bufs.index(w))
+            ready = memory.q_ready.index(w)
+            mbarrier.wait(memory.q_free.index(w), i_round & 1 ^ 1)
+            write_notes(memory.notes, w * 3, (n_edges, n_kept, unseen))
+            mbarrier.expect(ready, descs.q.block_type.nbytes + descs.dout.block_type.nbytes)
+            load_rows(descs.q, i_batch, i_head, row + w * 64, ready, memory.q.index(w))
+            load_rows(descs.dout, i_batch, i_head, row + w * 64, ready, memory.dout.index(w))
         for p in range(n_edges + n_kept + 2):
             column = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS) * 64
             stage, phase = done % K_STAGES, done // K_STAGES & 1
-            mbarrier.wait(k_free.index(stage), phase ^ 1)
-            mbarrier.expect(k_ready.index(stage), d_k.block_type.nbytes)
-            load_rows(d_k, i_batch, i_kv, column, k_ready.index(stage), k_bufs.index(stage))
-            mbarrier.wait(v_free.index(0), done & 1 ^ 1)
-            mbarrier.expect(v_ready.index(0), d_v.block_type.nbytes)
-            load_rows(d_v, i_batch, i_kv, column, v_ready.index(0), v_bufs.index(0))
+            mbarrier.wait(k.free.index(stage), phase ^ 1)
+            mbarrier.expect(k.ready.index(stage), descs.k.block_type.nbytes)
+            load_rows(descs.k, i_batch, i_kv, column, k.ready.index(stage), k.bufs.index(stage))
+            mbarrier.wait(v.free.index(0), done & 1 ^ 1)
+            mbarrier.expect(v.ready.index(0), descs.v.block_type.nbytes)
+            load_rows(descs.v, i_batch, i_kv, column, v.ready.index(0), v.bufs.index(0))
             done += 1
 
 
 @gluon.jit
-def pass_over(low, high, barriers):
+def pass_over(low, high, memory):
     """Leaves the half-tiles low..high-1, counted over all items, to the other warpgroup."""
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    k, v = memory.k, memory.v
     for done in range(low, high):
         stage, phase = done % K_STAGES, done // K_STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase)
-        mbarrier.arrive(k_free.index(stage))
-        mbarrier.wait(v_ready.index(0), done & 1)
-        mbarrier.arrive(v_free.index(0))
+        mbarrier.wait(k.ready.index(stage), phase)
+        mbarrier.arrive(k.free.index(stage))
+        mbarrier.wait(v.ready.index(0), done & 1)
+        mbarrier.arrive(v.free.index(0))
 
 
 @gluon.jit
@@ -112,34 +150,34 @@ def load_terms(p_lse2, p_delta, item, tables, sizes, layout: gl.constexpr, WARPG
 
     With them its probabilities come out as 0.
     """
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
-    i_batch, i_head, row, start, length, at = query_item(item, tables, heads, n_slots, s, False)
+    i_batch, i_head, row, start, length, at = query_item(
+        item, tables, sizes.heads, sizes.slots, sizes.s, False
+    )
     o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * heads + i_head).to(gl.int64) * rows
-    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < s, other=float("inf"))
-    return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < s, other=0.0)
+    i_row = (i_batch * sizes.heads + i_head).to(gl.int64) * sizes.rows
+    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < sizes.s, other=float("inf"))
+    return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < sizes.s, other=0.0)
 
 
 @gluon.jit
 def add_tile(
-    b_dq, b_lse2, b_delta, scale_log2, done, last, buffers, barriers,
+    b_dq, b_lse2, b_delta, scale_log2, done, last, memory,
     MASKED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """dq [64, D] / scale with the share of half-tile `done`; after `last`, Q and dO are free."""
-    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    k, v = memory.k, memory.v
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dq.type.layout, 2)
     stage, phase = done % K_STAGES, done // K_STAGES & 1
-    k_buf = k_bufs.index(stage)
+    k_buf = k.bufs.index(stage)
     # 0, which no compiler can tell: addresses would be worked out before the loop, and spill.
     zero = done >> 30
-    q_buf, do_buf = q_bufs.index(WARPGROUP + zero), do_bufs.index(WARPGROUP + zero)
+    q_buf, do_buf = memory.q.index(WARPGROUP + zero), memory.dout.index(WARPGROUP + zero)
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
-    mbarrier.wait(k_ready.index(stage), phase)
+    mbarrier.wait(k.ready.index(stage), phase)
     t_s = warpgroup_mma(q_buf, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(0), done & 1)
-    v_buf = v_bufs.index(zero)
+    mbarrier.wait(v.ready.index(0), done & 1)
+    v_buf = v.bufs.index(zero)
     t_dp = warpgroup_mma(do_buf, v_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[t_s])
     if MASKED:
@@ -148,59 +186,57 @@ def add_tile(
         b_s = gl.where(o_n[None, :] <= o_m[:, None], b_s, float("-inf"))
     b_t = b_s * scale_log2 - b_lse2[:, None]
     b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
-    mbarrier.arrive(v_free.index(0))
-    mbarrier.arrive(q_free.index(WARPGROUP), pred=done == last)
+    mbarrier.arrive(v.free.index(0))
+    mbarrier.arrive(memory.q_free.index(WARPGROUP), pred=done == last)
     b_p = gl.exp2(b_t)
-    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(k_bufs.dtype), p_layout)
+    b_ds = gl.convert_layout((b_p * (b_dp - b_delta[:, None])).to(k.bufs.dtype), p_layout)
     b_dq = warpgroup_mma(b_ds, k_buf, b_dq)
-    mbarrier.arrive(k_free.index(stage))
+    mbarrier.arrive(k.free.index(stage))
     return b_dq
 
 
 @gluon.jit
 def consumer(
-    out, buffers, barriers, terms, tables, sizes, D: gl.constexpr, WARPGROUP: gl.constexpr
+    out, memory, terms, tables, sizes, D: gl.constexpr, WARPGROUP: gl.constexpr
 ):  # fmt: skip
     """dq of 64 query rows of every item, stored."""
-    p_dq, strides = out
-    p_lse2, p_delta = terms
-    q_bufs, do_bufs, k_bufs, v_bufs, notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, rows, scale, scale_log2 = sizes
-    BLOCK_D: gl.constexpr = k_bufs.shape[2]
+    k = memory.k
+    BLOCK_D: gl.constexpr = k.bufs.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     at: gl.constexpr = WARPGROUP * 3
     done = 0
-    for i_round in range(count_items(tables, heads * n_slots, False)):
+    for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
         item = item_at(i_round, tables, False)
-        b_lse2, b_delta = load_terms(p_lse2, p_delta, item, tables, sizes, row_layout, WARPGROUP)
-        mbarrier.wait(q_ready.index(WARPGROUP), i_round & 1)
-        n_edges, n_kept = read_scalar(notes, at), read_scalar(notes, at + 1)
+        b_lse2, b_delta = load_terms(
+            terms.lse2, terms.delta, item, tables, sizes, row_layout, WARPGROUP
+        )
+        mbarrier.wait(memory.q_ready.index(WARPGROUP), i_round & 1)
+        n_edges, n_kept = read_scalar(memory.notes, at), read_scalar(memory.notes, at + 1)
         b_dq = gl.zeros([64, BLOCK_D], gl.float32, layout)
         begin = done + (n_edges if WARPGROUP == 1 else 0)
         diagonal = done + n_edges + n_kept + WARPGROUP
-        end = diagonal - (read_scalar(notes, at + 2) if WARPGROUP == 1 else 0)
-        pass_over(done, begin, barriers)
+        end = diagonal - (read_scalar(memory.notes, at + 2) if WARPGROUP == 1 else 0)
+        pass_over(done, begin, memory)
         done += n_edges + n_kept + 2
         for p in range(begin, end):
             b_dq = add_tile(
-                b_dq, b_lse2, b_delta, scale_log2, p, diagonal, buffers, barriers, False,
+                b_dq, b_lse2, b_delta, sizes.scale_log2, p, diagonal, memory, False,
                 WARPGROUP,
             )  # fmt: skip
-        pass_over(end, diagonal, barriers)
+        pass_over(end, diagonal, memory)
         b_dq = add_tile(
-            b_dq, b_lse2, b_delta, scale_log2, diagonal, diagonal, buffers, barriers, True,
+            b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, diagonal, memory, True,
             WARPGROUP,
         )  # fmt: skip
-        pass_over(diagonal + 1, done, barriers)
+        pass_over(diagonal + 1, done, memory)
         i_batch, i_head, row, start, length, term = query_item(
-            item, tables, heads, n_slots, s, False
+            item, tables, sizes.heads, sizes.slots, sizes.s, False
         )
         row += WARPGROUP * 64
-        p_tile = p_dq + head_offset(strides, i_batch, i_head, row)
-        store_sum(p_tile, strides[1], s - row, (b_dq * scale).to(k_bufs.dtype), D)
+        p_tile = out.base + head_offset(out.strides, i_batch, i_head, row)
+        store_sum(p_tile, out.strides[1], sizes.s - row, (b_dq * sizes.scale).to(k.bufs.dtype), D)
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
@@ -223,17 +259,24 @@ def s2_hopper_dq_wide_kernel(
     q_ready, q_free = make_barriers(2, 1), make_barriers(2, 1)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
     v_ready, v_free = make_barriers(1, 1), make_barriers(1, 2)
-    descs = (d_q, d_k, d_v, d_dout)
-    buffers = (q_bufs, do_bufs, k_bufs, v_bufs, make_notes(6))
-    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
-    tables = (p_items, p_starts, p_table)
-    sizes = (heads, group, n_slots, s, rows, scale, scale_log2)
-    out, terms = (p_dq, strides_dq), (p_lse2, p_delta)
+    descs = Inputs(d_q, d_k, d_v, d_dout)
+    memory = Memory(
+        q_bufs,
+        do_bufs,
+        q_ready,
+        q_free,
+        Ring(k_bufs, k_ready, k_free),
+        Ring(v_bufs, v_ready, v_free),
+        make_notes(6),
+    )
+    tables = Tables(p_items, p_starts, p_table)
+    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    out, terms = Output(p_dq, strides_dq), Terms(p_lse2, p_delta)
     gl.warp_specialize(
         [
-            (consumer, (out, buffers, barriers, terms, tables, sizes, D, 0)),
-            (consumer, (out, buffers, barriers, terms, tables, sizes, D, 1)),
-            (producer, (descs, buffers, barriers, tables, sizes, B, N_BANDS)),
+            (consumer, (out, memory, terms, tables, sizes, D, 0)),
+            (consumer, (out, memory, terms, tables, sizes, D, 1)),
+            (producer, (descs, memory, tables, sizes, B, N_BANDS)),
         ],
         [4, 1],
         [232, 40],

@@ -18,6 +18,7 @@ Shapes as in s2_kernels/forward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -34,6 +35,8 @@ from s2_kernels.hopper.compat import async_load
 from s2_kernels.hopper.lists import FAR, listed_row, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
+    Ring,
+    Tables,
     count_items,
     descriptor,
     extents,
@@ -55,50 +58,98 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
 
 
+class Inputs(NamedTuple):
+    """TMA descriptors."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+
+
+class Memory(NamedTuple):
+    """What the partitions share: Q of both warpgroups, rings of K and V tiles, notes on an item."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    notes: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """Where an item lies: its sequence, head and first row; in memory, the sequence's first row."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    row: gl.tensor
+    start: gl.tensor
+    length: gl.tensor
+
+
+class Sizes(NamedTuple):
+    """Numbers of heads, of query heads per KV head, of tiles of a head, of tokens; the scale."""
+
+    heads: gl.tensor
+    group: gl.tensor
+    slots: gl.tensor
+    s: gl.tensor
+    scale_log2: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where out and lse go: by descriptor through bufs, or by pointer."""
+
+    desc: tma.tensor_descriptor
+    base: gl.tensor
+    lse: gl.tensor
+    bufs: gl.shared_memory_descriptor
+    strides: tuple
+    heads: gl.tensor
+
+
 @gluon.jit
-def turn(tile, buffers):
-    """Where a tile, counted over all items, lies in a ring of buffers, and its barrier's phase."""
-    STAGES: gl.constexpr = buffers.shape[0]
+def turn(tile, ring):
+    """Where a tile, counted over all items, lies in a ring, and its barriers' phase."""
+    STAGES: gl.constexpr = ring.bufs.shape[0]
     return tile % STAGES, tile // STAGES & 1
 
 
 @gluon.jit
-def load_half_tiles(desc, i_batch, i_kv, row_0, row_1, ready, buffer):
-    """Two half-tiles of 64 rows into one buffer [128, D]."""
-    D: gl.constexpr = buffer.shape[1]
-    halves = buffer.reshape([1, 2, 64, D])
+def load_half_tiles(desc, i_batch, i_kv, rows, tile, ring):
+    """Two half-tiles of 64 rows as one tile of a ring, once its place is free."""
+    stage, phase = turn(tile, ring)
+    mbarrier.wait(ring.free.index(stage), phase ^ 1)
+    ready = ring.ready.index(stage)
+    halves = ring.bufs.index(stage).reshape([1, 2, 64, ring.bufs.shape[2]])
     mbarrier.expect(ready, 2 * desc.block_type.nbytes)
-    async_load(desc, [i_batch, i_kv, row_0, 0], ready, halves.slice(0, 1, 1))
-    async_load(desc, [i_batch, i_kv, row_1, 0], ready, halves.slice(1, 1, 1))
+    async_load(desc, [i_batch, i_kv, rows[0], 0], ready, halves.slice(0, 1, 1))
+    async_load(desc, [i_batch, i_kv, rows[1], 0], ready, halves.slice(1, 1, 1))
 
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
+    descs, memory, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads Q of every item and the K and V tiles of its list; notes how long the list is."""
-    d_q, d_k, d_v = descs
-    p_items, p_starts, p_table = tables
-    q_bufs, k_bufs, v_bufs, q_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, scale_log2 = sizes
-    n_items = count_items(tables, heads * n_slots, PACKED)
+    q, k, v = memory.q, memory.k, memory.v
+    n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
     tile = 0
     for i_round in range(n_items):
         item = item_at(i_round, tables, PACKED)
         i_batch, i_head, row, start, length, terms = query_item(
-            item, tables, heads, n_slots, s, PACKED
+            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
         )
-        rule = load_rule(p_table, i_head // group, N_BANDS)
+        rule = load_rule(tables.rules, i_head // sizes.group, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
-        mbarrier.wait(q_free.index(0), i_round & 1 ^ 1)
-        write_item(q_notes, (i_batch, i_head, row, start, length), n_kept, n_edges, unseen)
-        mbarrier.expect(q_ready.index(0), 2 * d_q.block_type.nbytes)
+        mbarrier.wait(q.free.index(0), i_round & 1 ^ 1)
+        write_item(
+            memory.notes, Place(i_batch, i_head, row, start, length), n_kept, n_edges, unseen
+        )
+        mbarrier.expect(q.ready.index(0), 2 * descs.q.block_type.nbytes)
         for w in gl.static_range(2):
             q_row = start + row + w * 64
-            load_rows(d_q, i_batch, i_head, q_row, q_ready.index(0), q_bufs.index(w))
-        i_kv = i_head // group
+            load_rows(descs.q, i_batch, i_head, q_row, q.ready.index(0), q.bufs.index(w))
+        i_kv = i_head // sizes.group
         edge = gl.where(n_edges > 0, block_at(edges, 0, N_BANDS) * 64, FAR)
         n_paired = 2 + n_kept // 2
         for p in range(n_paired + n_kept % 2 + gl.maximum(n_edges - 1, 0)):
@@ -109,28 +160,19 @@ def producer(
                 row_0 = listed_row(row, kept, edges, n_kept, n_edges, half, B, N_BANDS)
                 row_1 = listed_row(row, kept, edges, n_kept, n_edges, half + 1, B, N_BANDS)
                 row_1 = gl.where(p < n_paired, row_1, FAR)
-            stage, phase = turn(tile, k_bufs)
-            mbarrier.wait(k_free.index(stage), phase ^ 1)
-            ready = k_ready.index(stage)
-            load_half_tiles(
-                d_k, i_batch, i_kv, start + row_0, start + row_1, ready, k_bufs.index(stage)
-            )
-            stage, phase = turn(tile, v_bufs)
-            mbarrier.wait(v_free.index(stage), phase ^ 1)
-            ready = v_ready.index(stage)
-            load_half_tiles(
-                d_v, i_batch, i_kv, start + row_0, start + row_1, ready, v_bufs.index(stage)
-            )
+            rows = (start + row_0, start + row_1)
+            load_half_tiles(descs.k, i_batch, i_kv, rows, tile, k)
+            load_half_tiles(descs.v, i_batch, i_kv, rows, tile, v)
             tile += 1
 
 
 @gluon.jit
-def pass_over(low, high, buffers, ready, free):
+def pass_over(low, high, ring):
     """Leaves the tiles low..high-1 to the other warpgroup."""
     for tile in range(low, high):
-        stage, phase = turn(tile, buffers)
-        mbarrier.wait(ready.index(stage), phase)
-        mbarrier.arrive(free.index(stage))
+        stage, phase = turn(tile, ring)
+        mbarrier.wait(ring.ready.index(stage), phase)
+        mbarrier.arrive(ring.free.index(stage))
 
 
 @gluon.jit
@@ -147,7 +189,7 @@ def read_item(notes, WARPGROUP: gl.constexpr):
 
     That is by (diagonal, hidden): see `mask_first`.
     """
-    where = (
+    where = Place(
         read_scalar(notes, 0),
         read_scalar(notes, 1),
         read_scalar(notes, 2),
@@ -181,37 +223,36 @@ def mask_first(b_s, masked):
 
 @gluon.jit
 def attend_tiles(
-    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, N: gl.constexpr
+    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, memory, N: gl.constexpr
 ):  # fmt: skip
     """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
 
     That is tile `last`, whose b_p [64, 128] comes in; the tile that comes out as such has its own.
     N: columns of these tiles, 128 or 64; the other columns' probabilities are zeros.
     """
-    q_bufs, k_bufs, v_bufs, q_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    k, v = memory.k, memory.v
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
     for tile in range(low, high):
-        stage, phase = turn(tile, k_bufs)
-        before, phase_before = turn(last, v_bufs)
+        stage, phase = turn(tile, k)
+        before, phase_before = turn(last, v)
         zeros = gl.zeros([64, N], gl.float32, s_layout)
-        k_buf = k_bufs.index(stage).slice(0, N, 0)
-        b_p16 = unpack(b_p, v_bufs.dtype, p_layout)
-        mbarrier.wait(k_ready.index(stage), phase)
+        k_buf = k.bufs.index(stage).slice(0, N, 0)
+        b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
+        mbarrier.wait(k.ready.index(stage), phase)
         t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(before), phase_before)
-        t_acc = warpgroup_mma(b_p16, v_bufs.index(before), b_acc, is_async=True)
+        mbarrier.wait(v.ready.index(before), phase_before)
+        t_acc = warpgroup_mma(b_p16, v.bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
-        mbarrier.arrive(k_free.index(stage))
+        mbarrier.arrive(k.free.index(stage))
         b_t, b_m, b_rise = exponents(b_s, b_m, scale_log2)
         b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
-        mbarrier.arrive(v_free.index(before))
+        mbarrier.arrive(v.free.index(before))
         b_rescale = gl.exp2(-b_rise)
         b_acc = rescale(b_acc, b_rescale)
         b_next = gl.exp2(b_t)
         b_l = b_l * b_rescale + gl.convert_layout(row_sum(b_next), b_l.type.layout)
-        b_next = pack(b_next, v_bufs.dtype)
+        b_next = pack(b_next, v.bufs.dtype)
         if N == 64:
             b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 64])
         b_p = gl.convert_layout(b_next, b_p.type.layout)
@@ -222,94 +263,92 @@ def attend_tiles(
 @gluon.jit
 def store_tile(b_acc, b_m, b_l, where, s, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
-    d_out, p_out, p_lse, out_bufs, strides_out, heads = out
-    i_batch, i_head, row, start, length = where
-    row += WARPGROUP * 64
+    row = where.row + WARPGROUP * 64
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
-    p_lse += (i_batch * heads + i_head).to(gl.int64) * s + start
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < length)
+    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * s + where.start
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < where.length)
     b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
-    b_out = (b_acc * b_factor[:, None]).to(out_bufs.dtype)
-    if PACKED and row + 64 > length:  # TMA would write over the next sequence
-        store_some_rows(b_out, p_out, strides_out, i_batch, i_head, start, row, length)
+    b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
+    if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+        store_some_rows(
+            b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length
+        )
     else:
-        out_buf = out_bufs.index(WARPGROUP)
+        out_buf = out.bufs.index(WARPGROUP)
         tma.store_wait(0)  # of the item before, long gone
         out_buf.store(b_out)
         fence_async_shared()
-        store_rows(d_out, i_batch, i_head, start + row, out_buf)
+        store_rows(out.desc, where.batch, where.head, where.start + row, out_buf)
 
 
 @gluon.jit
-def consumer(buffers, barriers, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Attends from 64 query rows of every item and stores out and lse.
 
     The scores of an item's first tile are issued before the last P V of the item before is done.
     """
-    q_bufs, k_bufs, v_bufs, q_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, scale_log2 = sizes
-    BLOCK_D: gl.constexpr = v_bufs.shape[2]
+    q, k, v = memory.q, memory.k, memory.v
+    BLOCK_D: gl.constexpr = v.bufs.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     zeros = gl.zeros([64, 128], gl.float32, s_layout)
-    n_items = count_items(tables, heads * n_slots, PACKED)
-    mbarrier.wait(q_ready.index(0), 0)
-    b_q = q_bufs.index(WARPGROUP).load(q_layout)
-    where, n_kept, n_edges, masked = read_item(q_notes, WARPGROUP)
-    pass_over(0, WARPGROUP, k_bufs, k_ready, k_free)
-    mbarrier.wait(k_ready.index(WARPGROUP), 0)
-    b_s = warpgroup_mma(b_q, k_bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
-    mbarrier.arrive(q_free.index(0))  # not before Q is used: it may be on its way until then
+    n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
+    mbarrier.wait(q.ready.index(0), 0)
+    b_q = q.bufs.index(WARPGROUP).load(q_layout)
+    where, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
+    pass_over(0, WARPGROUP, k)
+    mbarrier.wait(k.ready.index(WARPGROUP), 0)
+    b_s = warpgroup_mma(b_q, k.bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
+    mbarrier.arrive(q.free.index(0))  # not before Q is used: it may be on its way until then
     tile = 0
     for i_round in range(n_items):
-        mbarrier.arrive(k_free.index((tile + WARPGROUP) % k_bufs.shape[0]))
-        pass_over(tile + 1, tile + 2 - WARPGROUP, k_bufs, k_ready, k_free)
+        mbarrier.arrive(k.free.index((tile + WARPGROUP) % k.bufs.shape[0]))
+        pass_over(tile + 1, tile + 2 - WARPGROUP, k)
         b_s = mask_first(b_s, masked)
-        b_p, b_m, b_l = first_softmax(b_s, scale_log2)
-        b_p = pack(b_p, v_bufs.dtype)
+        b_p, b_m, b_l = first_softmax(b_s, sizes.scale_log2)
+        b_p = pack(b_p, v.bufs.dtype)
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
-        pass_over(other, other + 1, v_bufs, v_ready, v_free)
+        pass_over(other, other + 1, v)
         low, middle = tile + 2, tile + 2 + n_kept // 2
         # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
         tile = middle + n_kept % 2 + gl.maximum(n_edges - 1, 0)
         high = tile if WARPGROUP == 0 else middle + n_kept % 2
         last, b_p, b_acc, b_m, b_l = attend_tiles(
-            low, middle, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, 128
+            low, middle, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128
         )
         last, b_p, b_acc, b_m, b_l = attend_tiles(
-            middle, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers, 64
+            middle, high, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 64
         )
-        pass_over(high, tile, k_bufs, k_ready, k_free)
-        pass_over(high, tile, v_bufs, v_ready, v_free)
-        stage, phase = turn(last, v_bufs)
-        mbarrier.wait(v_ready.index(stage), phase)
-        b_p16 = unpack(b_p, v_bufs.dtype, p_layout)
-        t_acc = warpgroup_mma(b_p16, v_bufs.index(stage), b_acc, is_async=True)
+        pass_over(high, tile, k)
+        pass_over(high, tile, v)
+        stage, phase = turn(last, v)
+        mbarrier.wait(v.ready.index(stage), phase)
+        b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
+        t_acc = warpgroup_mma(b_p16, v.bufs.index(stage), b_acc, is_async=True)
         # Scores of the next item's first tile. After the last item, of whatever lies there.
         more = i_round + 1 < n_items
-        mbarrier.wait(q_ready.index(0), i_round + 1 & 1, pred=more)
-        b_q = q_bufs.index(WARPGROUP).load(q_layout)
-        where_next, n_kept, n_edges, masked = read_item(q_notes, WARPGROUP)
+        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
+        b_q = q.bufs.index(WARPGROUP).load(q_layout)
+        where_next, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
         if WARPGROUP == 1:
-            k_stage, phase = turn(tile, k_bufs)
-            mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
-            mbarrier.arrive(k_free.index(k_stage), pred=more)
-        k_stage, phase = turn(tile + WARPGROUP, k_bufs)
-        mbarrier.wait(k_ready.index(k_stage), phase, pred=more)
+            k_stage, phase = turn(tile, k)
+            mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
+            mbarrier.arrive(k.free.index(k_stage), pred=more)
+        k_stage, phase = turn(tile + WARPGROUP, k)
+        mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
         t_s = warpgroup_mma(
-            b_q, k_bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+            b_q, k.bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-        mbarrier.arrive(v_free.index(stage))
-        store_tile(b_acc, b_m, b_l, where, s, out, PACKED, WARPGROUP)
+        mbarrier.arrive(v.free.index(stage))
+        store_tile(b_acc, b_m, b_l, where, sizes.s, out, PACKED, WARPGROUP)
         where = where_next
         b_s = warpgroup_mma_wait(0, deps=[t_s])
-        mbarrier.arrive(q_free.index(0), pred=more)
+        mbarrier.arrive(q.free.index(0), pred=more)
     tma.store_wait(0)
 
 
@@ -349,16 +388,20 @@ def s2_hopper_forward_kernel(
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
     v_ready, v_free = make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2)
-    buffers = (q_bufs, k_bufs, v_bufs, q_notes)
-    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
-    tables = (p_items, p_starts, p_table)
-    sizes = (heads, group, n_slots, s, scale_log2)
-    out = (d_out, p_out, p_lse, out_bufs, strides_out, heads)
+    memory = Memory(
+        Ring(q_bufs, q_ready, q_free),
+        Ring(k_bufs, k_ready, k_free),
+        Ring(v_bufs, v_ready, v_free),
+        q_notes,
+    )
+    tables = Tables(p_items, p_starts, p_table)
+    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
-            (consumer, (buffers, barriers, tables, sizes, out, PACKED, 0)),
-            (consumer, (buffers, barriers, tables, sizes, out, PACKED, 1)),
-            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, PACKED)),
+            (consumer, (memory, tables, sizes, out, PACKED, 0)),
+            (consumer, (memory, tables, sizes, out, PACKED, 1)),
+            (producer, (Inputs(d_q, d_k, d_v), memory, tables, sizes, B, N_BANDS, PACKED)),
         ],
         [4, 1],
         [232, 40],

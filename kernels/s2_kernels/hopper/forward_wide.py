@@ -26,6 +26,7 @@ Shapes as in s2_kernels/forward.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -39,9 +40,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.compat import async_store
+from s2_kernels.hopper.forward import Inputs, Sizes
 from s2_kernels.hopper.lists import off_diagonal, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
+    Ring,
+    Tables,
     count_items,
     descriptor,
     extents,
@@ -66,17 +70,35 @@ NOTES = gl.constexpr(4)
 """Half-tiles whose notes are kept: those of one are written over when the next but three comes."""
 
 
+class Memory(NamedTuple):
+    """What the partitions share: Q, K and V; notes on an item, and on the mask of a half-tile."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    q_notes: gl.shared_memory_descriptor
+    k_notes: gl.shared_memory_descriptor
+
+
+class Output(NamedTuple):
+    """Where out (by descriptor, through bufs) and lse go."""
+
+    desc: tma.tensor_descriptor
+    lse: gl.tensor
+    bufs: gl.shared_memory_descriptor
+
+
 @gluon.jit
-def load_half_tile(desc, i_batch, i_kv, col, tile, ready, bufs, STAGES: gl.constexpr):
+def load_half_tile(desc, i_batch, i_kv, col, tile, ring, STAGES: gl.constexpr):
     """A half-tile of K or V into its stage."""
     stage = tile % STAGES
-    mbarrier.expect(ready.index(stage), desc.block_type.nbytes)
-    load_rows(desc, i_batch, i_kv, col, ready.index(stage), bufs.index(stage))
+    mbarrier.expect(ring.ready.index(stage), desc.block_type.nbytes)
+    load_rows(desc, i_batch, i_kv, col, ring.ready.index(stage), ring.bufs.index(stage))
 
 
 @gluon.jit
 def producer(
-    descs, buffers, barriers, tables, sizes,
+    descs, memory, tables, sizes,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Loads Q of every item and the half-tiles of its list, V after K of the next: as they free up.
@@ -84,29 +106,25 @@ def producer(
     Notes for each warpgroup: whether it passes over a half-tile, how many it attends to, the first
     of these that needs no mask and the first after it that does.
     """
-    d_q, d_k, d_v = descs
-    p_items, p_starts, p_table = tables
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, scale_log2 = sizes
+    q, k, v = memory.q, memory.k, memory.v
     done = 0
-    for i_round in range(count_items(tables, heads * n_slots, False)):
+    for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
         item = item_at(i_round, tables, False)
         i_batch, i_head, row, start, length, terms = query_item(
-            item, tables, heads, n_slots, s, False
+            item, tables, sizes.heads, sizes.slots, sizes.s, False
         )
-        i_kv = i_head // group
-        rule = load_rule(p_table, i_kv, N_BANDS)
+        i_kv = i_head // sizes.group
+        rule = load_rule(tables.rules, i_kv, N_BANDS)
         kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
         n_before = n_edges + n_kept
         n = n_before + 2
         for w in gl.static_range(2):
             passes = gl.where(n_edges > 0, 1, 0) if w == 1 else 1
-            mbarrier.wait(q_free.index(w), i_round & 1 ^ 1)
+            mbarrier.wait(q.free.index(w), i_round & 1 ^ 1)
             whole_from, whole_to = (n_edges - passes) * w, n_before + (1 - unseen - passes) * w
-            write_notes(q_notes, w * 4, (passes, n - passes, whole_from, whole_to))
-            mbarrier.expect(q_ready.index(w), d_q.block_type.nbytes)
-            load_rows(d_q, i_batch, i_head, row + w * 64, q_ready.index(w), q_bufs.index(w))
+            write_notes(memory.q_notes, w * 4, (passes, n - passes, whole_from, whole_to))
+            mbarrier.expect(q.ready.index(w), descs.q.block_type.nbytes)
+            load_rows(descs.q, i_batch, i_head, row + w * 64, q.ready.index(w), q.bufs.index(w))
         col = 0
         for p in range(n + 1):
             col_before = col
@@ -114,16 +132,16 @@ def producer(
                 i_half = off_diagonal(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
                 col = gl.where(p < n_before, i_half * 64, row + (p - n_before) * 64)
                 tile = done + p
-                mbarrier.wait(k_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+                mbarrier.wait(k.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
                 hidden = (p < n_edges) | ((p == n_before) & (unseen > 0))
                 beyond = gl.where(p < n_before, 64, 0), gl.where(hidden, -64, (n - 1 - p) * 64)
-                write_notes(k_notes, tile % NOTES * 2, beyond)
-                load_half_tile(d_k, i_batch, i_kv, col, tile, k_ready, k_bufs, STAGES)
+                write_notes(memory.k_notes, tile % NOTES * 2, beyond)
+                load_half_tile(descs.k, i_batch, i_kv, col, tile, k, STAGES)
             if p > 0:
                 tile = done + p - 1
-                mbarrier.wait(v_free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
-                load_half_tile(d_v, i_batch, i_kv, col_before, tile, v_ready, v_bufs, STAGES)
+                mbarrier.wait(v.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
+                load_half_tile(descs.v, i_batch, i_kv, col_before, tile, v, STAGES)
         done += n
 
 
@@ -151,144 +169,144 @@ def exponents(b_s, b_m, scale_log2):
 
 
 @gluon.jit
-def pass_over(tile, passes, barriers, STAGES: gl.constexpr):
+def pass_over(tile, passes, memory, STAGES: gl.constexpr):
     """Leaves a half-tile to the other warpgroup, if passes is 1; the one after it."""
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    k, v = memory.k, memory.v
     stage, phase, does = tile % STAGES, tile // STAGES & 1, passes > 0
-    mbarrier.wait(k_ready.index(stage), phase, pred=does)
-    mbarrier.arrive(k_free.index(stage), pred=does)
-    mbarrier.wait(v_ready.index(stage), phase, pred=does)
-    mbarrier.arrive(v_free.index(stage), pred=does)
+    mbarrier.wait(k.ready.index(stage), phase, pred=does)
+    mbarrier.arrive(k.free.index(stage), pred=does)
+    mbarrier.wait(v.ready.index(stage), phase, pred=does)
+    mbarrier.arrive(v.free.index(stage), pred=does)
     return tile + passes
 
 
 @gluon.jit
 def attend_tiles(
-    first, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+    first, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, scale_log2, memory,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """An item's half-tiles 1..n-1: scores of one, then P V of the one before.
 
     The first one's b_p [64, 64] comes in, the last one's goes out.
     """
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
+    q, k, v = memory.q, memory.k, memory.v
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
-    q_buf = q_bufs.index(WARPGROUP)
+    q_buf = q.bufs.index(WARPGROUP)
     for i in range(1, n):
         tile = first + i
         stage, phase = tile % STAGES, tile // STAGES & 1
         before, phase_before = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
         zeros = gl.zeros([64, 64], gl.float32, s_layout)
-        mbarrier.wait(k_ready.index(stage), phase)
+        mbarrier.wait(k.ready.index(stage), phase)
         t_s = warpgroup_mma(
-            q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+            q_buf, k.bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        mbarrier.wait(v_ready.index(before), phase_before)
-        t_acc = warpgroup_mma(b_p, v_bufs.index(before), b_acc, is_async=True)
+        mbarrier.wait(v.ready.index(before), phase_before)
+        t_acc = warpgroup_mma(b_p, v.bufs.index(before), b_acc, is_async=True)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
-        mbarrier.arrive(k_free.index(stage))
+        mbarrier.arrive(k.free.index(stage))
         if i == n - 1:
-            mbarrier.arrive(q_free.index(WARPGROUP))
+            mbarrier.arrive(q.free.index(WARPGROUP))
         if (i < whole_from) | (i >= whole_to):
-            b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
+            b_s = mask_half_tile(b_s, memory.k_notes, tile, WARPGROUP)
         b_t, b_fall, b_m = exponents(b_s, b_m, scale_log2)
-        keep_order(v_ready.index(before), phase_before)
+        keep_order(v.ready.index(before), phase_before)
         b_acc, b_t, b_fall = warpgroup_mma_wait(0, deps=[t_acc, b_t, b_fall])
-        mbarrier.arrive(v_free.index(before))
+        mbarrier.arrive(v.free.index(before))
         b_rescale = gl.exp2(b_fall)
         b_acc = rescale(b_acc, b_rescale)
         b_next = gl.exp2(b_t)
         b_l = b_l * b_rescale + row_sum(b_next)
-        b_p = gl.convert_layout(b_next.to(v_bufs.dtype), p_layout)
+        b_p = gl.convert_layout(b_next.to(v.bufs.dtype), p_layout)
     return b_p, b_acc, b_m, b_l
 
 
 @gluon.jit
 def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexpr):
     """Stores lse and, one half of the columns after the other, out of 64 rows of an item."""
-    d_out, p_lse, out_bufs = out
-    heads, group, n_slots, s, scale_log2 = sizes
     layout: gl.constexpr = b_acc.type.layout
-    HALF: gl.constexpr = out_bufs.shape[2]
+    HALF: gl.constexpr = out.bufs.shape[2]
     half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    i_batch, i_head, row, start, length, terms = query_item(item, tables, heads, n_slots, s, False)
+    i_batch, i_head, row, start, length, terms = query_item(
+        item, tables, sizes.heads, sizes.slots, sizes.s, False
+    )
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     row += WARPGROUP * 64
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
-    p_lse += (i_batch * heads + i_head).to(gl.int64) * s
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < s)
+    p_lse = out.lse + (i_batch * sizes.heads + i_head).to(gl.int64) * sizes.s
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < sizes.s)
     b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
-    out_buf = out_bufs.index(WARPGROUP)
-    b_out = (b_acc * b_inverse[:, None]).to(out_bufs.dtype)
+    out_buf = out.bufs.index(WARPGROUP)
+    b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
     halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
     for i in gl.static_range(2):
         tma.store_wait(0)  # of the half before
         out_buf.store(gl.convert_layout(halves[i], half_layout))
         fence_async_shared()
         at = [i_batch, i_head, row, i * HALF]
-        async_store(d_out, at, out_buf.reshape([1, 1, 64, HALF]))
+        async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
 @gluon.jit
 def consumer(
-    buffers, barriers, tables, sizes, out,
+    memory, tables, sizes, out,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Attends from 64 query rows of every item and stores out and lse."""
-    q_bufs, k_bufs, v_bufs, q_notes, k_notes = buffers
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = barriers
-    heads, group, n_slots, s, scale_log2 = sizes
-    BLOCK_D: gl.constexpr = v_bufs.shape[2]
+    q, k, v = memory.q, memory.k, memory.v
+    BLOCK_D: gl.constexpr = v.bufs.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    q_buf = q_bufs.index(WARPGROUP)
+    q_buf = q.bufs.index(WARPGROUP)
     at: gl.constexpr = WARPGROUP * 4
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
-    n_items = count_items(tables, heads * n_slots, False)
-    mbarrier.wait(q_ready.index(WARPGROUP), 0)
-    passes, n = read_scalar(q_notes, at), read_scalar(q_notes, at + 1)
-    whole_from, whole_to = read_scalar(q_notes, at + 2), read_scalar(q_notes, at + 3)
-    tile = pass_over(0, passes * WARPGROUP, barriers, STAGES)
+    n_items = count_items(tables, sizes.heads * sizes.slots, False)
+    mbarrier.wait(q.ready.index(WARPGROUP), 0)
+    passes, n = read_scalar(memory.q_notes, at), read_scalar(memory.q_notes, at + 1)
+    whole_from, whole_to = read_scalar(memory.q_notes, at + 2), read_scalar(memory.q_notes, at + 3)
+    tile = pass_over(0, passes * WARPGROUP, memory, STAGES)
     stage, phase = tile % STAGES, tile // STAGES & 1
-    mbarrier.wait(k_ready.index(stage), phase)
-    b_s = warpgroup_mma(q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False)
+    mbarrier.wait(k.ready.index(stage), phase)
+    b_s = warpgroup_mma(q_buf, k.bufs.index(stage).permute([1, 0]), zeros, use_acc=False)
     for i_round in range(n_items):
         item = item_at(i_round, tables, False)
-        mbarrier.arrive(k_free.index(tile % STAGES))
+        mbarrier.arrive(k.free.index(tile % STAGES))
         if (whole_from > 0) | (whole_to <= 0):
-            b_s = mask_half_tile(b_s, k_notes, tile, WARPGROUP)
-        b_m = first_max(b_s, scale_log2)
-        b_t, b_fall, b_m = exponents(b_s, b_m, scale_log2)
+            b_s = mask_half_tile(b_s, memory.k_notes, tile, WARPGROUP)
+        b_m = first_max(b_s, sizes.scale_log2)
+        b_t, b_fall, b_m = exponents(b_s, b_m, sizes.scale_log2)
         b_p = gl.exp2(b_t)
         b_l = row_sum(b_p)
-        mbarrier.arrive(q_free.index(WARPGROUP), pred=n == 1)
-        b_p = gl.convert_layout(b_p.to(v_bufs.dtype), p_layout)
+        mbarrier.arrive(q.free.index(WARPGROUP), pred=n == 1)
+        b_p = gl.convert_layout(b_p.to(v.bufs.dtype), p_layout)
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         b_p, b_acc, b_m, b_l = attend_tiles(
-            tile, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, scale_log2, buffers, barriers,
+            tile, n, whole_from, whole_to, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory,
             WARPGROUP, STAGES,
         )  # fmt: skip
         last = (tile + n - 1) % STAGES
-        mbarrier.wait(v_ready.index(last), (tile + n - 1) // STAGES & 1)
-        t_acc = warpgroup_mma(b_p, v_bufs.index(last), b_acc, is_async=True)
-        tile = pass_over(tile + n, passes * (1 - WARPGROUP), barriers, STAGES)
+        mbarrier.wait(v.ready.index(last), (tile + n - 1) // STAGES & 1)
+        t_acc = warpgroup_mma(b_p, v.bufs.index(last), b_acc, is_async=True)
+        tile = pass_over(tile + n, passes * (1 - WARPGROUP), memory, STAGES)
         # Scores of the next item's first half-tile. After the last item, of whatever lies there.
         more = i_round + 1 < n_items
-        mbarrier.wait(q_ready.index(WARPGROUP), i_round + 1 & 1, pred=more)
-        passes, n = read_scalar(q_notes, at), read_scalar(q_notes, at + 1)
-        whole_from, whole_to = read_scalar(q_notes, at + 2), read_scalar(q_notes, at + 3)
+        mbarrier.wait(q.ready.index(WARPGROUP), i_round + 1 & 1, pred=more)
+        passes, n = read_scalar(memory.q_notes, at), read_scalar(memory.q_notes, at + 1)
+        whole_from, whole_to = (
+            read_scalar(memory.q_notes, at + 2),
+            read_scalar(memory.q_notes, at + 3),
+        )
         passes = gl.where(more, passes, 0)
-        tile = pass_over(tile, passes * WARPGROUP, barriers, STAGES)
+        tile = pass_over(tile, passes * WARPGROUP, memory, STAGES)
         stage, phase = tile % STAGES, tile // STAGES & 1
-        mbarrier.wait(k_ready.index(stage), phase, pred=more)
+        mbarrier.wait(k.ready.index(stage), phase, pred=more)
         t_s = warpgroup_mma(
-            q_buf, k_bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+            q_buf, k.bufs.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-        mbarrier.arrive(v_free.index(last))
+        mbarrier.arrive(v.free.index(last))
         store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP)
         b_s = warpgroup_mma_wait(0, deps=[t_s])
     tma.store_wait(0)
@@ -314,16 +332,21 @@ def s2_hopper_forward_wide_kernel(
     q_ready, q_free = make_barriers(2, 1), make_barriers(2, 1)
     k_ready, k_free = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     v_ready, v_free = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    buffers = (q_bufs, k_bufs, v_bufs, q_notes, k_notes)
-    barriers = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
-    tables = (p_items, p_starts, p_table)
-    sizes = (heads, group, n_slots, s, scale_log2)
-    out = (d_out, p_lse, out_bufs)
+    memory = Memory(
+        Ring(q_bufs, q_ready, q_free),
+        Ring(k_bufs, k_ready, k_free),
+        Ring(v_bufs, v_ready, v_free),
+        q_notes,
+        k_notes,
+    )
+    tables = Tables(p_items, p_starts, p_table)
+    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    out = Output(d_out, p_lse, out_bufs)
     gl.warp_specialize(
         [
-            (consumer, (buffers, barriers, tables, sizes, out, 0, STAGES)),
-            (consumer, (buffers, barriers, tables, sizes, out, 1, STAGES)),
-            (producer, ((d_q, d_k, d_v), buffers, barriers, tables, sizes, B, N_BANDS, STAGES)),
+            (consumer, (memory, tables, sizes, out, 0, STAGES)),
+            (consumer, (memory, tables, sizes, out, 1, STAGES)),
+            (producer, (Inputs(d_q, d_k, d_v), memory, tables, sizes, B, N_BANDS, STAGES)),
         ],
         [4, 1],
         [232, 40],

@@ -27,6 +27,27 @@ OPTIONS = dict(num_warps=4, maxnreg=168, **FUSED)
 """Of every launch: 65,536 registers over 12 warps; the partitions share them out as they need."""
 
 
+class Ring(NamedTuple):
+    """Places in shared memory that are filled in turn, [n, ...], and a pair of barriers for each.
+
+    Attributes:
+        ready: the place was loaded.
+        free: who reads it has done so.
+    """
+
+    bufs: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+class Tables(NamedTuple):
+    """Pointers: QueryItems' items and starts, and the pattern's rules."""
+
+    items: gl.tensor
+    starts: gl.tensor
+    rules: gl.tensor
+
+
 @gluon.jit
 def keep_order(ready, phase):
     """A second wait for what has been waited for: keeps what stands before it before it.
@@ -40,21 +61,21 @@ def keep_order(ready, phase):
 @gluon.jit
 def count_items(tables, total, PACKED: gl.constexpr):
     """How many items this program has: those dealt to it, or every grid-th of a packed batch's."""
-    p_items, p_starts, p_table = tables
     if PACKED:
         return gl.maximum(total - gl.program_id(0) - 1, -1) // gl.num_programs(0) + 1
     else:
-        return gl.load(p_starts + gl.program_id(0) + 1) - gl.load(p_starts + gl.program_id(0))
+        return gl.load(tables.starts + gl.program_id(0) + 1) - gl.load(
+            tables.starts + gl.program_id(0)
+        )
 
 
 @gluon.jit
 def item_at(i_round, tables, PACKED: gl.constexpr):
     """This program's i-th item."""
-    p_items, p_starts, p_table = tables
     if PACKED:
         return gl.program_id(0) + i_round * gl.num_programs(0)
     else:
-        return gl.load(p_items + gl.load(p_starts + gl.program_id(0)) + i_round)
+        return gl.load(tables.items + gl.load(tables.starts + gl.program_id(0)) + i_round)
 
 
 @gluon.jit
@@ -75,10 +96,9 @@ def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
     where that sequence starts in memory, how long it is, and where its row terms start. n_slots:
     tiles of a head (schedule.py).
     """
-    p_items, p_starts, p_table = tables
     i_head = item // n_slots
     if PACKED:
-        p_slot = p_items + item % n_slots * 4
+        p_slot = tables.items + item % n_slots * 4
         row, start, length = gl.load(p_slot) * 128, gl.load(p_slot + 1), gl.load(p_slot + 2)
         return item * 0, i_head, row, start, length, gl.load(p_slot + 3)
     else:
