@@ -431,13 +431,13 @@ def launch_decode(
     m, tokens = _rows(s, group)
     # So many query tokens at once that no launch has more than MOST_UNITS units.
     step = max(1, MOST_UNITS // (b * pattern.kv_heads)) * tokens
+    pages, rest = (k_pages, v_pages, page_table), (m, tokens, config, programs)
     for begin in range(0, s, step):
-        end = min(begin + step, s)
-        part = slice(begin, end)
-        _launch(
-            q[:, part], k_pages, v_pages, page_table, lengths if end == s else lengths - (s - end),
-            pattern, softmax_scale, out[:, part], lse[:, :, part], m, tokens, config, programs,
-        )  # fmt: skip
+        part, after = slice(begin, begin + step), max(0, s - begin - step)
+        whole = s <= step  # every step of decoding: no time for slices
+        x, y, z = (q, out, lse) if whole else (q[:, part], out[:, part], lse[:, :, part])
+        ends = lengths if after == 0 else lengths - after
+        _launch(x, *pages, ends, pattern, softmax_scale, y, z, *rest)
     return out, lse
 
 
