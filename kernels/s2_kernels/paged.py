@@ -33,6 +33,7 @@ def paged_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    check: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of the last tokens of each sequence to its live pages.
 
@@ -55,6 +56,7 @@ def paged_attention(
         return_lse: also return lse [b, h, s], the natural log of the softmax denominator, float32.
         backend: "triton" (head sizes 32 to 256 in multiples of 16), "reference" (PyTorch, any
             device), "auto": "triton" on a GPU.
+        check: False leaves the checks out, for who calls again with what has been checked.
 
     Returns:
         out [b, s, h, dv], or (out, lse).
@@ -62,17 +64,14 @@ def paged_attention(
     Raises:
         ValueError: names the argument, the value and the way out.
     """
-    check_pages(k_pages, v_pages, page_table, lengths, pattern, q)
-    if q.dim() != 4 or q.shape[2] != pattern.heads or q.shape[3] != k_pages.shape[2]:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}: must be [b, s, {pattern.heads}, {k_pages.shape[2]}], "
-            "as the pattern's heads and the head size of k_pages are"
-        )
-    if q.shape[1] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: must hold at least one token")
+    if check:
+        check_pages(k_pages, v_pages, page_table, lengths, pattern, q)
+        _check_queries(q, k_pages, pattern)
+        _check_backend(backend, q, k_pages, v_pages)
     scale = check_scale(softmax_scale, q)
-    if _choose(backend, q, k_pages, v_pages) == "triton":
-        refuse_other_modes("paged_attention", q, k_pages, v_pages)
+    if _on_triton(backend, q):
+        if check:
+            refuse_other_modes("paged_attention", q, k_pages, v_pages)
         with torch.no_grad():
             out, lse = launch_decode(q, k_pages, v_pages, page_table, lengths, pattern, scale)
     else:
@@ -91,6 +90,7 @@ def write_pages(
     *,
     alive_only: bool = False,
     backend: str = "auto",
+    check: bool = True,
 ) -> None:
     """Writes the keys and values of the last s tokens of each sequence into their pages.
 
@@ -100,11 +100,33 @@ def write_pages(
         k_pages, v_pages, page_table, lengths, pattern: as in `paged_attention`.
         alive_only: leave out blocks that are dead once these tokens are written (a prompt that
             attention has seen already); else every block of the new tokens must have a page.
+        backend, check: as in `paged_attention`.
 
     Raises:
         ValueError: as `paged_attention`.
     """
-    check_pages(k_pages, v_pages, page_table, lengths, pattern, k)
+    if check:
+        check_pages(k_pages, v_pages, page_table, lengths, pattern, k)
+        _check_new_tokens(k, v, k_pages, v_pages, page_table)
+        _check_backend(backend, k, k_pages, v_pages)
+    if _on_triton(backend, k):
+        pages = (k_pages, v_pages, page_table, lengths, pattern)
+        launch_write(_last_contiguous(k), _last_contiguous(v), *pages, alive_only=alive_only)
+    else:
+        write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, alive_only=alive_only)
+
+
+def _check_queries(q, k_pages, pattern) -> None:
+    if q.dim() != 4 or q.shape[2] != pattern.heads or q.shape[3] != k_pages.shape[2]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}: must be [b, s, {pattern.heads}, {k_pages.shape[2]}], "
+            "as the pattern's heads and the head size of k_pages are"
+        )
+    if q.shape[1] < 1:
+        raise ValueError(f"q has shape {tuple(q.shape)}: must hold at least one token")
+
+
+def _check_new_tokens(k, v, k_pages, v_pages, page_table) -> None:
     b, kv_heads = page_table.shape[:2]
     for name, x, pages in (("k", k, k_pages), ("v", v, v_pages)):
         if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (b, kv_heads, pages.shape[2]):
@@ -113,11 +135,6 @@ def write_pages(
             )
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"k has {k.shape[1]} tokens and v {v.shape[1]}: must be as many")
-    if _choose(backend, k, k_pages, v_pages) == "triton":
-        pages = (k_pages, v_pages, page_table, lengths, pattern)
-        launch_write(_last_contiguous(k), _last_contiguous(v), *pages, alive_only=alive_only)
-    else:
-        write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, alive_only=alive_only)
 
 
 def check_pages(k_pages, v_pages, page_table, lengths, pattern, x) -> None:
@@ -157,14 +174,15 @@ def check_pages(k_pages, v_pages, page_table, lengths, pattern, x) -> None:
             )
 
 
-def _choose(backend: str, x, k_pages, v_pages) -> str:
+def _check_backend(backend: str, x, k_pages, v_pages) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "triton" if x.is_cuda else "reference"
-    if backend == "triton":
+    if _on_triton(backend, x):
         check_triton(_last_contiguous(x), k_pages, v_pages, _WAY_OUT)
-    return backend
+
+
+def _on_triton(backend: str, x) -> bool:
+    return backend == "triton" or (backend == "auto" and x.is_cuda)
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The KV cache that transformers sees: pages of one pool, of which a KV head keeps the live ones.
 
-`PagedCache.update` stores nothing yet: whether a sequence begins with padding is only known to the
-attention function, which calls `Tokens.attend`. There a first prompt is attended to by the training
-kernels, and what is alive after it is written into pages; later tokens are written first and then
-attend to pages.
+`PagedCache.update` stores nothing yet, because only the attention function knows whether a sequence
+begins with padding. That function calls `Tokens.attend`. A first prompt is computed there by the
+training kernels, and what is alive after it is written into pages. Later tokens are written first,
+and then attend to pages.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from transformers import Cache, PreTrainedModel
 
 from s2_kernels import LayerPattern
 from s2_kernels.paged import paged_attention, write_pages
-from s2_kernels.record import read_record
 from s2megatron.errors import ConfigError
 from s2megatron.serving.graph import DecodeGraph
+from s2megatron.serving.model import head_size, model_patterns
 from s2megatron.serving.pages import PREFILL_TOKENS, PagePool, pages_needed
 
 
@@ -132,7 +132,7 @@ class PagedCache(Cache):
         self.total = 0
         """Tokens of every sequence, padding included, that some layer has seen."""
         self._seen = [0] * len(self.patterns)
-        self._first = [0] * self.batch
+        self._set_starts([0] * self.batch)
         self._lengths = torch.zeros(self.batch, dtype=torch.int32, device=device)
         if self.graph is not None:
             self.graph.forget()
@@ -301,7 +301,7 @@ class PagedCache(Cache):
         if first is not None:
             self._set_first(first.tolist())
         elif self.total == 0:
-            self._first = [0] * self.batch
+            self._set_starts([0] * self.batch)
         self.total += s
         lengths = torch.tensor([self.total - n for n in self._first], dtype=torch.int32)
         self._lengths.copy_(lengths)
@@ -313,7 +313,11 @@ class PagedCache(Cache):
                     f"attention_mask: sequence {i} begins at token {new}, in this cache at token "
                     f"{old}: give the mask of the whole text, the same padding in front"
                 )
+        self._set_starts(first)
+
+    def _set_starts(self, first: list[int]) -> None:
         self._first = first
+        self._edges = {n % self.pool.size for n in first}
 
     def _one_chunk(self, layer, q, k, v, end: int, scaling) -> Tensor:
         """Writes tokens up to position `end` (padding included), attends, frees what has died."""
@@ -326,23 +330,38 @@ class PagedCache(Cache):
         return out
 
     def _attend_pages(self, layer, q, k, v, lengths, scaling) -> Tensor:
-        self._write(layer, k, v, lengths, alive_only=False)
-        pages = (self.k_pages, self.v_pages, self.pool.table[layer], lengths, self.patterns[layer])
-        return paged_attention(q, *pages, softmax_scale=scaling, backend=self.backend)
+        check = q.shape[1] > 1  # a step of one token is like the one before it
+        self._write(layer, k, v, lengths, alive_only=False, check=check)
+        return paged_attention(
+            q, *self._pages(layer, lengths), softmax_scale=scaling, backend=self.backend,
+            check=check,
+        )  # fmt: skip
 
-    def _write(self, layer, k, v, lengths, *, alive_only: bool) -> None:
+    def _write(self, layer, k, v, lengths, *, alive_only: bool, check: bool = True) -> None:
         self.pool.flush()
-        pages = (self.k_pages, self.v_pages, self.pool.table[layer], lengths, self.patterns[layer])
-        write_pages(k, v, *pages, alive_only=alive_only, backend=self.backend)
+        pages = self._pages(layer, lengths)
+        write_pages(k, v, *pages, alive_only=alive_only, backend=self.backend, check=check)
+
+    def _pages(self, layer: int, lengths: Tensor) -> tuple:
+        table = self.pool.table_of_layer[layer]
+        return self.k_pages, self.v_pages, table, lengths, self.patterns[layer]
 
     def _grow(self, layer: int, begin: int, end: int, *, alive_only: bool) -> None:
+        if end - begin == 1 and not self._at_edge(begin):
+            return
         for i, first in enumerate(self._first):
             old, new = max(0, begin - first), max(0, end - first)
             self.pool.grow(layer, i, old, new, alive_only=alive_only)
 
     def _shrink(self, layer: int, begin: int, end: int) -> None:
+        if end - begin == 1 and not self._at_edge(end):
+            return
         for i, first in enumerate(self._first):
             self.pool.shrink(layer, i, max(0, begin - first), max(0, end - first))
+
+    def _at_edge(self, position: int) -> bool:
+        """Whether a block of any sequence ends before `position`: most steps need no page."""
+        return position % self.pool.size in self._edges
 
     def _check_room(self, s: int) -> None:
         if self.total + s > self.max_length:
@@ -371,44 +390,3 @@ class PagedCache(Cache):
                 f"PagedCache is {like.dtype} on {like.device}, the keys of layer {layer + 1} are "
                 f"{keys.dtype} on {keys.device}: make it after the model is where it will run"
             )
-
-
-def head_size(config) -> int:
-    """Of keys and values, as transformers' attention layers have it."""
-    size = getattr(config, "head_dim", None)
-    return size or config.hidden_size // config.num_attention_heads
-
-
-def model_patterns(model: PreTrainedModel) -> tuple[LayerPattern, ...]:
-    """The pattern of every layer. Raises ConfigError where model and record do not fit."""
-    config = model.config.get_text_config(decoder=True)
-    record = getattr(config, "s2", None)
-    if record is None:
-        raise ConfigError(
-            "config.json has no 's2' key: the model is dense and keeps everything; use the default "
-            "cache"
-        )
-    if config._attn_implementation != "s2":
-        raise ConfigError(
-            f"the model computes attention {config._attn_implementation!r}: load it with "
-            "s2megatron.hf.load, which takes 's2'"
-        )
-    patterns = read_record(record)
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    for number, pattern in enumerate(patterns, 1):
-        if (pattern.heads, pattern.kv_heads) != heads:
-            raise ConfigError(
-                f"config.json: the pattern of layer {number} is for {pattern.heads} heads and "
-                f"{pattern.kv_heads} KV heads, the model has {heads[0]} and {heads[1]}"
-            )
-        if pattern.block_size != patterns[0].block_size:
-            raise ConfigError(
-                f"config.json: layer {number} has blocks of {pattern.block_size} tokens, layer 1 "
-                f"of {patterns[0].block_size}: pages of one pool have one size; use a DynamicCache"
-            )
-    if len(patterns) != config.num_hidden_layers:
-        raise ConfigError(
-            f"config.json: 's2' has patterns of {len(patterns)} layers, the model has "
-            f"{config.num_hidden_layers}"
-        )
-    return patterns

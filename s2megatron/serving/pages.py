@@ -1,4 +1,4 @@
-"""Who owns which page: one pool for all layers, sequences and KV heads; the host's bookkeeping.
+"""The host's bookkeeping of pages: one pool for all layers, sequences and KV heads.
 
 A page holds one block of one KV head of one layer of one sequence. Nothing here asks a GPU for
 anything: which blocks live is arithmetic on lengths that the host knows (s2_kernels.cache).
@@ -33,6 +33,7 @@ class PagePool:
     Attributes:
         table: int32 [layers, sequences, kv_heads, blocks] on the device. Entries of dead blocks are
             stale; `flush` brings what changed there.
+        table_of_layer: the same, a view per layer.
     """
 
     def __init__(self, patterns, sequences: int, max_length: int, pages: int, device):
@@ -41,6 +42,7 @@ class PagePool:
         blocks = -(-max_length // self.size)
         shape = (len(patterns), sequences, patterns[0].kv_heads, blocks)
         self.table = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.table_of_layer = self.table.unbind()
         self._host = np.zeros(shape, dtype=np.int32)
         self._free = list(range(pages - 1, -1, -1))
         self._changed: list[tuple[np.ndarray, np.ndarray]] = []

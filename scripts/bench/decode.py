@@ -142,16 +142,16 @@ def time_prefill(model, provider: str, tokens: int) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second of a device copy, read and written."""
-    x = torch.empty((1 << 30) if device == "cuda" else (1 << 24), dtype=torch.uint8, device=device)
+    """Bytes a second, read and written, of a kernel that negates what it copies."""
+    x = torch.ones((1 << 29) if device == "cuda" else (1 << 22), dtype=torch.int32, device=device)
     y = torch.empty_like(x)
     best = 0.0
     for _ in range(8):
         x[:1].cpu()
         began = time.perf_counter()
-        y.copy_(x)
+        torch.neg(x, out=y)
         y[:1].cpu()
-        best = max(best, 2 * x.numel() / (time.perf_counter() - began))
+        best = max(best, 2 * x.nbytes / (time.perf_counter() - began))
     return best
 
 

@@ -1,0 +1,64 @@
+"""The benchmarks of decoding, tried out on the CPU: rows of every provider, files, names."""
+
+import json
+import sys
+
+import pytest
+import torch
+from launches import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+import decode as bench
+import decode_kernel
+
+from s2_kernels import local_stride
+from s2_kernels.decode import DecodeConfig, launch_decode
+from s2_kernels.paged import paged_reference
+
+
+def test_a_row_for_every_provider(tmp_path, one_thread):
+    a = bench.parse(
+        "--device cpu --layers 2 --heads 4 --kv-heads 2 --d 32 --lengths 128,2048 --batches 1,2 "
+        f"--steps 2 --prefill --dense-layers 1 --name tried --out {tmp_path}".split()
+    )
+    result = bench.measure(a)
+    bench.write(result, a)
+    assert len(result["rows"]) == 2 * 2 * len(bench.PROVIDERS)
+    for row in result["rows"]:
+        assert row["ms"] > 0 and row["floor_ms"] > 0
+        assert ("prefill_s" in row) == (row["batch"] == 1 and "graph" not in row["provider"])
+    sparse, full = (
+        next(r["kv_bytes"] for r in result["rows"][::-1] if r["provider"] == name)
+        for name in ("s2", "dense sdpa")
+    )
+    assert full == 2 * 2 * 2 * 2048 * 32 * 2 * 4 > sparse > full / 2  # layer 1 is dense
+    assert json.loads((tmp_path / "tried.json").read_text())["rows"] == result["rows"]
+    page = (tmp_path / "tried.md").read_text()
+    assert "| 2,048 | 2 | s2 graph |" in page and (tmp_path / "tried.png").stat().st_size > 1000
+
+
+def test_what_does_not_fit_is_a_row_too():
+    row = dict(tokens=8192, batch=64, provider="dense sdpa", kv_bytes=1 << 37, floor_ms=40.0)
+    assert "| does not fit | 40.00 | 128.00 |" in bench.line(
+        row | dict(ms=None, note="does not fit")
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [DecodeConfig(64, 4, 3, 2), DecodeConfig(32, 2, 5, 4, pdl=False)]
+)
+def test_configurations_have_names(config):
+    assert decode_kernel.parse_config(str(config)) == config
+
+
+def test_pools_of_the_kernels_benchmark_hold_what_is_alive(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    normal = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: normal(*shape))
+    pattern = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=2, stride=4)
+    k, v, table, size = decode_kernel.fill(pattern, (100, 33), 32, torch.float32, poison=True)
+    assert k.isnan().any() and size == (len(k) - 1) * 16 * 32 * 2 * 4
+    q, lengths = normal(2, 1, 4, 32), torch.tensor((100, 33), dtype=torch.int32)
+    out, _ = launch_decode(q, k, v, table, lengths, pattern, 0.1)
+    exact, _ = paged_reference(q.double(), k.double(), v.double(), table, lengths, pattern, 0.1)
+    assert (out - exact).abs().max() < 1e-5
