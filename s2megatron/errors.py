@@ -1,4 +1,4 @@
-"""What a user of the command line is meant to read, and what not."""
+"""Errors that a user of the command line reads, and warnings that are hidden from them."""
 
 import contextlib
 import difflib

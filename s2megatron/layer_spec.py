@@ -1,6 +1,6 @@
-"""Layer specs: Megatron's own, with our core attention in place of theirs.
+"""The layer spec for Megatron's --spec option: Megatron's own, with our core attention in it.
 
-Stock route, in a Megatron-LM checkout (tag core_v0.19.0):
+This is the stock route, in a Megatron-LM checkout (tag core_v0.19.0):
 
     S2MEGATRON_CONFIG=run.yaml torchrun ... pretrain_gpt.py --spec s2megatron.layer_spec \\
         s2_layer_spec --attention-dropout 0 --no-create-attention-mask-in-dataloader ...

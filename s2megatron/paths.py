@@ -1,4 +1,4 @@
-"""What a path means that a user wrote: the same on the command line and in a run file."""
+"""What a path that a user wrote means: the same on the command line and in a run file."""
 
 import os
 

@@ -1,10 +1,10 @@
-"""Runs a Megatron-LM script with S2 attention, with no name left to misspell.
+"""Runs a Megatron-LM script with S2 attention, so that no misspelt --spec can make it dense.
 
     S2MEGATRON_CONFIG=run.yaml torchrun ... -m s2megatron.stock pretrain_gpt.py ...
 
-is `torchrun ... pretrain_gpt.py ... --spec s2megatron.layer_spec s2_layer_spec`, but it reads the
-run file before anything starts, and a package that cannot be imported stops it: under a misspelt
---spec Megatron loads nothing of this package and trains dense.
+This is `torchrun ... pretrain_gpt.py ... --spec s2megatron.layer_spec s2_layer_spec`, but it reads
+the run file before anything starts, and a package that cannot be imported stops it. Under a
+misspelt --spec Megatron loads nothing of this package and trains dense.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""YAML in which no key of a mapping can stand twice: the second would win without a word."""
+"""A YAML reader that refuses a key which stands twice in one mapping.
+
+PyYAML would take the second without a word."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What autograd may ask of the kernels: one backward pass. Everything else is refused by name.
+"""Autograd may ask the kernels for one backward pass. Everything else is refused by name.
 
 Without these checks forward mode would see tensors without a tangent, that is, derivatives of zero.
 """

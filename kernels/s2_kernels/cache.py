@@ -5,7 +5,7 @@ i = tokens // block_size, and of the blocks written so far page k is *alive* if 
 later one, still attends to it: i - k < lifetime(k). A page that is dead is never asked for again
 (pattern.py), so that its memory may hold another block at once.
 
-Nothing here holds a tensor or counts through a text: the costs are O(bands), or O(pages alive)
+Nothing here holds a tensor or walks over the tokens. The costs are O(bands), or O(pages alive)
 where pages are listed.
 """
 

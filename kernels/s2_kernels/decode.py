@@ -1,12 +1,12 @@
 """Attention of a few query tokens, or many, against paged KV: the Triton kernels of decoding.
 
-The work is cut as on no grid: a *unit* is a query tile of one KV head of one sequence, with all
-query heads of the group; its list of live pages is arithmetic on lifetimes, so its length is known
-without reading anything but the sequence's length. All lists, one behind the other, are cut into
-equal ranges of tiles, one per program, whatever the lengths of the sequences are. A program writes
-one part (output and log of the softmax's sum) for every unit it touches; `s2_merge_kernel` adds the
-parts of a unit up in their order. The grid depends on shapes alone and the host reads nothing, so
-that a CUDA graph can hold it. The same inputs give the same bits on the same GPU; another number of
+A *unit* is a query tile of one KV head of one sequence, with all query heads of the group. Its list
+of live pages is arithmetic on lifetimes, so the list's length follows from the sequence's length
+alone. All lists, one behind the other, are cut into equal ranges of tiles, one per program,
+whatever the lengths of the sequences are. A program writes one part (output and log of the
+softmax's sum) for every unit that it touches; `s2_merge_kernel` adds up the parts of a unit in
+their order. The grid depends on shapes alone and the host reads nothing, so that a CUDA graph can
+hold it. The same inputs give the same bits on the same GPU; another number of
 programs adds in another order.
 
 A list is computed from lifetimes, never from page numbers: the entry of a dead block may be stale,

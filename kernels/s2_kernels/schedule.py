@@ -129,6 +129,16 @@ def _cut(cost: np.ndarray, n_seqs: int, programs: int):
     return item[order], piece[order], pieces, pieces > 1
 
 
+def _slots(item, piece, pieces, is_cut, width: int = 1):
+    """Scratch memory for cut columns, `width` slots a piece: (of each item, of each column, all).
+
+    The slot of a piece's first share; the first slot of a column; -1 where it is not cut.
+    """
+    taken = pieces * is_cut
+    first = np.where(is_cut, width * (np.cumsum(taken) - pieces), -1)
+    return np.where(is_cut[item], first[item] + piece, -1), first, width * int(taken.sum())
+
+
 def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
 
@@ -154,13 +164,10 @@ def column_work(
     head, column = np.indices(costs.shape)
     head, column = head.ravel() + heads.start, column.ravel()
     item, piece, pieces, is_cut = _cut(costs.ravel(), n_seqs, slots)
-    first_slot = np.where(is_cut, np.cumsum(pieces * is_cut) - pieces, -1)
-    slot = np.where(is_cut[item], first_slot[item] + piece, -1)
+    slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
     cut = np.stack([head, column, first_slot, pieces], axis=1)[is_cut]
-    return ColumnWork(
-        _on_device(items, device), _on_device(cut, device), int((pieces * is_cut).sum())
-    )
+    return ColumnWork(_on_device(items, device), _on_device(cut, device), n_slots)
 
 
 def _in_turn(items: np.ndarray, cost: np.ndarray, n_seqs: int) -> np.ndarray:
@@ -203,8 +210,7 @@ def column_pairs(
             parts.append(np.stack([np.full(len(first), head), first, second, cost * group], axis=1))
     head, first, second, cost = np.concatenate(parts).T
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
-    first_slot = np.where(is_cut, 2 * (np.cumsum(pieces * is_cut) - pieces), -1)
-    slot = np.where(is_cut[item], first_slot[item] + piece, -1)
+    slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut, width=2)
     items = np.stack([head[item], first[item], second[item], piece, pieces[item], slot], axis=1)
     cut = [
         np.stack([head, column, first_slot + w * pieces, pieces], axis=1)[is_cut & (column >= 0)]
@@ -213,7 +219,7 @@ def column_pairs(
     return ColumnWork(
         _on_device(_in_turn(items, (cost / pieces)[item], n_seqs), device),
         _on_device(np.concatenate(cut), device),
-        2 * int((pieces * is_cut).sum()),
+        n_slots,
     )
 
 
@@ -230,11 +236,10 @@ def single_columns(
     head, column = (index.ravel() for index in np.indices(costs.shape))
     cost = costs.ravel()
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
-    first_slot = np.where(is_cut, np.cumsum(pieces * is_cut) - pieces, -1)
-    slot = np.where(is_cut[item], first_slot[item] + piece, -1)
+    slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
     return ColumnWork(
         _on_device(_in_turn(items, (cost / pieces)[item], n_seqs), device),
         _on_device(np.stack([head, column, first_slot, pieces], axis=1)[is_cut], device),
-        int((pieces * is_cut).sum()),
+        n_slots,
     )

@@ -2,7 +2,7 @@
 
 Patterns of lifetimes (forward.py, backward_dq.py, backward_dkdv.py) and block masks
 (block_sparse/kernels.py) differ in how a program finds its tiles and in what it masks. What they do
-with one stands here. Shapes and formulas as in forward.py and backward.py.
+with a tile is here. Shapes and formulas as in forward.py and backward.py.
 """
 
 from typing import NamedTuple

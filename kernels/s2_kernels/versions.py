@@ -1,4 +1,4 @@
-"""Which releases of torch and Triton the kernels were compiled and run with, and no others.
+"""Which releases of torch and Triton the kernels were compiled and run with.
 
 The bounds stand in kernels/pyproject.toml as well; docs/install.md has the table of what was tried.
 An environment may hold others all the same (`--no-deps`, a container). Then `import s2_kernels`

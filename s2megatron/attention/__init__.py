@@ -1,1 +1,1 @@
-"""S2 attention inside Megatron's layers: the module, its checks, what Megatron needs mended."""
+"""S2 attention inside Megatron's layers: the module, its checks, and corrections of Megatron."""

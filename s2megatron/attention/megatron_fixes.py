@@ -1,4 +1,4 @@
-"""What every machine needs put right in Megatron, each with its reason."""
+"""Faults of Megatron that are corrected here on every machine, each with its reason."""
 
 import importlib
 

@@ -1,8 +1,8 @@
 """Torch norms that take part in sequence parallelism.
 
-Megatron's local norm refuses it. All that is missing: under sequence parallelism each rank sees
-other tokens, so the gradients of the norm's parameters are summed over the tensor-parallel ranks,
-and Megatron does that for parameters marked `sequence_parallel`.
+Megatron's local norm refuses sequence parallelism. One thing only is missing there: each rank sees
+other tokens, so the gradients of the norm's parameters must be summed over the tensor-parallel
+ranks. Megatron does that for parameters which are marked `sequence_parallel`.
 """
 
 import torch

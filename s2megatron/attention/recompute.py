@@ -1,9 +1,9 @@
 """Under full activation recompute, attention is not computed again: its output was kept.
 
 Megatron's checkpointed layers run twice, first without gradients, then again in the backward pass.
-Attention is the dear part of the second run, and its output (with lse) is all that its backward
-pass needs besides q, k and v. So the first run leaves both here and the second takes them: tokens x
-heads x (d x 2 + 4) bytes a layer and microbatch in flight, for this rank's heads.
+Attention is the expensive part of the second run, and its output (with lse) is all that its
+backward pass needs besides q, k and v. So the first run leaves both here and the second takes them.
+They are tokens x heads x (d x 2 + 4) bytes a layer and microbatch in flight, for this rank's heads.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Megatron's own layer spec, with our core attention in place of theirs."""
+"""Megatron's own layer spec, with our core attention in place of Megatron's."""
 
 from functools import partial
 

@@ -1,1 +1,1 @@
-"""Who is there, who is lost, and the environment that a run depends on."""
+"""The machines of a run: which are there, which are lost, the environment variables they need."""

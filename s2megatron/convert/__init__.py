@@ -1,1 +1,1 @@
-"""What s2megatron adds to Megatron's checkpoints, and conversion to and from dense formats."""
+"""Checkpoints: conversion to and from Hugging Face, and a look into them."""

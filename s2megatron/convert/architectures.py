@@ -1,4 +1,4 @@
-"""Hugging Face architectures, and what of either side they have no place for.
+"""Which Hugging Face architectures are converted, and what of either side is refused.
 
 `from_megatron` and `from_hugging_face` describe a model (model.py) from Megatron's arguments and
 from a transformers configuration; what cannot be described is refused by name. `to_config` writes

@@ -1,6 +1,7 @@
-"""Files -> documents: packed or not, text or JSON lines, in an encoding that is checked.
+"""Files -> documents: compressed or not, text or JSON lines, in an encoding that is checked.
 
-What cannot be read is refused by file, line and reason, or with `skip_bad` left out and counted.
+What cannot be read is refused, naming file, line and reason. With `skip_bad` it is left out and
+counted instead.
 """
 
 import codecs

@@ -1,4 +1,4 @@
-"""A file's bytes: unpacked, and checked by their first ones to be text."""
+"""The bytes of a file: decompressed, and checked by the first of them to be text."""
 
 import bz2
 import codecs

@@ -1,7 +1,7 @@
 """`s2megatron compare A B`: what B does better or worse than A, with standard errors.
 
-Both were asked the same, so differences are taken window by window and document by document: what
-makes a window hard is hard for both, and falls out.
+Both were asked the same. So differences are taken window by window and document by document: what
+makes a window hard is hard for both models, and cancels out.
 """
 
 from dataclasses import dataclass

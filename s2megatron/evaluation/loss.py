@@ -1,4 +1,4 @@
-"""Loss by position, and on tokens that complete a 5-gram seen before: there recall can be seen.
+"""Loss by position, and on tokens that complete a 5-gram seen before, which shows recall.
 
 A token *repeats* if it and the four before it stood in the window before, in this order; its
 distance is how many tokens back the last such place ends. Sums are kept for every window, so that

@@ -1,4 +1,4 @@
-"""A line now and then for who waits."""
+"""Progress: a line every few seconds, for a person who waits."""
 
 import time
 from collections.abc import Callable

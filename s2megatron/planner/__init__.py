@@ -1,4 +1,4 @@
 """What a run would cost on N GPUs: memory, bytes, step time, and the layouts that fit.
 
-One explicit model; docs/scaling.md has it in formulas, gpus/*.yaml its constants.
+docs/scaling.md has the model's formulas, gpus/*.yaml its constants.
 """

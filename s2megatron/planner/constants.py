@@ -1,7 +1,7 @@
 """The machine's constants: a YAML that `s2megatron calibrate` writes, or one that is shipped.
 
-Every rate is what one GPU was measured to do, not a peak. Assumptions are the model's, not the
-machine's, and stand in the same file so that one can try others.
+Every rate is what one GPU was measured to do, not its peak. The model's assumptions stand in the
+same file, though they are not the machine's, so that one can try others.
 """
 
 import itertools

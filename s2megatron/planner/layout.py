@@ -1,4 +1,4 @@
-"""How a model is spread over GPUs: sizes of the axes, batches, what is recomputed."""
+"""How a model is spread over GPUs: sizes of TP, PP, DP and EP, the batch, what is recomputed."""
 
 from dataclasses import dataclass, replace
 

@@ -1,9 +1,9 @@
 """The KV cache that transformers sees: pages of one pool, of which a KV head keeps the live ones.
 
-`PagedCache.update` stores nothing yet: whether a sequence begins with padding is only known to the
-attention function, which calls `Tokens.attend`. There a first prompt is attended to by the training
-kernels, and what is alive after it is written into pages; later tokens are written first and then
-attend to pages.
+`PagedCache.update` stores nothing yet, because only the attention function knows whether a sequence
+begins with padding. That function calls `Tokens.attend`. A first prompt is computed there by the
+training kernels, and what is alive after it is written into pages. Later tokens are written first,
+and then attend to pages.
 """
 
 from dataclasses import dataclass

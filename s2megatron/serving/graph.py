@@ -1,4 +1,4 @@
-"""A step of decoding as one CUDA graph: the host starts one thing instead of a few hundred.
+"""A step of decoding as one CUDA graph: the host launches once instead of a few hundred times.
 
 A step of one token a sequence launches the same kernels on the same memory every time: the page
 table and the lengths that they read lie on the device, and grids depend on shapes alone. So it is

@@ -1,4 +1,4 @@
-"""Who owns which page: one pool for all layers, sequences and KV heads; the host's bookkeeping.
+"""The host's bookkeeping of pages: one pool for all layers, sequences and KV heads.
 
 A page holds one block of one KV head of one layer of one sequence. Nothing here asks a GPU for
 anything: which blocks live is arithmetic on lengths that the host knows (s2_kernels.cache).

@@ -1,4 +1,6 @@
-"""What is installed here, found by what it brings and not by its name, and what follows from it.
+"""Which optional packages are installed here, and which of Megatron's options follow from it.
+
+A package is recognised by what it brings and not by its name.
 
 PyPI's `apex` is an unrelated project, and a half-removed Transformer Engine leaves an empty folder
 that still imports: both would send Megatron down a path that fails later.

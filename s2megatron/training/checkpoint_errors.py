@@ -1,7 +1,7 @@
-"""A checkpoint that could not be loaded, and one that could not be written: which, and why.
+"""Whether a checkpoint could not be loaded or could not be written, and why.
 
-Megatron and torch raise the same exceptions for both, a failed read and a full disk. Where it was
-raised from tells them apart.
+Megatron and torch raise the same exceptions for a failed read and for a full disk. The place that
+raised one tells them apart.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """What Megatron's training loop asks of a GPT launcher: batches, loss, forward step, datasets.
 
-megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py, whose part this is.
+megatron-core's wheel brings `pretrain()` but not pretrain_gpt.py. This module takes its place.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What Megatron's loading of a checkpoint needs from outside: new learning rates, and names.
+"""Corrections of how Megatron loads a checkpoint: changed learning rates, and names of tensors.
 
 Seen with megatron-core 0.19.2 and torch 2.11.
 """

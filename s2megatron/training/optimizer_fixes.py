@@ -1,4 +1,4 @@
-"""What must be put right in Megatron's distributed optimizer before a run can be resumed with it.
+"""Corrections of Megatron's distributed optimizer, without which a run could not be resumed.
 
 All of it was seen with megatron-core 0.19.2 (megatron/core/optimizer/distrib_optimizer.py). torch's
 AdamW keeps a `step` tensor for every parameter; Transformer Engine's and Apex's fused Adam keep one

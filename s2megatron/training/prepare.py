@@ -1,4 +1,4 @@
-"""From a run file to a run that passed every check which needs no process group."""
+"""From a run file to a run that has passed all checks which need no process group."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Tokens per second and true model FLOPs, beside Megatron's own line (which counts dense)."""
+"""Tokens per second and true model FLOPs, beside Megatron's own line (of dense attention)."""
 
 import time
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Kernels that walk lists of blocks: forward, dk and dv, and dq, for `block_sparse_attention`.
 
 What a tile adds is written once, for these and for forward.py, backward_dkdv.py and backward_dq.py:
-in tiles.py. Here stands where the next tile comes from. A tile is a block or a part of one.
+in tiles.py. This file says where the next tile comes from. A tile is a block or a part of one.
 
 Shapes: b batch, s query tokens, t KV tokens, h query heads, g KV heads, d and dv head sizes, B
 block size, M query rows and N KV rows of a tile. Lists as in `BlockTables`.

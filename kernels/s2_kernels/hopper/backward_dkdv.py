@@ -63,7 +63,8 @@ from s2_kernels.schedule import column_pairs
 
 STAGES = 3
 NOTES = gl.constexpr(10)
-"""How many the producer leaves for each warpgroup of an item."""
+"""How many notes the producer leaves for each warpgroup of an item; what they say, in order."""
+BEFORE, COUNT, WHOLE, AFTER, BATCH, KV_HEAD, SHARE, ROW, THERE, LEFT = map(gl.constexpr, range(10))
 
 
 class Memory(NamedTuple):
@@ -286,12 +287,16 @@ def consumer(
     done, i_round = 0, 0
     half, turn = WARPGROUP, 0
     mbarrier.wait(memory.kv_ready.index(half), turn)
-    n_before = read_scalar(memory.notes, half * NOTES)
+    n_before = read_scalar(memory.notes, half * NOTES + BEFORE)
     while n_before >= 0:
         note = half * NOTES
         k_buf, v_buf = memory.k.index(half), memory.v.index(half)
-        n, n_whole = read_scalar(memory.notes, note + 1), read_scalar(memory.notes, note + 2)
-        n_after, n_left = read_scalar(memory.notes, note + 3), read_scalar(memory.notes, note + 9)
+        n, n_whole = (
+            read_scalar(memory.notes, note + COUNT),
+            read_scalar(memory.notes, note + WHOLE),
+        )
+        n_after = read_scalar(memory.notes, note + AFTER)
+        n_left = read_scalar(memory.notes, note + LEFT)
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
         for i_member in range(GROUP):
@@ -309,9 +314,10 @@ def consumer(
                     )
             done = pass_over(n_after, done + n, memory, STAGES)
         b_dk *= sizes.scale
-        i_batch, i_kv = read_scalar(memory.notes, note + 4), read_scalar(memory.notes, note + 5)
-        slot, row = read_scalar(memory.notes, note + 6), read_scalar(memory.notes, note + 7)
-        n_there = read_scalar(memory.notes, note + 8)
+        i_batch = read_scalar(memory.notes, note + BATCH)
+        i_kv = read_scalar(memory.notes, note + KV_HEAD)
+        slot, row = read_scalar(memory.notes, note + SHARE), read_scalar(memory.notes, note + ROW)
+        n_there = read_scalar(memory.notes, note + THERE)
         if slot >= 0:
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
             o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
@@ -349,7 +355,7 @@ def consumer(
         i_round += 1
         half, turn = i_round % 2 * 2 + WARPGROUP, i_round // 2 & 1
         mbarrier.wait(memory.kv_ready.index(half), turn)
-        n_before = read_scalar(memory.notes, half * NOTES)
+        n_before = read_scalar(memory.notes, half * NOTES + BEFORE)
     tma.store_wait(0)
 
 

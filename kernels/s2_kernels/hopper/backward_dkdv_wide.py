@@ -70,6 +70,9 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import head_offset, load_rule
 from s2_kernels.schedule import single_columns
 
+COUNT, DIAGONAL, ITEM = map(gl.constexpr, range(3))
+"""Notes of an item: half-tiles of a query head, whether the last is on the diagonal, which."""
+
 PLACES = gl.constexpr(4)
 """Half-tiles of Q and dO at a time: with K, V and P^T, what fits 227 KiB of shared memory."""
 P_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
@@ -199,7 +202,7 @@ def producer(
         i_round += 1
         item = next_item(work.taken, sizes.items)
     mbarrier.wait(k.free.index(0), i_round & 1 ^ 1)
-    write_notes(memory.notes, 2, (-1,))
+    write_notes(memory.notes, ITEM, (-1,))
     mbarrier.arrive(k.ready.index(0))
 
 
@@ -345,10 +348,11 @@ def consumer(
     BLOCK_D: gl.constexpr = tiles.bufs.shape[2]
     turn, i_round = 0, 0
     mbarrier.wait(k.ready.index(0), 0)
-    item = read_scalar(memory.notes, 2)
+    item = read_scalar(memory.notes, ITEM)
     while item >= 0:
         p_item = work.items + item * 6
-        n_member, on_diagonal = read_scalar(memory.notes, 0), read_scalar(memory.notes, 1) > 0
+        n_member = read_scalar(memory.notes, COUNT)
+        on_diagonal = read_scalar(memory.notes, DIAGONAL) > 0
         n = n_member * GROUP
         if WARPGROUP == 0:
             b_out = add_dv(turn, n, n_member, on_diagonal, sizes.scale_log2, BLOCK_D, memory)
@@ -368,7 +372,7 @@ def consumer(
             store_share(out.partial + at * (64 * BLOCK_D), b_out)
         i_round += 1
         mbarrier.wait(k.ready.index(0), i_round & 1)
-        item = read_scalar(memory.notes, 2)
+        item = read_scalar(memory.notes, ITEM)
 
 
 @gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "n_items", "t"])

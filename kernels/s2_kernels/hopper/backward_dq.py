@@ -50,6 +50,9 @@ from s2_kernels.launch import Packing, device_table, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
+EDGES, KEPT, UNSEEN = map(gl.constexpr, range(3))
+"""Notes of an item: see lists.query_list."""
+
 
 class Memory(NamedTuple):
     """What the partitions share, and the barriers of it; K and V of a half-tile are freed together.
@@ -242,11 +245,11 @@ def consumer(
     for i_round in range(n_items):
         b_q = memory.q.index(WARPGROUP).load(q_layout)
         b_dout = do_buf.load(q_layout)
-        n_edges, n_kept = read_scalar(memory.notes, 0), read_scalar(memory.notes, 1)
+        n_edges, n_kept = read_scalar(memory.notes, EDGES), read_scalar(memory.notes, KEPT)
         b_dq = gl.zeros([64, D], gl.float32, layout)
         begin = done + (n_edges if WARPGROUP == 1 else 0)
         diagonal = done + n_edges + n_kept + WARPGROUP
-        end = diagonal - (read_scalar(memory.notes, 2) if WARPGROUP == 1 else 0)
+        end = diagonal - (read_scalar(memory.notes, UNSEEN) if WARPGROUP == 1 else 0)
         pass_over(done, begin, memory, STAGES)
         done += n_edges + n_kept + 2
         for part in range(2):

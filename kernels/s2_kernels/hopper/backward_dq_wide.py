@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.backward_dkdv_wide import store_sum
-from s2_kernels.hopper.backward_dq import Sizes
+from s2_kernels.hopper.backward_dq import EDGES, KEPT, UNSEEN, Sizes
 from s2_kernels.hopper.lists import listed_half, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
@@ -213,11 +213,14 @@ def consumer(
             terms.lse2, terms.delta, item, tables, sizes, row_layout, WARPGROUP
         )
         mbarrier.wait(memory.q_ready.index(WARPGROUP), i_round & 1)
-        n_edges, n_kept = read_scalar(memory.notes, at), read_scalar(memory.notes, at + 1)
+        n_edges, n_kept = (
+            read_scalar(memory.notes, at + EDGES),
+            read_scalar(memory.notes, at + KEPT),
+        )
         b_dq = gl.zeros([64, BLOCK_D], gl.float32, layout)
         begin = done + (n_edges if WARPGROUP == 1 else 0)
         diagonal = done + n_edges + n_kept + WARPGROUP
-        end = diagonal - (read_scalar(memory.notes, at + 2) if WARPGROUP == 1 else 0)
+        end = diagonal - (read_scalar(memory.notes, at + UNSEEN) if WARPGROUP == 1 else 0)
         pass_over(done, begin, memory)
         done += n_edges + n_kept + 2
         for p in range(begin, end):

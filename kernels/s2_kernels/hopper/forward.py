@@ -57,6 +57,10 @@ from s2_kernels.launch import Packing, device_table, empty_like, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
 
+PLACE, KEPT, EDGES, DIAGONAL, HIDDEN = map(gl.constexpr, (0, 5, 6, 7, 8))
+"""Notes of an item: five of its `Place`, n_kept, n_edges, and for `mask_first`: hidden is for
+warpgroup 0, the next note for 1."""
+
 
 class Inputs(NamedTuple):
     """TMA descriptors."""
@@ -178,9 +182,9 @@ def pass_over(low, high, ring):
 @gluon.jit
 def write_item(notes, where, n_kept, n_edges, unseen):
     """Notes of an item, for `read_item`."""
-    write_notes(notes, 0, where)
+    write_notes(notes, PLACE, where)
     hidden_0 = gl.where(n_edges > 0, 0, 1)
-    write_notes(notes, 5, (n_kept, n_edges, 0, hidden_0, unseen))
+    write_notes(notes, KEPT, (n_kept, n_edges, 0, hidden_0, unseen))
 
 
 @gluon.jit
@@ -196,8 +200,8 @@ def read_item(notes, WARPGROUP: gl.constexpr):
         read_scalar(notes, 3),
         read_scalar(notes, 4),
     )
-    masked = read_scalar(notes, 7), read_scalar(notes, 8 + WARPGROUP)
-    return where, read_scalar(notes, 5), read_scalar(notes, 6), masked
+    masked = read_scalar(notes, DIAGONAL), read_scalar(notes, HIDDEN + WARPGROUP)
+    return where, read_scalar(notes, KEPT), read_scalar(notes, EDGES), masked
 
 
 @gluon.jit

@@ -70,6 +70,10 @@ NOTES = gl.constexpr(4)
 """Half-tiles whose notes are kept: those of one are written over when the next but three comes."""
 
 
+PASSES, COUNT, WHOLE_FROM, WHOLE_TO = map(gl.constexpr, range(4))
+"""Notes of an item for a warpgroup: see `producer`."""
+
+
 class Memory(NamedTuple):
     """What the partitions share: Q, K and V; notes on an item, and on the mask of a half-tile."""
 
@@ -264,8 +268,9 @@ def consumer(
     zeros = gl.zeros([64, 64], gl.float32, s_layout)
     n_items = count_items(tables, sizes.heads * sizes.slots, False)
     mbarrier.wait(q.ready.index(WARPGROUP), 0)
-    passes, n = read_scalar(memory.q_notes, at), read_scalar(memory.q_notes, at + 1)
-    whole_from, whole_to = read_scalar(memory.q_notes, at + 2), read_scalar(memory.q_notes, at + 3)
+    passes, n = read_scalar(memory.q_notes, at + PASSES), read_scalar(memory.q_notes, at + COUNT)
+    whole_from = read_scalar(memory.q_notes, at + WHOLE_FROM)
+    whole_to = read_scalar(memory.q_notes, at + WHOLE_TO)
     tile = pass_over(0, passes * WARPGROUP, memory, STAGES)
     stage, phase = tile % STAGES, tile // STAGES & 1
     mbarrier.wait(k.ready.index(stage), phase)
@@ -293,7 +298,10 @@ def consumer(
         # Scores of the next item's first half-tile. After the last item, of whatever lies there.
         more = i_round + 1 < n_items
         mbarrier.wait(q.ready.index(WARPGROUP), i_round + 1 & 1, pred=more)
-        passes, n = read_scalar(memory.q_notes, at), read_scalar(memory.q_notes, at + 1)
+        passes, n = (
+            read_scalar(memory.q_notes, at + PASSES),
+            read_scalar(memory.q_notes, at + COUNT),
+        )
         whole_from, whole_to = (
             read_scalar(memory.q_notes, at + 2),
             read_scalar(memory.q_notes, at + 3),
