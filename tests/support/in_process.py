@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,17 +33,18 @@ def call_on_ranks(module: str, function: str, *arguments: str, ranks: int) -> li
 
 def call_on_gpus(module: str, function: str, *arguments: str, ranks: int) -> list:
     """The same under a real torchrun, which sees the GPUs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-         str(HERE / "in_process.py"), module, function, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=HERE.parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-    )  # fmt: skip
-    return _results(done)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+               str(HERE / "in_process.py"), module, function, *arguments]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    # Into files: a background writer of checkpoints would keep a pipe open after the ranks' end.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        status = subprocess.run(
+            command, stdout=out, stderr=err, timeout=300, cwd=HERE.parents[1], env=env
+        ).returncode
+        out.seek(0)
+        err.seek(0)
+        return _results(subprocess.CompletedProcess(command, status, out.read(), err.read()))
 
 
 def _call(module: str, function: str, *arguments: str, ranks: int | None, threads: str) -> list:

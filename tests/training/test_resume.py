@@ -176,15 +176,14 @@ def test_a_run_goes_on_at_another_layout(losses, kind, first, then):
 def test_a_run_goes_on_at_another_layout_on_gpus(tmp_path):
     """In bf16, with the Adam that is installed: Transformer Engine's, Apex's or torch's.
 
-    Other layouts add bf16 products in another order, and the backward kernels add to dq in any
-    order: two runs of one layout differ in the fourth digit of the loss after three updates. Adam
-    without its moments or with a wrong step differs in the second.
+    Other layouts add bf16 products in another order: on two H200s the largest difference was
+    2.1e-4, and 0 at the same layout. Without the mends even that one was 1.0 off.
     """
     print(f"fused Adam: {find_backends().fused_adam}")
     losses = losses_of(tmp_path, ON_GPUS, call_on_gpus)
     for name, kind in ON_GPUS.items():
         for first, then in kind.moves:
-            check_resumed(losses, name, first, then, tolerance=0.02)
+            check_resumed(losses, name, first, then, tolerance=2e-3)
 
 
 def run_options(**options) -> SimpleNamespace:
