@@ -92,6 +92,9 @@ class _Wording:
     between: str
     value: str
     values: range
+    keys_apart: bool = False
+    """The keys of a list are pieces of their own, with the tokens that they have in their facts;
+    `ask_list` then only ends the list."""
 
 
 _WORDINGS = {
@@ -113,13 +116,14 @@ _WORDINGS = {
         tail="\n",
         ask_one="@{key}",
         ask_many="@{key}",
-        ask_list="@{key}:",
+        ask_list=":",
         store="@{key}",
         copy="@{key}",
         ask_tracking="@{key}",
         between=",",
         value="{value}",
         values=range(1_000, 10_000),
+        keys_apart=True,
     ),
 }
 
@@ -305,12 +309,14 @@ def _question(task, piece, words: _Wording, keys, answers) -> list[tuple]:
             for part in ((piece(words.ask_one.format(key=keys[i])), None), (answer, i), tail)
         ]
     if task == "tracking":
-        start = words.ask_tracking.format(key=keys[0])
+        start = [words.ask_tracking.format(key=keys[0])]
     elif task == "multi_value":
-        start = words.ask_many.format(key=keys[0])
+        start = [words.ask_many.format(key=keys[0])]
+    elif words.keys_apart:
+        start = [*(words.head.format(key=key) for key in keys[: len(answers)]), words.ask_list]
     else:
-        start = words.ask_list.format(key=", ".join(keys[: len(answers)]))
-    parts = [(piece(start), None)]
+        start = [words.ask_list.format(key=", ".join(keys[: len(answers)]))]
+    parts = [(piece(text), None) for text in start]
     for i, answer in enumerate(answers):
         parts += [(answer, i), (piece(words.between), None)]
     return [*parts[:-1], tail]

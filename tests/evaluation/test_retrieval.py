@@ -147,3 +147,18 @@ def test_a_document_just_fits():
         document("multi_query", 10)
     least = int(str(caught.value).split("at least ")[1].split(",")[0])
     assert len(document("multi_query", least, seed=0).tokens) == least
+
+
+def test_a_list_of_records_asks_for_keys_as_they_were_planted():
+    """A tokenizer may have one token for `@cd` and others for ` cd`: a key is found as one piece."""
+    pieces: dict[str, int] = {}
+
+    def encode(text):  # one token for every text that is encoded apart
+        return [pieces.setdefault(text, 1000 + len(pieces))]
+
+    found = make_document(
+        "multi_query", encode, 40, random.Random(0), filler=[0] * 40, style="records"
+    )
+    asked = found.tokens[: found.answers[0].start]
+    keys = [found.tokens[answer.source - 1] for answer in found.answers]
+    assert asked[-len(keys) - 1 : -1] == keys
