@@ -150,7 +150,7 @@ def test_a_document_just_fits():
 
 
 def test_a_list_of_records_asks_for_keys_as_they_were_planted():
-    """A tokenizer may have one token for `@cd` and others for ` cd`: a key is found as one piece."""
+    """A tokenizer may have one token for `@cd` and others for ` cd`: a key is one piece."""
     pieces: dict[str, int] = {}
 
     def encode(text):  # one token for every text that is encoded apart
