@@ -233,7 +233,7 @@ def main():
             try:
                 calls = calls_of(pattern, batch, a.tokens, d, dtype, parse_config(config), pools)
                 us = graph_time(calls)
-            except Exception as error:
+            except Exception as error:  # a configuration that fails is a result: go on
                 print(f"{config}: {type(error).__name__}")
                 continue
             rows.append(dict(stride=stride, batch=batch, config=config, us=us, bytes=size,
