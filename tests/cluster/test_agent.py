@@ -15,6 +15,7 @@ import psutil
 import pytest
 from fake_checkpoints import checkpoint
 from launches import ROOT, TINY, write_run_file
+from ports import free_port
 
 from s2megatron.agent import STOP_SIGNALS
 from s2megatron.agent import main as agent_main
@@ -25,12 +26,6 @@ from s2megatron.errors import ConfigError
 from s2megatron.training import output, run_lock
 from s2megatron.training.checkpoint_folder import CheckpointPruner, resume_point
 from s2megatron.training.run_lock import RunLock
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def report(count: int, ranks: list[int], same: list[dict], wait: float = 10.0) -> list[str]:

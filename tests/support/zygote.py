@@ -123,16 +123,29 @@ def _be_launcher(connection: socket.socket) -> None:
     """Forks the ranks of one run, waits for them, and answers with a status."""
     with connection.makefile() as lines:
         job = json.loads(lines.readline())
-    port = _free_port()
-    ranks = {}
+    told, telling = os.pipe()
+    ranks = set()
     for rank in range(job["ranks"] or 1):
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _be_rank(job, rank, port)
-        ranks[pid] = rank
-    status = _wait(set(ranks), time.monotonic() + job["timeout"])
+            os.close(telling)
+            _be_rank(job, rank, told)
+        ranks.add(pid)
+    store = _rendezvous()  # after the forks, which would not have its thread
+    os.write(telling, f"{store.port:5}".encode() * len(ranks))
+    status = _wait(ranks, time.monotonic() + job["timeout"])
     connection.sendall(json.dumps(status).encode() + b"\n")
+
+
+def _rendezvous():
+    """The store where the ranks meet, served here, as torchrun's agent does, on a port of its own.
+
+    A port looked up first and listened on by rank 0 later could be taken by another test between.
+    """
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _wait(left: set[int], deadline: float) -> int | str:
@@ -154,7 +167,7 @@ def _wait(left: set[int], deadline: float) -> int | str:
     return status
 
 
-def _be_rank(job: dict, rank: int, port: int) -> None:
+def _be_rank(job: dict, rank: int, told: int) -> None:
     import torch
 
     for number, file in ((1, job["out"]), (2, job["err"])):
@@ -165,7 +178,9 @@ def _be_rank(job: dict, rank: int, port: int) -> None:
     if job["ranks"]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]),
                           LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))  # fmt: skip
+                          MASTER_PORT=os.read(told, 5).decode().strip(),
+                          TORCHELASTIC_USE_AGENT_STORE="True",
+                          TORCHELASTIC_RESTART_COUNT="0")  # fmt: skip
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     sys.argv = [job["target"], *job["argv"]]
     module, _, function = job["target"].partition(":")
@@ -181,12 +196,6 @@ def _be_rank(job: dict, rank: int, port: int) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -3,25 +3,19 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
 import pytest
 from agents import Job, losses, make_corpus, train, train_multinode, two_nodes
 from launches import ROOT, TINY, write_run_file
+from ports import free_port
 
 from s2megatron.training.run_lock import RunLock
 
 STEPS = 20
 TP2 = ["megatron.tensor_model_parallel_size=2", "megatron.sequence_parallel=true"]
 PP2 = ["megatron.pipeline_model_parallel_size=2"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ own layout, because Megatron's initial weights depend on the layout.
 """
 
 import json
-import random
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import torch
 from agents import make_corpus
 from in_process import call_on_gpus, call_on_ranks
 from launches import ROOT
+from ports import free_port
 
 from s2megatron.errors import ConfigError
 from s2megatron.plot import read_scalars
@@ -82,15 +81,6 @@ ON_GPUS = {
 }  # fmt: skip
 
 
-def free_ports():
-    """Ports below those that the system gives to connections: a run binds its own minutes later."""
-    for port in random.sample(range(20000, 30000), 10000):
-        with socket.socket() as probe:
-            taken = probe.connect_ex(("127.0.0.1", port)) == 0
-        if not taken:
-            yield port
-
-
 def overrides(kind: Kind, layout: str, corpus: str, folder: Path) -> list[str]:
     ranks, tp, pp = LAYOUTS[layout]
     options = SMALL | kind.options | {
@@ -116,7 +106,7 @@ def folder_of(home: Path, run: str) -> Path:
 
 
 def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
-    ports, corpus, runs = free_ports(), make_corpus(home), []
+    corpus, runs = make_corpus(home), []
     for name, kind in kinds.items():
         config = str(ROOT / "configs" / f"{kind.config}.yaml")
         firsts = dict.fromkeys(first for first, _ in kind.moves)
@@ -128,7 +118,7 @@ def plan_runs(home: Path, kinds: dict[str, Kind]) -> list[dict]:
                 "ranks": LAYOUTS[then or first][0],
                 "config": config,
                 "overrides": overrides(kind, then or first, corpus, folder),
-                "port": next(ports),
+                "port": free_port(),
                 "folder": str(folder),
                 "stopped": str(folder_of(home, f"{name} {first}")) if then else "",
                 "stop": STOP,
