@@ -51,7 +51,7 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
 EDGES, KEPT, UNSEEN = map(gl.constexpr, range(3))
-"""Notes of an item: see lists.query_list."""
+"""Notes of an item: see lists.QueryList."""
 
 
 class Memory(NamedTuple):
@@ -123,26 +123,22 @@ def producer(
     """
     done = 0
     for i_round in range(count_items(tables, sizes.heads * sizes.slots, PACKED)):
-        item = item_at(i_round, tables, PACKED)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
-        i_kv = i_head // sizes.group
+        item = query_item(item_at(i_round, tables, PACKED), tables, sizes, PACKED)
+        i_batch, i_head, i_kv = item.batch, item.head, item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         mbarrier.wait(memory.q_free.index(0), i_round & 1 ^ 1)
-        write_notes(memory.notes, 0, (n_edges, n_kept, unseen))
+        write_notes(memory.notes, 0, (tiles.n_edges, tiles.n_kept, tiles.unseen))
         ready = memory.q_ready.index(0)
         mbarrier.expect(ready, 2 * descs.q.block_type.nbytes + 4 * descs.dout.block_type.nbytes)
         for w in gl.static_range(2):
-            first = start + row + w * 64
+            first = item.start + item.row + w * 64
             load_rows(descs.q, i_batch, i_head, first, ready, memory.q.index(w))
             load_rows(descs.dout, i_batch, i_head, first, ready, memory.dout.index(w))
             load_rows(descs.out, i_batch, i_head, first, ready, memory.dq.index(w))
-        for p in range(n_edges + n_kept + 2):
+        for p in range(tiles.n_edges + tiles.n_kept + 2):
             stage, phase = done % STAGES, done // STAGES & 1
-            i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
-            column = start + i_half * 64
+            column = item.start + listed_half(tiles, p, B, N_BANDS) * 64
             mbarrier.wait(memory.kv_free.index(stage), phase ^ 1)
             ready = memory.k_ready.index(stage)
             mbarrier.expect(ready, descs.k.block_type.nbytes)
@@ -170,15 +166,14 @@ def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
 
     A row that sees nothing, or is not there, has lse2 inf: its probabilities come out as 0.
     """
-    i_batch, i_head, row, start, length, at = query_item(
-        item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-    )
+    item = query_item(item, tables, sizes, PACKED)
+    start, length = item.start, item.length
     D: gl.constexpr = o_buf.shape[1]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     b_out, b_dout = o_buf.load(o_layout).to(gl.float32), do_buf.load(o_layout).to(gl.float32)
     b_delta = gl.convert_layout(gl.sum(b_out * b_dout, 1), layout)
-    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * sizes.heads + i_head).to(gl.int64)
+    o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (item.batch * sizes.heads + item.head).to(gl.int64)
     b_lse = gl.load(
         terms.lse + i_row * sizes.s + start + o_row, mask=o_row < length, other=float("-inf")
     )
@@ -189,8 +184,8 @@ def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
     b_delta = gl.where(sees, b_delta, 0.0)
     b_lse2 = gl.where(sees, b_lse * LOG2E, float("inf"))
     end = length if PACKED else sizes.rows
-    gl.store(terms.lse2 + i_row * sizes.rows + at + o_row, b_lse2, mask=o_row < end)
-    gl.store(terms.delta + i_row * sizes.rows + at + o_row, b_delta, mask=o_row < end)
+    gl.store(terms.lse2 + i_row * sizes.rows + item.terms + o_row, b_lse2, mask=o_row < end)
+    gl.store(terms.delta + i_row * sizes.rows + item.terms + o_row, b_delta, mask=o_row < end)
     return b_lse2, b_delta
 
 
@@ -271,23 +266,30 @@ def consumer(
         )  # fmt: skip
         mbarrier.arrive(memory.q_free.index(0), pred=begin == end)
         pass_over(diagonal + 1, done, memory, STAGES)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
+        where = query_item(item, tables, sizes, PACKED)
         if i_round + 1 < n_items:
             item = item_at(i_round + 1, tables, PACKED)
             mbarrier.wait(memory.q_ready.index(0), i_round + 1 & 1)
             b_lse2, b_delta = row_terms(
                 item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
             )
-        row += WARPGROUP * 64
+        row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if PACKED and row + 64 > length:  # TMA would write over the next sequence
-            store_some_rows(b_dq16, store.base, store.strides, i_batch, i_head, start, row, length)
+        if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+            store_some_rows(
+                b_dq16,
+                store.base,
+                store.strides,
+                where.batch,
+                where.head,
+                where.start,
+                row,
+                where.length,
+            )
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()
-            store_rows(store.desc, i_batch, i_head, start + row, dq_buf)
+            store_rows(store.desc, where.batch, where.head, where.start + row, dq_buf)
     tma.store_wait(0)
 
 

@@ -106,22 +106,20 @@ def producer(
     k, v = memory.k, memory.v
     done = 0
     for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
-        item = item_at(i_round, tables, False)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, False
-        )
-        i_kv = i_head // sizes.group
+        item = query_item(item_at(i_round, tables, False), tables, sizes, False)
+        i_batch, i_head, i_kv = item.batch, item.head, item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         for w in gl.static_range(2):
             ready = memory.q_ready.index(w)
             mbarrier.wait(memory.q_free.index(w), i_round & 1 ^ 1)
-            write_notes(memory.notes, w * 3, (n_edges, n_kept, unseen))
+            write_notes(memory.notes, w * 3, (tiles.n_edges, tiles.n_kept, tiles.unseen))
             mbarrier.expect(ready, descs.q.block_type.nbytes + descs.dout.block_type.nbytes)
-            load_rows(descs.q, i_batch, i_head, row + w * 64, ready, memory.q.index(w))
-            load_rows(descs.dout, i_batch, i_head, row + w * 64, ready, memory.dout.index(w))
-        for p in range(n_edges + n_kept + 2):
-            column = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS) * 64
+            q_row = item.row + w * 64
+            load_rows(descs.q, i_batch, i_head, q_row, ready, memory.q.index(w))
+            load_rows(descs.dout, i_batch, i_head, q_row, ready, memory.dout.index(w))
+        for p in range(tiles.n_edges + tiles.n_kept + 2):
+            column = listed_half(tiles, p, B, N_BANDS) * 64
             stage, phase = done % K_STAGES, done // K_STAGES & 1
             mbarrier.wait(k.free.index(stage), phase ^ 1)
             mbarrier.expect(k.ready.index(stage), descs.k.block_type.nbytes)
@@ -150,11 +148,9 @@ def load_terms(p_lse2, p_delta, item, tables, sizes, layout: gl.constexpr, WARPG
 
     With them its probabilities come out as 0.
     """
-    i_batch, i_head, row, start, length, at = query_item(
-        item, tables, sizes.heads, sizes.slots, sizes.s, False
-    )
-    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * sizes.heads + i_head).to(gl.int64) * sizes.rows
+    item = query_item(item, tables, sizes, False)
+    o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (item.batch * sizes.heads + item.head).to(gl.int64) * sizes.rows
     b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < sizes.s, other=float("inf"))
     return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < sizes.s, other=0.0)
 
@@ -234,11 +230,9 @@ def consumer(
             WARPGROUP,
         )  # fmt: skip
         pass_over(diagonal + 1, done, memory)
-        i_batch, i_head, row, start, length, term = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, False
-        )
-        row += WARPGROUP * 64
-        p_tile = out.base + head_offset(out.strides, i_batch, i_head, row)
+        where = query_item(item, tables, sizes, False)
+        row = where.row + WARPGROUP * 64
+        p_tile = out.base + head_offset(out.strides, where.batch, where.head, row)
         store_sum(p_tile, out.strides[1], sizes.s - row, (b_dq * sizes.scale).to(k.bufs.dtype), D)
 
 

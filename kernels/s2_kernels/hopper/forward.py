@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.compat import async_load
-from s2_kernels.hopper.lists import FAR, listed_row, query_list
+from s2_kernels.hopper.lists import FAR, listed_position, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
     Ring,
@@ -80,7 +80,7 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an item lies: its sequence, head and first row; in memory, the sequence's first row."""
+    """Where an item lies in memory: of its `QueryItem` what who stores it must know."""
 
     batch: gl.tensor
     head: gl.tensor
@@ -139,34 +139,29 @@ def producer(
     n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
     tile = 0
     for i_round in range(n_items):
-        item = item_at(i_round, tables, PACKED)
-        i_batch, i_head, row, start, length, terms = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
-        rule = load_rule(tables.rules, i_head // sizes.group, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        item = query_item(item_at(i_round, tables, PACKED), tables, sizes, PACKED)
+        rule = load_rule(tables.rules, item.head // sizes.group, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         mbarrier.wait(q.free.index(0), i_round & 1 ^ 1)
-        write_item(
-            memory.notes, Place(i_batch, i_head, row, start, length), n_kept, n_edges, unseen
-        )
+        write_item(memory.notes, item, tiles)
         mbarrier.expect(q.ready.index(0), 2 * descs.q.block_type.nbytes)
         for w in gl.static_range(2):
-            q_row = start + row + w * 64
-            load_rows(descs.q, i_batch, i_head, q_row, q.ready.index(0), q.bufs.index(w))
-        i_kv = i_head // sizes.group
-        edge = gl.where(n_edges > 0, block_at(edges, 0, N_BANDS) * 64, FAR)
-        n_paired = 2 + n_kept // 2
-        for p in range(n_paired + n_kept % 2 + gl.maximum(n_edges - 1, 0)):
+            q_row = item.start + item.row + w * 64
+            load_rows(descs.q, item.batch, item.head, q_row, q.ready.index(0), q.bufs.index(w))
+        i_kv = item.head // sizes.group
+        edge = gl.where(tiles.n_edges > 0, block_at(tiles.edges, 0, N_BANDS) * 64, FAR)
+        n_paired = 2 + tiles.n_kept // 2
+        for p in range(n_paired + tiles.n_kept % 2 + gl.maximum(tiles.n_edges - 1, 0)):
             if p < 2:
-                row_0, row_1 = gl.where(p == 0, edge, row), row + p * 64
+                at_0, at_1 = gl.where(p == 0, edge, item.position), item.position + p * 64
             else:  # pairs, then what is left, one by one
                 half = gl.minimum(2 * p, n_paired + p) - 4
-                row_0 = listed_row(row, kept, edges, n_kept, n_edges, half, B, N_BANDS)
-                row_1 = listed_row(row, kept, edges, n_kept, n_edges, half + 1, B, N_BANDS)
-                row_1 = gl.where(p < n_paired, row_1, FAR)
-            rows = (start + row_0, start + row_1)
-            load_half_tiles(descs.k, i_batch, i_kv, rows, tile, k)
-            load_half_tiles(descs.v, i_batch, i_kv, rows, tile, v)
+                at_0 = listed_position(tiles, half, B, N_BANDS)
+                at_1 = listed_position(tiles, half + 1, B, N_BANDS)
+                at_1 = gl.where(p < n_paired, at_1, FAR)
+            rows = (item.start + at_0, item.start + at_1)
+            load_half_tiles(descs.k, item.batch, i_kv, rows, tile, k)
+            load_half_tiles(descs.v, item.batch, i_kv, rows, tile, v)
             tile += 1
 
 
@@ -180,11 +175,11 @@ def pass_over(low, high, ring):
 
 
 @gluon.jit
-def write_item(notes, where, n_kept, n_edges, unseen):
+def write_item(notes, item, tiles):
     """Notes of an item, for `read_item`."""
-    write_notes(notes, PLACE, where)
-    hidden_0 = gl.where(n_edges > 0, 0, 1)
-    write_notes(notes, KEPT, (n_kept, n_edges, 0, hidden_0, unseen))
+    write_notes(notes, PLACE, Place(item.batch, item.head, item.row, item.start, item.length))
+    hidden_0 = gl.where(tiles.n_edges > 0, 0, 1)
+    write_notes(notes, KEPT, (tiles.n_kept, tiles.n_edges, 0, hidden_0, tiles.unseen))
 
 
 @gluon.jit

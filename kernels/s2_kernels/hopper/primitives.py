@@ -88,22 +88,40 @@ def next_item(p_taken, n_items):
     return gl.where(item < n_items, item, -1)
 
 
-@gluon.jit
-def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
+class QueryItem(NamedTuple):
     """An item over queries: a tile of 128 rows of a head.
 
-    Returns (i_batch, i_head, row, start, length, terms): the tile's first row within its sequence,
-    where that sequence starts in memory, how long it is, and where its row terms start. n_slots:
-    tiles of a head (schedule.py).
+    Attributes:
+        batch, head: which; batch is 0 where sequences are packed.
+        position: of the tile's first row in the KV sequence: what lifetimes are asked with.
+        row: of the tile's first row among the sequence's queries: what is loaded and stored.
+        start: where the sequence starts in memory, its queries and its keys.
+        length: how many queries the sequence has.
+        terms: where its row terms start.
     """
-    i_head = item // n_slots
+
+    batch: gl.tensor
+    head: gl.tensor
+    position: gl.tensor
+    row: gl.tensor
+    start: gl.tensor
+    length: gl.tensor
+    terms: gl.tensor
+
+
+@gluon.jit
+def query_item(item, tables, sizes, PACKED: gl.constexpr):
+    """The `QueryItem` of this number. sizes: heads, slots (tiles of a head, schedule.py) and s."""
+    i_head = item // sizes.slots
     if PACKED:
-        p_slot = tables.items + item % n_slots * 4
+        p_slot = tables.items + item % sizes.slots * 4
         row, start, length = gl.load(p_slot) * 128, gl.load(p_slot + 1), gl.load(p_slot + 2)
-        return item * 0, i_head, row, start, length, gl.load(p_slot + 3)
+        terms = gl.load(p_slot + 3)
+        return QueryItem(item * 0, i_head, row, row, start, length, terms)
     else:
-        row, zero = (n_slots - 1 - item % n_slots) * 128, item * 0
-        return i_head // heads, i_head % heads, row, zero, s, zero
+        row, zero = (sizes.slots - 1 - item % sizes.slots) * 128, item * 0
+        i_batch, i_head = i_head // sizes.heads, i_head % sizes.heads
+        return QueryItem(i_batch, i_head, row, row, zero, sizes.s, zero)
 
 
 @gluon.jit
