@@ -65,8 +65,10 @@ def pairs_kernel(p_table, p_out, n_slots, length, i_kv, B: tl.constexpr, BANDS: 
         n_rows = (length + 63) // 64
         tl.store(p_out + u * 4, column_0)
         tl.store(p_out + u * 4 + 1, column_1)
-        tl.store(p_out + u * 4 + 2, column_rows(rule, column_0, n_rows, B, BANDS))
-        tl.store(p_out + u * 4 + 3, column_rows(rule, column_1, n_rows, B, BANDS))
+        _, end_0 = column_rows(rule, column_0, None, n_rows, B, BANDS)
+        _, end_1 = column_rows(rule, column_1, None, n_rows, B, BANDS)
+        tl.store(p_out + u * 4 + 2, end_0)
+        tl.store(p_out + u * 4 + 3, end_1)
 
 
 def seen_by(pattern, head, half):

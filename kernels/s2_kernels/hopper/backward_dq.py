@@ -38,12 +38,14 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
     store_rows,
     store_some_rows,
     strides_and_size,
+    term_lead,
     write_notes,
 )
 from s2_kernels.launch import Packing, device_table, pad
@@ -99,6 +101,7 @@ class Sizes(NamedTuple):
     group: gl.tensor
     slots: gl.tensor
     s: gl.tensor
+    q_offset: gl.tensor
     rows: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
@@ -167,25 +170,27 @@ def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
     A row that sees nothing, or is not there, has lse2 inf: its probabilities come out as 0.
     """
     item = query_item(item, tables, sizes, PACKED)
-    start, length = item.start, item.length
+    start = item.start
     D: gl.constexpr = o_buf.shape[1]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     b_out, b_dout = o_buf.load(o_layout).to(gl.float32), do_buf.load(o_layout).to(gl.float32)
     b_delta = gl.convert_layout(gl.sum(b_out * b_dout, 1), layout)
     o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
     i_row = (item.batch * sizes.heads + item.head).to(gl.int64)
-    b_lse = gl.load(
-        terms.lse + i_row * sizes.s + start + o_row, mask=o_row < length, other=float("-inf")
-    )
+    there = o_row < item.length
+    written = there if PACKED else o_row < sizes.rows
+    if sizes.q_offset is not None:
+        there &= o_row >= 0
+        written = (item.terms + o_row >= 0) & (item.terms + o_row < sizes.rows)
+    b_lse = gl.load(terms.lse + i_row * sizes.s + start + o_row, mask=there, other=float("-inf"))
     if terms.dlse is not None:
         p_row = terms.dlse + i_row * sizes.s + start
-        b_delta -= gl.load(p_row + o_row, mask=o_row < length, other=0.0)
+        b_delta -= gl.load(p_row + o_row, mask=there, other=0.0)
     sees = b_lse != float("-inf")
     b_delta = gl.where(sees, b_delta, 0.0)
     b_lse2 = gl.where(sees, b_lse * LOG2E, float("inf"))
-    end = length if PACKED else sizes.rows
-    gl.store(terms.lse2 + i_row * sizes.rows + item.terms + o_row, b_lse2, mask=o_row < end)
-    gl.store(terms.delta + i_row * sizes.rows + item.terms + o_row, b_delta, mask=o_row < end)
+    gl.store(terms.lse2 + i_row * sizes.rows + item.terms + o_row, b_lse2, mask=written)
+    gl.store(terms.delta + i_row * sizes.rows + item.terms + o_row, b_delta, mask=written)
     return b_lse2, b_delta
 
 
@@ -293,7 +298,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
 def s2_hopper_dq_kernel(
     d_q,
     d_k,
@@ -314,6 +319,7 @@ def s2_hopper_dq_kernel(
     group,
     n_slots,
     s,
+    q_offset,
     rows,
     scale,
     scale_log2,
@@ -344,7 +350,7 @@ def s2_hopper_dq_kernel(
     )
     terms = Terms(p_lse, p_dlse, p_lse2, p_delta)
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
     store = Output(d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
@@ -369,15 +375,18 @@ def launch_hopper_dq(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows] (packed.term_rows).
+    """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows].
 
+    Rows as in packed.term_rows for a packed batch, else s of them after term_lead(q_offset).
     lse, dlse: [b, h, s], or [h, T] packed, contiguous.
     """
     b, s, h, d, *_ = extents(q)
-    rows = term_rows(s, packing.n_seqs) if packing else -(-s // 4) * 4  # TMA asks for 16 bytes
+    lead = term_lead(q_offset)
+    rows = term_rows(s, packing.n_seqs) if packing else -(-(lead + s) // 4) * 4  # 16 bytes, for TMA
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
-    work = query_items(pattern, q, packing)
+    work = query_items(pattern, q, packing, q_offset)
     s2_hopper_dq_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -398,6 +407,7 @@ def launch_hopper_dq(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         rows,
         softmax_scale,
         softmax_scale * math.log2(math.e),

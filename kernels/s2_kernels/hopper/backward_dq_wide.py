@@ -47,6 +47,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
@@ -151,8 +152,12 @@ def load_terms(p_lse2, p_delta, item, tables, sizes, layout: gl.constexpr, WARPG
     item = query_item(item, tables, sizes, False)
     o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
     i_row = (item.batch * sizes.heads + item.head).to(gl.int64) * sizes.rows
-    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < sizes.s, other=float("inf"))
-    return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < sizes.s, other=0.0)
+    there = o_row < sizes.s
+    if sizes.q_offset is not None:
+        there &= o_row >= 0
+        i_row += item.terms
+    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=there, other=float("inf"))
+    return b_lse2, gl.load(p_delta + i_row + o_row, mask=there, other=0.0)
 
 
 @gluon.jit
@@ -233,18 +238,20 @@ def consumer(
         where = query_item(item, tables, sizes, False)
         row = where.row + WARPGROUP * 64
         p_tile = out.base + head_offset(out.strides, where.batch, where.head, row)
-        store_sum(p_tile, out.strides[1], sizes.s - row, (b_dq * sizes.scale).to(k.bufs.dtype), D)
+        b_dq16 = (b_dq * sizes.scale).to(k.bufs.dtype)
+        first = None if sizes.q_offset is None else -row
+        store_sum(p_tile, out.strides[1], first, sizes.s - row, b_dq16, D)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
 def s2_hopper_dq_wide_kernel(
     d_q, d_k, d_v, d_dout, p_dq, p_lse2, p_delta, p_items, p_starts, p_table, strides_dq,
-    heads, group, n_slots, s, rows, scale, scale_log2,
+    heads, group, n_slots, s, q_offset, rows, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles.
 
-    lse2 and delta: [b, h, rows], s rows and padding.
+    lse2 and delta: [b, h, rows]: term_lead(q_offset), s rows and padding.
     """
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
@@ -267,7 +274,7 @@ def s2_hopper_dq_wide_kernel(
         make_notes(6),
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
     out, terms = Output(p_dq, strides_dq), Terms(p_lse2, p_delta)
     gl.warp_specialize(
         [
@@ -290,10 +297,11 @@ def launch_hopper_dq_wide(
     dq: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
+    q_offset: int = 0,
 ) -> None:
     """Writes dq, as s2_kernels.backward_dq.launch_dq."""
     b, s, h, d, *_ = extents(q)
-    work = query_items(pattern, q, None)
+    work = query_items(pattern, q, None, q_offset)
     s2_hopper_dq_wide_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -310,6 +318,7 @@ def launch_hopper_dq_wide(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         lse2.shape[-1],
         softmax_scale,
         softmax_scale * math.log2(math.e),

@@ -44,6 +44,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
@@ -90,12 +91,16 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of heads, of query heads per KV head, of tiles of a head, of tokens; the scale."""
+    """Numbers of heads, of query heads per KV head, of tiles of a head, of queries; the scale.
+
+    q_offset: `offset_or_none`.
+    """
 
     heads: gl.tensor
     group: gl.tensor
     slots: gl.tensor
     s: gl.tensor
+    q_offset: gl.tensor
     scale_log2: gl.tensor
 
 
@@ -260,13 +265,16 @@ def attend_tiles(
 
 
 @gluon.jit
-def store_tile(b_acc, b_m, b_l, where, s, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
     row = where.row + WARPGROUP * 64
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
-    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * s + where.start
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < where.length)
+    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * sizes.s + where.start
+    there = o_lse < where.length
+    if sizes.q_offset is not None:
+        there &= o_lse >= 0
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
     b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
     if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
@@ -344,14 +352,14 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
         mbarrier.arrive(v.free.index(stage))
-        store_tile(b_acc, b_m, b_l, where, sizes.s, out, PACKED, WARPGROUP)
+        store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED, WARPGROUP)
         where = where_next
         b_s = warpgroup_mma_wait(0, deps=[t_s])
         mbarrier.arrive(q.free.index(0), pred=more)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
@@ -367,6 +375,7 @@ def s2_hopper_forward_kernel(
     group,
     n_slots,
     s,
+    q_offset,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
@@ -394,7 +403,7 @@ def s2_hopper_forward_kernel(
         q_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
@@ -414,12 +423,13 @@ def launch_hopper_forward(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, packing)
+    work = query_items(pattern, q, packing, q_offset)
     s2_hopper_forward_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -435,6 +445,7 @@ def launch_hopper_forward(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

@@ -54,6 +54,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read,
@@ -236,7 +237,10 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     row = item.row + WARPGROUP * 64
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
     p_lse = out.lse + (item.batch * sizes.heads + item.head).to(gl.int64) * sizes.s
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < sizes.s)
+    there = o_lse < sizes.s
+    if sizes.q_offset is not None:
+        there &= o_lse >= 0
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
     out_buf = out.bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
@@ -317,10 +321,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
 def s2_hopper_forward_wide_kernel(
     d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
-    heads, group, n_slots, s, scale_log2,
+    heads, group, n_slots, s, q_offset, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
@@ -345,7 +349,7 @@ def s2_hopper_forward_wide_kernel(
         k_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
     out = Output(d_out, p_lse, out_bufs)
     gl.warp_specialize(
         [
@@ -364,12 +368,13 @@ def launch_hopper_forward_wide(
     v: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, None)
+    work = query_items(pattern, q, None, q_offset)
     s2_hopper_forward_wide_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -383,6 +388,7 @@ def launch_hopper_forward_wide(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

@@ -96,13 +96,19 @@ def listed_half(tiles, p, B: tl.constexpr, N_BANDS: tl.constexpr):
 
 
 @triton.jit
-def column_rows(rule, column, n_rows, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The query half-tiles [column, end) that see a column, a KV half-tile; none without one."""
+def column_rows(rule, column, first, n_rows, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The query half-tiles [begin, end) that see a column, a KV half-tile; none without one.
+
+    There are query half-tiles from `first` to n_rows - 1. first None: from 0, one for each column.
+    """
     block = column // (B // 64)
     beyond = (n_rows - 1) // (B // 64) + 1  # keeps the product below inside int32
     end = tl.minimum(block + lifetime(rule, block, N_BANDS), beyond) * (B // 64)
     end = tl.where(column < 0, column, tl.minimum(end, n_rows))
-    return tl.maximum(end, column)
+    begin = column
+    if first is not None:
+        begin = tl.minimum(tl.maximum(column, first), n_rows)
+    return begin, tl.maximum(end, begin)
 
 
 @triton.jit
