@@ -57,13 +57,15 @@ def sparse(arch, n, d):
     sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
 
 
-def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
+def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_offset=0):
     (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    if q_offset:
+        q, dout = q[:, q_offset:], dout[:, q_offset:]
     if d > 128:
-        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1)
+        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1, q_offset)
     else:
-        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing)
-    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
+        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing, q_offset)
+    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, q_offset)
 
 
 def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
@@ -99,13 +101,14 @@ HOPPER = [
     *((hopper, dict(d=d, dtype=torch.float16)) for d in (128, 256)),
     (hopper, dict(d=128, pattern=BLOCKS_OF_128)),
     (hopper, dict(d=128, pattern=THREE_RANGES)),
+    *((hopper, dict(d=d, q_offset=1001)) for d in (64, 128, 256)),
 ]
 
 
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    words += [key for key in ("packed", "fused", "pattern") if options.get(key)]
+    words += [key for key in ("packed", "fused", "pattern", "q_offset") if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
 
