@@ -1,7 +1,9 @@
 """What is decided before Megatron starts: what is resumed from, and what may have changed."""
 
+import time
 from argparse import Namespace
 
+import psutil
 import pytest
 from fake_checkpoints import checkpoint
 from in_process import call
@@ -255,3 +257,12 @@ def test_real_run_goes_on_from_a_broken_tracker_with_another_rate(tmp_path):
     assert "is damaged ('garbage')" in again.stdout and "iter_0000002" in again.stdout
     assert "megatron.lr: 0.003 in the checkpoint, 0.002 now: the new one from" in again.stdout
     assert tracker.read_text() == "3" and "consumed samples:            6" in again.stdout
+
+
+def test_the_helper_of_saves_ends_with_its_rank():
+    """The rank leaves without Python's finalizers, as one that is killed does."""
+    helper = call("operating_cases", "start_save_helper")
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(helper) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(helper)
