@@ -2,8 +2,7 @@
 
 from s2megatron.errors import ConfigError
 from s2megatron.planner.constants import Machine
-from s2megatron.planner.costs import Model
-from s2megatron.planner.layout import Layout, candidates
+from s2megatron.planner.layout import Layout, Model, candidates
 from s2megatron.planner.step import Plan, plan
 
 
@@ -18,13 +17,13 @@ def search(machine: Machine, model: Model, base: Layout, best: int | None = None
     """
     found, fitting, most_tp = [], [], machine.gpus_per_node
     while not fitting and most_tp <= max(machine.gpus_per_node, model.shape.heads):
-        layouts = candidates(base, model.shape, most_tp=most_tp)
+        layouts = candidates(base, model, most_tp=most_tp)
         found = [plan(machine, model, layout) for layout in layouts]
         fitting = sorted((p for p in found if p.fits), key=lambda p: p.seconds)
         most_tp *= 2
     if not found:
         raise ConfigError(
-            f"--gpus {base.gpus}: no TP x PP x DP divides {model.shape.heads} heads, "
+            f"--gpus {base.gpus}: no TP x CP x PP x DP divides {model.shape.heads} heads, "
             f"{model.shape.layers} layers and a global batch of {base.global_batch}; change "
             "megatron.global_batch_size or the number of GPUs"
         )
@@ -33,6 +32,6 @@ def search(machine: Machine, model: Model, base: Layout, best: int | None = None
         raise ConfigError(
             f"--gpus {base.gpus}: nothing fits in {machine.memory_gib:.0f} GiB: {least.layout} "
             f"comes nearest with {least.memory.total / 2**30:.1f} GiB; take more GPUs or a "
-            "shorter sequence (context parallelism is not there yet)"
+            "shorter sequence"
         )
     return fitting[:best]
