@@ -23,7 +23,7 @@ Nothing here knows process groups. `s2megatron/attention/context_parallel.py` se
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -263,7 +263,17 @@ class RankPlan:
 
     @property
     def sent_blocks(self) -> int:
+        """How many blocks this rank sends to others."""
         return sum(self.send_counts) - self.send_counts[self.rank]
+
+    def to(self, device: torch.device) -> "RankPlan":
+        """The plan with its indices on a device."""
+        return replace(
+            self,
+            send=self.send.to(device),
+            far=self.far.to(device),
+            chunks=tuple(replace(view, halo=view.halo.to(device)) for view in self.chunks),
+        )
 
 
 def plan_rank(pattern: LayerPattern, chunks: Sequence[Chunks], rank: int) -> RankPlan:
