@@ -123,10 +123,11 @@ class Layout:
         if shape.seq_len % chunks:
             return f"CP {self.cp} cuts {shape.seq_len} tokens into {chunks} chunks, unevenly"
         chunk = shape.seq_len // chunks
-        for block in {pattern.block_size for pattern in model.patterns}:
+        by_blocks = [pattern for pattern in model.patterns if self.exchanges_blocks(pattern)]
+        for block in {pattern.block_size for pattern in by_blocks}:
             if chunk % block:
                 return f"CP {self.cp} makes chunks of {chunk} tokens, not of whole blocks ({block})"
-        dense = any(not self.exchanges_blocks(pattern) for pattern in model.patterns)
+        dense = len(by_blocks) < len(model.patterns)
         heads, groups = shape.heads // self.tp, max(1, shape.kv_heads // self.tp)
         if dense and self.cp_comm == ULYSSES and (heads % self.cp or groups % self.cp):
             return (

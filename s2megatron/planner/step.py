@@ -112,11 +112,10 @@ def plan(machine: Machine, model: Model, layout: Layout) -> Plan:
     # Gradients are read for their norm and again by Adam, which reads and writes three states.
     update = machine.memory_seconds(parameters / sharded * (2 * FP32 + 6 * FP32 + BF16))
     memory = peak(model, layout)
-    usable = machine.memory_gib * 2**30 * (1 - machine.assumptions.memory_reserve)
     return Plan(
         layout=layout,
         memory=memory,
-        fits=memory.total <= usable,
+        fits=fits(machine, memory),
         axes=axes,
         matmul=m * (forward.matmul + backward.matmul),
         attention=m * (forward.attention + backward.attention),
@@ -131,6 +130,12 @@ def plan(machine: Machine, model: Model, layout: Layout) -> Plan:
         model_flops=layout.global_batch * _sequence_flops(model),
         tokens=layout.global_batch * shape.seq_len,
     )
+
+
+def fits(machine: Machine, memory: Memory) -> bool:
+    """Whether a GPU holds it, beside what CUDA, NCCL and fragmentation take."""
+    usable = machine.memory_gib * 2**30 * (1 - machine.assumptions.memory_reserve)
+    return memory.total <= usable
 
 
 _FLOPS: dict[Model, int] = {}

@@ -10,6 +10,7 @@ from planner_cases import SIMPLE, make_model
 from s2_kernels import dense, local_stride
 from s2_kernels.exchange import plan_rank, received_blocks, zigzag
 from s2_kernels.pattern import ranges, sliding_window
+from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
 from s2megatron.planner import context, memory
 from s2megatron.planner.constants import Attention, Link, load_machine
@@ -331,6 +332,30 @@ def test_ulysses_is_only_asked_for_heads_where_a_dense_layer_needs_it():
     assert replace(layout, fused=False).misfit(dense_one) == ""  # blocks are exchanged
     assert replace(layout, cp=4, gpus=8).misfit(dense_one) == ""
     assert replace(layout, cp=8, gpus=16).misfit(dense_one)  # the heads divide, the KV heads not
+
+
+@pytest.mark.parametrize(
+    "tp,cp,tokens",
+    [(1, 1, 640), (1, 2, 640), (2, 2, 640), (1, 4, 512), (4, 3, 768), (12, 3, 384), (12, 3, 1152),
+     (8, 2, 100)],
+)  # fmt: skip
+def test_the_run_and_the_planner_agree_on_what_divides(tp, cp, tokens):
+    """`context_split` refuses at the start of a run; the planner's search passes over."""
+    sizes = {"heads": 24, "kv_heads": 24, "ffn": 1200, "vocab": 1200, "layers": 2}
+    model = make_model(seq_len=tokens, dense_layers=1, **sizes)
+    layout = Layout(gpus=tp * cp, tp=tp, cp=cp, sequence_parallel=tp > 1)
+    split = ContextSplit(
+        ranks=cp, tensor_ranks=tp, sequence_parallel=tp > 1, seq_len=tokens, batch=1,
+        head_sizes=256, element_bytes=2, dense_by="Transformer Engine, p2p",
+    )  # fmt: skip
+    try:
+        split.check(model.patterns)
+    except ConfigError:
+        assert layout.misfit(model)
+    else:
+        assert not layout.misfit(model)
+        received, _ = split.received(model.patterns[1])
+        assert received == context.received_bytes(model, layout, 1)  # the layer table's
 
 
 def arguments(**changed):
