@@ -153,6 +153,12 @@ class Recipe(_Checked):
             raise ValueError(f"start: {self.start} cannot stand beside after: {self.after}")
         if self.after_arm is not None and self.after is None:
             raise ValueError(f"after_arm: {self.after_arm} needs after, the recipe of that arm")
+        longest = max((phase.length for phase in self.phases), default=0)
+        if self.watch_tokens < 2 * longest:  # Megatron's sequences overlap by a token
+            raise ValueError(
+                f"watch_tokens: {self.watch_tokens} hold no whole sequence and one token more of "
+                f"length={longest}; give at least {2 * longest}"
+            )
         timed = all(phase.train_seconds for phase in self.phases)
         if len(self.dense_kernels) > 1 and not timed:
             raise ValueError("dense_kernels: only one is allowed for a phase without train_seconds")

@@ -34,7 +34,7 @@ def group(result: dict) -> tuple[str, int]:
     """What makes arms comparable: the same recipe and seed."""
     recipe = result["recipe"]
     origin = recipe.get("start") or recipe.get("after")
-    return f"{origin} {json.dumps(recipe["phases"])}", recipe["seed"]
+    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"]
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
