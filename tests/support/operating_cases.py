@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -111,3 +112,20 @@ def what_prepare_says(config: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def train_until_the_writer_is_killed() -> int:
+    """The launcher; at iteration 4 rank 0's writer is killed, as the kernel would for memory."""
+    from s2megatron import pretrain
+    from s2megatron.training.checkpoint_folder import CheckpointPruner
+    from s2megatron.training.writer_watch import current_writer
+
+    after = CheckpointPruner.after
+
+    def then_kill(self, iteration: int) -> None:
+        after(self, iteration)
+        if iteration == 4:
+            os.kill(current_writer().pid, signal.SIGKILL)
+
+    CheckpointPruner.after = then_kill
+    return pretrain.run_as_rank()
