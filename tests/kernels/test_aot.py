@@ -27,7 +27,7 @@ WIDE_DKDV_LOOPS = [  # the warpgroup of dk, that of dv
     ["HGMMA", "WAIT 0", "HGMMA", "WAIT 0"],
     ["EX2", "HGMMA", "WAIT 1", "WAIT 0"],
 ]
-HOPPER_VARIANTS = {True: 3, False: 9}
+HOPPER_VARIANTS = {True: 4, False: 11}
 """How often each kernel for wide heads is compiled, and each other one: shipped.HOPPER."""
 
 

@@ -38,9 +38,19 @@ OFFSETS = [
 ]  # fmt: skip
 
 
+ALL_SEEN = [
+    Case("all_seen", dense(heads=8, kv_heads=2), 1001, t=1024, d=128, b=2, q_offset=1024),
+    Case("all_seen_further", dense(heads=4), 4096, t=64, d=64, q_offset=999),
+    Case("all_seen_two", dense(heads=4, block_size=128), 777, t=128, d=96, q_offset=128),
+    Case("all_seen_odd", dense(heads=1), 2000, t=4160, d=128, q_offset=4160),  # columns in pieces
+    Case("wide_all_seen", dense(heads=4, kv_heads=2), 1001, t=1024, d=256, b=2, q_offset=1025),
+    Case("wide_all_seen_one", dense(heads=2), 500, t=64, d=192, q_offset=64),
+]
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", OFFSETS, ids=str)
+@pytest.mark.parametrize("case", OFFSETS + ALL_SEEN, ids=str)
 def test_hopper_at_an_offset(case, dtype):
-    """Queries that are the end, or the middle, of a longer sequence."""
+    """Queries that are the end, or the middle, of a longer sequence, or stand past all keys."""
     needs_hopper()
     check(case, dtype, backend="hopper")

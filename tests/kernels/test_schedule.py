@@ -47,6 +47,11 @@ def test_every_query_tile_once(pattern, s, t, q_offset):
     assert sorted(dealt.items.tolist()) == list(range(2 * pattern.heads * tiles))
 
 
+def test_query_tiles_that_see_all_keys_are_dealt_out_evenly():
+    dealt = query_tiles(dense(heads=2), 66 * 128, 1, 132, CPU, 0, 5)
+    assert np.bincount(owners(dealt)).tolist() == [1] * 132
+
+
 @pytest.mark.parametrize("programs", [3, 132])
 @pytest.mark.parametrize("s, t, q_offset", OFFSETS)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)

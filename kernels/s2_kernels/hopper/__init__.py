@@ -21,6 +21,16 @@ WIDEST = 128
 """Head size above which other kernels run: forward_wide, backward_dq_wide, backward_dkdv_wide."""
 
 
+def all_seen(pattern: LayerPattern, t: int, q_offset: int) -> int | None:
+    """KV half-tiles of 64 tokens, where every query sees every key; else None.
+
+    That is, all queries stand past the keys of a dense pattern: what a rank of context parallelism
+    sees of the blocks that live forever. A half-tile of which a part exists would need a mask.
+    """
+    past = q_offset >= t and t % 64 == 0 and pattern.is_dense
+    return t // 64 if past else None
+
+
 def why_not(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -47,7 +57,8 @@ def why_not(
         return f"packed sequences with head size {q.shape[-1]} (up to {WIDEST})"
     if packing is not None and q_offset:
         return "packed sequences at a q_offset other than 0"
-    if packing is None and q_offset + q.shape[1] > k.shape[1]:
+    past = packing is None and q_offset + q.shape[1] > k.shape[1]
+    if past and all_seen(pattern, k.shape[1], q_offset) is None:
         return "queries at positions past the last key"
     if packing is None and q.shape[1] < min(FEWEST_QUERIES, k.shape[1]):
         return f"fewer than {FEWEST_QUERIES} queries of a longer sequence"
