@@ -7,6 +7,7 @@ from planner_cases import SIMPLE, make_model
 
 from s2megatron.planner import memory
 from s2megatron.planner.constants import Link
+from s2megatron.planner.costs import layer_matmuls
 from s2megatron.planner.layout import Layout
 from s2megatron.planner.links import gather_seconds
 from s2megatron.planner.step import plan
@@ -131,6 +132,28 @@ def test_sends_between_stages_by_hand(vpp, sends, waits):
         assert (axis.size, axis.bytes) == (4, SIZE / tp * sends)
         assert axis.seconds == pytest.approx(once * sends)
         assert axis.exposed == result.pipeline == pytest.approx(once * waits)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallel_time_by_hand(sequence_parallel):
+    """Forward waits for four; backward, with SP, for two gathers before row-parallel products."""
+    model = make_model(seq_len=4096, layers=1, vocab=128)
+    layout = Layout(gpus=2, tp=2, sequence_parallel=sequence_parallel)
+    for gb_s, hides in ((1e3, True), (1, False)):
+        machine = slow(node=(gb_s, 5))
+        once = SIZE / 2 / (gb_s * 1e9) + 5e-6
+        matmul = sum(machine.matmul_seconds(*s) for s in layer_matmuls(model.shape, layout, 0))
+        hidden = machine.assumptions.tp_backward_overlap * 2 * matmul
+        back, first = (6, 2) if sequence_parallel else (4, 0)
+        late = (back - first) * once - hidden
+        assert (late < 0) == hides
+        axis = plan(machine, model, layout).axes["SP" if sequence_parallel else "TP"]
+        assert axis.bytes == (4 + back) * SIZE / 2
+        assert axis.seconds == pytest.approx((4 + back) * once)
+        assert axis.exposed == pytest.approx((4 + first) * once + max(0, late))
+        again = replace(layout, recompute="full")
+        more = plan(machine, model, again).axes["SP" if sequence_parallel else "TP"]
+        assert more.exposed == pytest.approx(axis.exposed + 4 * once)
 
 
 def test_without_a_pipeline_nothing_is_sent():

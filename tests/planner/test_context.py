@@ -124,6 +124,21 @@ def test_buffers_are_those_of_the_exchanges_plan(name):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
+def test_the_first_of_many_ranks_receives_most(name):
+    """`exchanged` looks at 16 ranks, or at as many as a window spans."""
+    pattern, chunks = PATTERNS[name], zigzag(40, 640)
+    found = max(received_blocks(pattern, chunks, rank) for rank in range(40))
+    assert context.exchanged(pattern, 640, 40).received == found
+
+
+def test_a_window_over_many_chunks_is_needed_most_by_a_late_rank():
+    pattern, chunks = sliding_window(**HEADS, local_blocks=201), zigzag(40, 640)
+    received = [received_blocks(pattern, chunks, rank) for rank in range(40)]
+    assert max(received) > max(received[:16])
+    assert context.exchanged(pattern, 640, 40).received == max(received)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_zigzag_spreads_attention_evenly(name):
     """The model takes a rank's pairs to be the mean; windows alone are shorter at the start."""
     pattern, blocks, c = PATTERNS[name], 512, 4
