@@ -5,6 +5,7 @@ python scripts/bench/context_table.py [--gpu h200] [--table docs/scaling-context
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,25 @@ def header(columns: tuple[str, ...]) -> list[str]:
     return [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
 
 
+def page(machine, gpu: str, tables: dict[str, list[tuple[str, list[str]]]]) -> str:
+    """The page: per model (summary row, layout rows) of each length and number of GPUs."""
+    text = [
+        f"# Context parallelism, planned and not measured: {machine.gpu}",
+        "",
+        f"Made by `python scripts/bench/context_table.py --gpu {gpu}`. Nothing here was run: the "
+        f"best layout that fits of `s2megatron plan --search`, {TOKENS // 2**20}M tokens a step. "
+        "[scaling.md](scaling.md) says what the model counts and what it leaves out. Tokens/s/GPU; "
+        "`-`: nothing divides and fits.",
+        "",
+        f"Constants: {' '.join(machine.source.split())}",
+    ]
+    for name, rows in tables.items():
+        summary = header(COLUMNS) + [row for row, _ in rows]
+        layouts = header(LAYOUTS) + [row for _, own in rows for row in own]
+        text += ["", f"## {name}", "", *summary, "", f"### {name}: the layouts", "", *layouts]
+    return "\n".join(text) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", default="h200")
@@ -82,27 +102,15 @@ def main(argv: list[str] | None = None) -> int:
     hide_import_warnings()
     machine = load_machine(options.gpu)
     peak = max(machine.matmul_tflops.values())
-    text = [
-        f"# Context parallelism, planned and not measured: {machine.gpu}",
-        "",
-        f"Made by `python scripts/bench/context_table.py --gpu {options.gpu}`. Nothing here was "
-        f"run: the best layout that fits of `s2megatron plan --search`, {TOKENS // 2**20}M tokens "
-        "a step. [scaling.md](scaling.md) says what the model counts and what it leaves out. "
-        "Tokens/s/GPU; `-`: nothing divides and fits.",
-        "",
-        f"Constants: {' '.join(machine.source.split())}",
-    ]
+    tables: dict[str, list[tuple[str, list[str]]]] = {}
     for name, config in MODELS:
         model, base = read_run(str(ROOT / "configs" / f"{config}.yaml"), [], 8, local=False)
-        summary, layouts = header(COLUMNS), header(LAYOUTS)
-        for tokens in LENGTHS:
-            for gpus in GPUS:
-                plans = best_plans(machine, model, base, tokens, gpus)
-                summary.append(summary_row(tokens, gpus, plans))
-                layouts += layout_rows(tokens, gpus, plans, peak)
-                print(summary[-1], flush=True)
-        text += ["", f"## {name}", "", *summary, "", f"### {name}: the layouts", "", *layouts]
-    options.table.write_text("\n".join(text) + "\n")
+        for tokens, gpus in itertools.product(LENGTHS, GPUS):
+            plans = best_plans(machine, model, base, tokens, gpus)
+            rows = summary_row(tokens, gpus, plans), layout_rows(tokens, gpus, plans, peak)
+            tables.setdefault(name, []).append(rows)
+            print(name, rows[0], flush=True)
+    options.table.write_text(page(machine, options.gpu, tables))
     print(options.table)
     return 0
 
