@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser("data", help="text files, folders or JSONL -> Megatron .bin/.idx")
     )
     _add_planner(commands)
+    check = commands.add_parser("verify", help="whether checkpoints hold what was written")
+    check.add_argument("folder", metavar="FOLDER", help="output folder, or one checkpoint")
+    check.set_defaults(run=_verify)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
     _add_evaluate(commands)
     _add_generate(commands.add_parser("generate", help="text from a Hugging Face model"))
@@ -248,6 +251,13 @@ def _inspect(options) -> None:
     from s2megatron.convert.inspect import inspect
 
     print(inspect(options.checkpoint, options.step))
+
+
+def _verify(options) -> None:
+    from s2megatron.training.verify import verify
+
+    for line in verify(options.folder):
+        print(line, flush=True)
 
 
 def _show(options) -> None:

@@ -37,11 +37,18 @@ class Prepared:
     """Its folder, where the run file names one."""
 
 
-def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
+def prepare(
+    config: str,
+    overrides: Sequence[str],
+    *,
+    writers: bool = True,
+    choose: output.Choice = output.by_name,
+) -> Prepared:
     """Everything up to the start of the process group.
 
     Args:
         writers: let Megatron open its TensorBoard and wandb writers.
+        choose: which checkpoint of an output folder to resume from.
 
     Raises:
         ConfigError: what is wrong, where, and the way out.
@@ -66,7 +73,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     options = default_options(backends, canonical(run.megatron))
     check_required(options)  # before the data: a run file without a model has none either
     options = data_options.resolve(run.data, options)
-    place = output.resolve(run.output, options)
+    place = output.resolve(run.output, options, choose)
     options = place.options if place else options
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
