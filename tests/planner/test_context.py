@@ -405,7 +405,10 @@ def test_a_search_takes_cp_where_it_helps():
     assert {layout.cp for layout in layouts} == {1, 2, 4, 8, 16, 32}
     assert all(layout.misfit(model) == "" for layout in layouts)
     best = search(machine, model, base, 3)
-    assert best[0].layout.cp > 1 and best[0].layout.dp == 1
+    assert len(best) == 3 and best[0].layout.cp > 1 and best[0].layout.dp == 1
+    few = candidates(base, model, most_tp=8, most_cp=2)
+    assert few == [layout for layout in layouts if layout.cp <= 2]
+    assert {p.layout.cp for p in search(machine, model, base, most_cp=2)} == {1, 2}
     without = [plan(machine, model, x) for x in layouts if x.cp == 1]
     assert best[0].seconds < min((p.seconds for p in without if p.fits), default=float("inf"))
 
