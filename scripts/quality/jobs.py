@@ -15,7 +15,8 @@ ROOT = HERE.parents[1]
 START = 40.0
 """Seconds from the start of an arm to its first step, its end included (H200, 2026-11-27)."""
 MEASURED_WITH = 3
-"""Arms a GPU, at which the recipes' us_per_token were measured; spread arms had theirs alone."""
+"""Arms a GPU, at which the recipes' us_per_token were measured; of recipes that are spread or alone
+they are those of one arm on one GPU."""
 PER_TIMING = 45.0
 """Seconds to time one kernel for a phase with `train_seconds`."""
 
@@ -58,8 +59,8 @@ class Job:
 
     @property
     def alone(self) -> bool:
-        """Its time is compared: nothing else may run on its GPU."""
-        return any(phase.train_seconds for phase in self.recipe.phases)
+        """Nothing else may run on its GPU: it is large, or its time is compared."""
+        return self.recipe.alone or any(phase.train_seconds for phase in self.recipe.phases)
 
     def trained(self, arms: Path) -> bool:
         return (arms / self.name / TRAINED).is_file()
@@ -72,8 +73,9 @@ class Job:
     def seconds(self, gpus: int, arms_per_gpu: int) -> float:
         """What training it takes, by what was measured before; 0 where nothing is trained."""
         recipe, total = self.recipe, 0.0
+        share = 1.0 if self.alone else arms_per_gpu / MEASURED_WITH
+        share = 1 / gpus if recipe.spread else share
         for phase in recipe.phases:
-            share = 1 / gpus if recipe.spread else arms_per_gpu / MEASURED_WITH
             if phase.train_seconds:
                 timings = max(1, len(recipe.dense_kernels))
                 total += START + phase.train_seconds + timings * PER_TIMING

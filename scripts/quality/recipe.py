@@ -132,6 +132,8 @@ class Recipe(_Checked):
     """A Hugging Face folder under the data folder whose weights the first phase goes on from."""
     spread: bool = False
     """An arm takes all GPUs that there are: all else waits for it."""
+    alone: bool = False
+    """An arm has its GPU to itself, for its memory; where its time is compared it has anyway."""
     phases: list[Phase] = []
     """None: what was trained before is examined, and nothing is trained."""
     examination: Examination | None = None

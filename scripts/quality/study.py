@@ -26,6 +26,9 @@ from jobs import ROOT, Job, known, with_what_comes_before
 EXAMINING = 30.0
 """Seconds that are kept for the examination of the arms that train last."""
 
+MARGIN = 1.1
+"""Of the time that an arm is thought to take: what is stopped in the middle is lost."""
+
 
 @dataclass
 class Place:
@@ -77,7 +80,7 @@ class Study:
         return self.a.seconds - (time.time() - self.began)
 
     def fits(self, job: Job, gpus: int) -> bool:
-        wanted = job.seconds(gpus, self.a.arms_per_gpu)
+        wanted = MARGIN * job.seconds(gpus, self.a.arms_per_gpu)
         return wanted + EXAMINING * (job.recipe.examination is not None) <= self.seconds_left
 
     def start(self, job: Job, place: Place) -> None:
