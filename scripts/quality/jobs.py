@@ -1,7 +1,6 @@
 """What is to be trained: an arm with a recipe and a seed, and what it goes on from."""
 
 import functools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +108,3 @@ def with_what_comes_before(jobs: list[Job]) -> list[Job]:
             chain.insert(0, before)
         found |= dict.fromkeys(chain)
     return list(found)
-
-
-def known(folder: Path) -> set[str]:
-    """Names of the jobs whose results in a folder, of an earlier lease, are done."""
-    return {
-        path.stem
-        for path in folder.glob("*.json")
-        if json.loads(path.read_text()).get("status") == "done"
-    }

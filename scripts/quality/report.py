@@ -20,21 +20,21 @@ from arms import ARMS, PAIRS, density
 
 
 def read_results(*folders: Path) -> list[dict]:
-    """The results of folders, by recipe, seed, and the order of the table of arms.
-
-    Of two results of one name that of the first folder counts.
-    """
-    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.json")}
-    found = [json.loads(path.read_text()) | {"file": name} for name, path in files.items()]
+    """The results of folders, by recipe, seed, and the order of the table of arms."""
+    files = [path for folder in folders for path in folder.glob("*.json")]
+    found = [json.loads(path.read_text()) | {"file": path.stem} for path in files]
     order = list(ARMS)
     return sorted(found, key=lambda r: (group(r), order.index(r["arm"])))
 
 
-def group(result: dict) -> tuple[str, int]:
-    """What makes arms comparable: the same recipe and seed."""
+def group(result: dict) -> tuple[str, int, str]:
+    """What makes arms comparable: the same recipe, seed, and first weights.
+
+    Weights of one seed that were trained twice are not the same: GPUs do not add in one order.
+    """
     recipe = result["recipe"]
     origin = recipe.get("start") or recipe.get("after")
-    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"]
+    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"], result.get("origin", "")
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
@@ -166,10 +166,11 @@ def claims_table(results: list[dict]) -> list[str]:
 
 def seeds_table(results: list[dict]) -> list[str]:
     """Markdown: loss against dense of arms with several seeds, and how far the seeds are apart."""
-    recipes: dict[str, dict[str, dict[int, dict]]] = {}
+    recipes: dict[str, dict[str, dict[tuple, dict]]] = {}
     for result in results:
-        of_recipe = recipes.setdefault(group(result)[0], {})
-        of_recipe.setdefault(result["arm"], {})[result["recipe"]["seed"]] = result
+        recipe, *weights = group(result)
+        of_arm = recipes.setdefault(recipe, {}).setdefault(result["arm"], {})
+        of_arm[tuple(weights)] = result
     lines = []
     for arms in recipes.values():
         dense = arms.get("dense", arms.get("smollm2-dense", {}))

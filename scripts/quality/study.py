@@ -7,8 +7,7 @@ ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of
 recipe goes on from is trained first. An arm is started only if it should end within `--seconds`;
 the same command later goes on from what is there. `--gpus-per-arm` spreads an arm over several
 GPUs, `--arms-per-gpu` puts several arms on one. DIR gets ARM--RECIPE--SEED.json of each, written
-anew whenever an arm has come further; what is done in `--have`, a folder of such files, is left
-out.
+anew whenever an arm has come further.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from examiner import Examiner
-from jobs import ROOT, Job, known, with_what_comes_before
+from jobs import ROOT, Job, with_what_comes_before
 
 EXAMINING = 30.0
 """Seconds that are kept for the examination of the arms that train last."""
@@ -163,7 +162,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copies", type=Path)
-    parser.add_argument("--have", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--gpus-per-arm", type=int, default=1)
     parser.add_argument("--arms-per-gpu", type=int, default=1,
@@ -171,9 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--override", action="append", default=[], metavar="key.path=value")
     a = parser.parse_args(argv)
     study = Study(a, time.time())
-    have = known(a.have) if a.have else set()
-    jobs = [Job.parse(text, a.recipe) for text in a.arms]
-    jobs = with_what_comes_before([job for job in jobs if job.name not in have])
+    jobs = with_what_comes_before([Job.parse(text, a.recipe) for text in a.arms])
     a.out.mkdir(parents=True, exist_ok=True)
     names = gpu_names()
     examined = any(job.recipe.examination for job in jobs)

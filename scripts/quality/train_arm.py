@@ -306,8 +306,10 @@ def run(arm: Arm) -> None:
     }
     arm.out.mkdir(parents=True, exist_ok=True)
     try:
+        arm.result["origin"] = arm.result["date"]
         if arm.before is not None:
-            arm.result["phases"] = read_result(arm.before)["phases"]
+            before = read_result(arm.before)
+            arm.result |= {"phases": before["phases"], "origin": before["origin"]}
         arm.write("started")
         if arm.recipe.start:
             convert_start(arm)

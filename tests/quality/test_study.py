@@ -24,7 +24,7 @@ import results
 import study
 import tokenizer
 import train_arm
-from jobs import Job, known, with_what_comes_before
+from jobs import Job, with_what_comes_before
 from recipe import history, load_recipe
 
 from s2megatron.errors import ConfigError
@@ -348,12 +348,6 @@ def test_an_arm_that_would_not_end_in_time_waits(tmp_path, monkeypatch, capsys):
     assert study.main([*command, "--seconds", "100"]) == 0
     out = capsys.readouterr().out
     assert "left for another time: paper--recipe" in out and "started" not in out
-
-
-def test_what_an_earlier_lease_did_is_left_out(tmp_path):
-    for name, status in (("dense--recipe", "done"), ("paper--recipe", "trained")):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"status": status}))
-    assert known(tmp_path) == {"dense--recipe"}
 
 
 def test_arms_of_a_failed_trunk_are_not_started(tmp_path, monkeypatch, capsys):
