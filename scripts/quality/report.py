@@ -128,6 +128,43 @@ def retrieval_table(results: list[dict], probe: dict) -> list[str]:
     return lines
 
 
+def worst_table(results: list[dict], probe: dict) -> list[str]:
+    """Markdown: how one probe goes where it goes worst: by depth, distance and shard.
+
+    Distances and shards are those of all lengths together.
+    """
+    lines = []
+    for result in results:
+        found = result.get("examination", {}).get(probe["name"], {}).get("retrieval", {})
+        for task, cells in found.items():
+            places = [worst(cells["by distance"])]
+            shards = {f"shard {n} ({grid})": cell for grid, table in cells["by shard"].items()
+                      for n, cell in table.items()}  # fmt: skip
+            places.append(worst(shards))
+            for length, at in cells["by length"].items():
+                depths = {f"{10 * i}%": cell for i, cell in enumerate(at["by depth"])}
+                lines.append(
+                    row([result["arm"], f"{task} {length}", of(at["all"]), worst(depths), *places,
+                         of(at["left out"])])
+                )  # fmt: skip
+    head = ["arm", "asked", "right", "worst depth", "worst distance", "worst shard", "left out"]
+    return [*rule(head), *lines] if lines else []
+
+
+def worst(cells: dict[str, dict]) -> str:
+    """The name and the share of the worst of some cells."""
+    there = {name: cell for name, cell in cells.items() if cell["value"] is not None}
+    if not there:
+        return ""
+    name = min(there, key=lambda name: there[name]["value"])
+    return f"{name}: {of(there[name])}"
+
+
+def of(cell: dict) -> str:
+    """'48 of 50'."""
+    return f"{round((cell['value'] or 0) * cell['count'])} of {cell['count']}"
+
+
 COUNTS = 0.95
 """A probe counts where dense has at least this share of its answers right."""
 
@@ -245,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
             lines += [f"Right answers, {probe['name']}; in brackets points against dense; far: "
                       "value and answer 2,048 tokens apart and more", "",
                       *retrieval_table(alike, probe), ""]  # fmt: skip
+            if worst_places := worst_table(alike, probe):
+                lines += [f"{probe['name']}, where it goes worst", "", *worst_places, ""]
         if claims := claims_table(alike):
             lines += ["Pairs, on the same windows and documents", "", *claims, ""]
     if seeds := seeds_table(results):

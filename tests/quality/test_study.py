@@ -229,6 +229,24 @@ def test_a_claim_is_told_in_standard_errors_and_only_where_dense_answers():
     assert all(line.endswith("| no |") for line in table if "multi_key 4096 |" in line)
 
 
+def test_the_worst_places_are_named():
+    def cell(value):
+        return {"value": value, "error": None, "count": 50}
+
+    result = arm_result("paper", [20.0, 30.0])
+    result["examination"]["records"]["retrieval"] = {"multi_key": {
+        "by length": {"4096": {"all": cell(0.9), "left out": cell(0.0),
+                               "by depth": [cell(1.0), cell(0.5), cell(None)]}},
+        "by distance": {"0 to 512": cell(1.0), "512 to 1024": cell(0.8)},
+        "by shard": {"blocks of 64, 2 shards": {"0": cell(0.96), "1": cell(0.94)}},
+    }}  # fmt: skip
+    line = report.worst_table([result], {"name": "records"})[-1]
+    assert line == (
+        "| paper | multi_key 4096 | 45 of 50 | 10%: 25 of 50 | 512 to 1024: 40 of 50 | "
+        "shard 1 (blocks of 64, 2 shards): 47 of 50 | 0 of 50 |"
+    )
+
+
 def test_seeds_show_the_noise():
     nats = {("dense", 1): [20.0, 30.0], ("paper", 1): [21.0, 31.5], ("dense", 2): [20.0, 20.0],
             ("paper", 2): [20.0, 21.2]}  # fmt: skip
