@@ -16,6 +16,9 @@ START = 40.0
 MEASURED_WITH = 3
 """Arms a GPU, at which the recipes' us_per_token were measured; of recipes that are spread or alone
 they are those of one arm on one GPU."""
+READING = 2e-6
+"""Seconds a token of an examination, beside trainings: a guess. Plus EXAMINING seconds an arm."""
+EXAMINING = 5.0
 PER_TIMING = 45.0
 """Seconds to time one kernel for a phase with `train_seconds`."""
 
@@ -81,6 +84,13 @@ class Job:
             else:
                 total += START + 1e-6 * phase.tokens * (phase.us_per_token or 0) * share
         return total
+
+    def examination_seconds(self, arms_per_gpu: int) -> float:
+        """What examining it takes; arms that train side by side end, and wait for it, together."""
+        plan, together = self.recipe.examination, self.recipe.phases and not self.alone
+        if plan is None:
+            return 0.0
+        return (EXAMINING + READING * plan.tokens) * (arms_per_gpu if together else 1)
 
     def command(self, a) -> list[str]:
         """Of train_arm.py, with the folders and options of study.py's command line."""

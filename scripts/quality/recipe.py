@@ -117,6 +117,15 @@ class Examination(_Checked):
     loss_tokens: int = 2_000_000
     """Held-out tokens per length."""
 
+    @property
+    def tokens(self) -> int:
+        """That a model reads in all."""
+        documents = sum(
+            len(probe.tasks) * ((probe.documents or self.documents) + (probe.control or 0))
+            for probe in self.probes
+        )
+        return documents * sum(self.lengths) + self.loss_tokens * len(self.loss_lengths)
+
 
 class Recipe(_Checked):
     seed: int = 1

@@ -22,9 +22,6 @@ import torch
 from examiner import Examiner
 from jobs import ROOT, Job, with_what_comes_before
 
-EXAMINING = 30.0
-"""Seconds that are kept for the examination of the arms that train last."""
-
 MARGIN = 1.1
 """Of the time that an arm is thought to take: what is stopped in the middle is lost."""
 
@@ -80,7 +77,8 @@ class Study:
 
     def fits(self, job: Job, gpus: int) -> bool:
         wanted = MARGIN * job.seconds(gpus, self.a.arms_per_gpu)
-        return wanted + EXAMINING * (job.recipe.examination is not None) <= self.seconds_left
+        wanted += job.examination_seconds(self.a.arms_per_gpu)
+        return wanted <= self.seconds_left
 
     def start(self, job: Job, place: Place) -> None:
         with (self.a.out / f"{job.name}.txt").open("w") as log:
