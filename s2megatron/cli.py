@@ -262,15 +262,21 @@ def _verify(options) -> None:
 
 def _show(options) -> None:
     from s2megatron.config import load_config
+    from s2megatron.context_split import ContextSplit
     from s2megatron.layer_table import layer_table
-    from s2megatron.training.megatron_options import to_argv
+    from s2megatron.training.megatron_options import canonical, check_required, to_argv
 
     run = load_config(options.config, options.overrides)
     patterns = run.sparsity.resolve(**_sizes(run.megatron))
     if options.plot:
         _check_picture("--plot", options.plot)
     to_argv(run.megatron)  # says which option Megatron has not
-    print(layer_table(patterns, int(run.megatron["seq_length"])))
+    options, split = canonical(run.megatron), None
+    if (options.get("context_parallel_size") or 1) > 1:
+        check_required(options)
+        split = ContextSplit.from_options(options)
+        split.check(patterns)
+    print(layer_table(patterns, options["seq_length"], split=split))
     if options.plot:
         from s2megatron.plot import plot_masks
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
 from s2megatron.config import RunConfig, load_config
+from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
@@ -131,7 +132,9 @@ def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     ready = prepare_without_launch(config, overrides)
     check_schedule(ready.args)
-    return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
+    split = ContextSplit.from_options(vars(ready.args))
+    table = layer_table(ready.patterns, split.seq_len, split=split)
+    return "\n".join(summary(ready, [table]))
 
 
 def ranks_named_by(run: RunConfig) -> int:
@@ -151,11 +154,12 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
     attention = shape.attention_flops(ready.patterns) * args.global_batch_size
     dense = shape.dense_attention_flops() * args.global_batch_size
     stages = args.virtual_pipeline_model_parallel_size
-    experts = args.expert_model_parallel_size
+    experts, contexts = args.expert_model_parallel_size, args.context_parallel_size
     layout = (
         f"TP {args.tensor_model_parallel_size}"
         f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}"
-        f"{f' x {stages} virtual stages' if stages else ''}, DP {args.data_parallel_size}"
+        f"{f' x {stages} virtual stages' if stages else ''}"
+        f"{f', CP {contexts}' if contexts > 1 else ''}, DP {args.data_parallel_size}"
         f"{f', EP {experts}' if experts > 1 else ''}"
     )
     packed = args.dataloader_inter_document_masking

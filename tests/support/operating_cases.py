@@ -1,5 +1,6 @@
 """Real torch_dist checkpoints, small ones, damaged as disks damage them. Run by in_process.py."""
 
+import multiprocessing
 import os
 import signal
 from argparse import Namespace
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import write_tracker
 from s2megatron.training.load_fixes import name_damaged_files
+from s2megatron.training.save_helpers import tie_save_helpers
 
 
 def load_and_save_errors(folder: str) -> list[str]:
@@ -45,6 +47,16 @@ def load_and_save_errors(folder: str) -> list[str]:
 
 def save_that_fails() -> None:
     raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+
+
+def start_save_helper() -> int:
+    """The process number of the manager of Megatron's saves, in a process that ends at once."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    tie_save_helpers()
+    filesystem_async.get_write_results_queue()
+    (manager,) = multiprocessing.active_children()
+    return manager.pid
 
 
 def samples_of_replaced_data(folder: str) -> list[dict]:

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import time
 from argparse import Namespace
 
+import psutil
 import pytest
 import zygote
 from fake_checkpoints import checkpoint
@@ -266,6 +268,15 @@ def test_real_run_goes_on_from_a_broken_tracker_and_a_damaged_file(tmp_path):
     assert (newest.with_name("aside-iter_0000002") / ".metadata").exists() and newest.exists()
     assert "megatron.lr: 0.003 in the checkpoint, 0.002 now: the new one from" in again.stdout
     assert tracker.read_text() == "3" and "consumed samples:            6" in again.stdout
+
+
+def test_the_helper_of_saves_ends_with_its_rank():
+    """The rank leaves without Python's finalizers, as one that is killed does."""
+    helper = call("operating_cases", "start_save_helper")
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(helper) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(helper)
 
 
 def damage_the_middle(checkpoint, name: str) -> bytes:
