@@ -202,6 +202,17 @@ def test_options_of_an_output_folder(tmp_path):
     assert output.resolve(OutputConfig(), {"save": "x"}) is None
 
 
+@pytest.mark.parametrize(("there", "strategy"), [(None, "mcore"), ("a spec", "nvrx")])
+def test_writer_of_nvidias_package_where_it_is_installed(tmp_path, monkeypatch, there, strategy):
+    asked = []
+    monkeypatch.setattr(
+        output.importlib.util, "find_spec", lambda name: asked.append(name) or there
+    )
+    assert resolve(tmp_path).options["async_strategy"] == strategy
+    assert asked == ["nvidia_resiliency_ext"]
+    assert resolve(tmp_path, async_strategy="mcore").options["async_strategy"] == "mcore"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("ckpt_format", "torch"), ("save", "elsewhere"), ("non_persistent_save_interval", 5)],
