@@ -263,8 +263,9 @@ def test_the_way_back_leads_before_the_one_in_question(folder):
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
-    place = resolve(tmp_path / "run")
     (tmp_path / "run").write_text("a file")
+    place = resolve(tmp_path / "run")
+    assert choose_checkpoint(place.checkpoints, True, Ranks()) == (None, [])
     with pytest.raises(ConfigError, match=rf"{place.checkpoints} cannot be written: Not a dir"):
         output.make_ready(place)
 

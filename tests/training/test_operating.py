@@ -102,7 +102,8 @@ OPTIONS = {
     "lr": 0.003, "min_lr": 0.0003, "train_iters": 20, "train_samples": None,
     "lr_decay_iters": None, "lr_warmup_iters": 2, "lr_decay_style": "cosine",
     "global_batch_size": 2, "micro_batch_size": 1, "start_weight_decay": 0.01,
-    "optimizer": "adam", "bf16": False, "fp16": False, "tensor_model_parallel_size": 1,
+    "optimizer": "adam", "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+    "tensor_model_parallel_size": 1,
     "save_interval": 5, "train_data_path": ["a"],
     "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
 }  # fmt: skip
@@ -122,6 +123,7 @@ def changed(**now):
         ("num_query_groups", 1, "run of its own"),
         ("num_experts", 8, "run of its own"),
         ("bf16", True, "megatron.finetune=true"),
+        ("use_distributed_optimizer", True, "megatron.finetune=true"),
         ("lr", 0.002, "override_opt_param_scheduler=true"),
         ("train_iters", 40, "override_opt_param_scheduler=true"),
         ("lr_decay_iters", 30, "override_opt_param_scheduler=true"),
