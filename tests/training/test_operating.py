@@ -92,6 +92,14 @@ def test_full_disk_at_start(tmp_path, monkeypatch):
         output.make_ready(place)
 
 
+def test_start_in_a_folder_that_cannot_be_made(tmp_path):
+    """TensorBoard's writer comes before the lock, and would end in a traceback."""
+    config = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
+    (tmp_path / "file").touch()
+    said = call("operating_cases", "what_a_start_says", str(config), str(tmp_path / "file" / "x"))
+    assert said.startswith(f"{tmp_path}/file") and "Not a directory: make room, see who may" in said
+
+
 # --- which options may have changed
 
 OPTIONS = {
