@@ -11,8 +11,5 @@ is such a layer: its own pages, its own page table, freed as its lifetimes say. 
     backend.py   attention of a layer over s2_kernels.paged
     models.py    vLLM's own models with that attention
     checks.py    what is set and what is refused, before weights are loaded
+    plugin.py    what vLLM calls when it starts
 """
-
-from s2_vllm.plugin import register
-
-__all__ = ["register"]

@@ -1,7 +1,7 @@
 """Attention of a layer whose KV heads have page tables of their own, over s2_kernels.paged.
 
-T tokens of a step, r requests, h query heads, g KV heads, d head size, B block size. vLLM hands over
-q [T, h, d], k and v [T, g, d], request after request, and per cache group a table [r, blocks].
+T tokens of a step, r requests, h query heads, g KV heads, d head size, B block size. vLLM hands
+over q [T, h, d], k and v [T, g, d], request after request, and per cache group a table [r, blocks].
 A page is [2, B, d]: the keys of a block, then its values.
 """
 
@@ -140,7 +140,7 @@ class S2Impl(AttentionImpl):
                      kv_sharing_target_layer_name=kv_sharing_target_layer_name)  # fmt: skip
         for name, value in asked.items():
             if value is not None:
-                raise ValueError(f"{name}={value!r}: S2 attention does not compute it; leave it out")
+                raise ValueError(f"{name}={value!r}: S2 attention does not compute it")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype

@@ -93,7 +93,8 @@ def _refuse_options(config, where: str) -> None:
     """Raises ValueError for what S2 pages have no place for, by the option's name."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     hf = model.hf_text_config
-    window = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", True) else None
+    windowed = getattr(hf, "use_sliding_window", True)
+    window = getattr(hf, "sliding_window", None) if windowed else None
     dtype = str(model.dtype).removeprefix("torch.")
     backend = config.attention_config.backend
     found = {

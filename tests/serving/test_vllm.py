@@ -3,6 +3,7 @@
 import pytest
 from vllm_cases import environment, expected_tokens, make_folder, random_tokens, serve
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 40
 SPARSITY = {
     "block_size": 16,

@@ -1,4 +1,4 @@
-"""Serves models with vLLM, in an environment that has it: `python vllm_worker.py JOBS.json OUT.json`.
+"""Serves models, in an environment that has vLLM: `python vllm_worker.py JOBS.json OUT.json`.
 
 A job is a folder, options of `LLM`, and rounds of requests; of each round the tokens are noted and
 what the cache held. Without rounds only the configuration is made, which is where most is refused.
