@@ -17,7 +17,6 @@ from s2_kernels.record import record
 from s2megatron.config import parse_config
 
 VLLM = Path(sys.prefix) / "vllm"
-GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -64,13 +63,17 @@ def random_tokens(*lengths: int, seed: int = 3, vocab: int = 128) -> list[list[i
     return [torch.randint(3, vocab, (n,), generator=random).tolist() for n in lengths]
 
 
-def expected_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What transformers with attention "s2" generates, without a cache that evicts."""
+def chosen_tokens(folder: Path, prompts: list[list[int]], tokens: list[list[int]]):
+    """What transformers with attention "s2" chooses after every prefix of prompt + tokens.
+
+    One pass each, without a cache. Where it is `tokens`, these are what greedy generation gives.
+    """
     model = s2hf.load(folder).eval()
     out = []
-    for prompt in prompts:
-        got = model.generate(torch.tensor([prompt]), max_new_tokens=count, **GREEDY)
-        out.append(got[0, len(prompt) :].tolist())
+    for prompt, new in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + new]), use_cache=False).logits
+        out.append(logits[0, len(prompt) - 1 : -1].argmax(-1).tolist())
     return out
 
 

@@ -2,6 +2,7 @@
 
 A job is a folder, options of `LLM`, and rounds of requests; of each round the tokens are noted and
 what the cache held. Without rounds only the configuration is made, which is where most is refused.
+With a pattern in place of a folder random requests meet the cache alone (vllm_traffic.py).
 One process runs all jobs, because importing vLLM takes longer than a job.
 """
 
@@ -19,6 +20,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TORCH_COMPILE_DISABLE": "1",  # compiling what samples takes 10 s
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two ranks want a NUMA node each
 }
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -38,7 +40,8 @@ def serve(job: dict) -> dict:
     pages = core.scheduler.kv_cache_manager.block_pool
     groups = core.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     report = {
-        "model": type(core.model_executor.driver_worker.worker.get_model()).__name__,
+        "model": job["options"].get("tensor_parallel_size", 1) == 1
+        and type(core.model_executor.driver_worker.worker.get_model()).__name__,
         "pages": pages.num_gpu_blocks,
         "layers_of_groups": [len(group.layer_names) for group in groups],
         "block_size": groups[0].kv_cache_spec.block_size,
@@ -53,6 +56,22 @@ def serve(job: dict) -> dict:
         report["rounds"].append(got | {"preemptions": len(counted) - before})
     stop(engine)
     return report
+
+
+def do(job: dict) -> dict:
+    if "rounds" in job:
+        return serve(job)
+    return traffic(job) if "pattern" in job else configure(job)
+
+
+def traffic(job: dict) -> dict:
+    """What random requests met with in the cache of a pattern, without a model."""
+    from vllm_traffic import Traffic
+
+    from s2_kernels import LayerPattern
+
+    pattern = LayerPattern.from_key(job["pattern"])
+    return Traffic(pattern, job["ranks"], job["pages"], job["seed"]).run(job["steps"])
 
 
 def configure(job: dict) -> dict:
@@ -127,7 +146,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     jobs, out = map(Path, sys.argv[1:])
-    reports = [
-        serve(job) if "rounds" in job else configure(job) for job in json.loads(jobs.read_text())
-    ]
-    out.write_text(json.dumps(reports))
+    out.write_text(json.dumps([do(job) for job in json.loads(jobs.read_text())]))
