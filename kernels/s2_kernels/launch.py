@@ -4,9 +4,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s2_kernels.pattern import LayerPattern
+from s2_kernels.recording import Operand, recorder_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,19 @@ class Packing:
     @property
     def n_seqs(self) -> int:
         return len(self.cu_q) - 1
+
+
+def on_grid(kernel, grid: tuple[int, ...]):
+    """`kernel[grid]`: the function that launches it, or notes the launch where operands come in."""
+
+    def launch(*args, **constants) -> None:
+        recorder = recorder_of(args)
+        if recorder is None:
+            kernel[grid](*args, **constants)
+        else:
+            recorder.note(kernel, grid, args, constants)
+
+    return launch
 
 
 def pad(size: int) -> int:
@@ -61,7 +76,7 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    key = device, driver.active.get_current_stream(device.index)
     try:
         return _COUNTERS[key].pop()
     except (KeyError, IndexError):
@@ -69,6 +84,11 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
         rows = torch.zeros((256, 4), dtype=torch.int32, device=device)[:, :1].unbind()
         _COUNTERS[key] = list(rows)
         return _COUNTERS[key].pop()
+
+
+def counter_for(x: torch.Tensor) -> torch.Tensor:
+    """`fresh_counter` on the device of a tensor of the launch."""
+    return x.recorder.counter() if isinstance(x, Operand) else fresh_counter(x.device)
 
 
 def head_major(x: torch.Tensor) -> torch.Tensor:
@@ -120,6 +140,9 @@ def empty_like(x: torch.Tensor, size: int) -> torch.Tensor:
 
     So what enters as Megatron's [s, b, h, d] leaves as it: its reshape to [s, b, h * d] is a view.
     """
+    if isinstance(x, Operand):
+        like = empty_like(x.meta(), size)
+        return x.recorder.allocate(tuple(like.shape), like.stride(), x.dtype)
     if size == x.shape[-1]:
         return torch.empty_like(x)
     order = sorted(range(x.dim() - 1), key=lambda dim: x.stride(dim), reverse=True)

@@ -38,7 +38,7 @@ def tensors(*shape, heads=(4, 2, 2), d=32):
 
 def arguments(packed):
     """Of `ops.attention`: two sequences of 20 tokens, packed or as a batch in Megatron's layout."""
-    fields = PROBLEM.fields
+    fields = PROBLEM
     if packed:
         cu_seqlens = torch.tensor([0, 20, 40], dtype=torch.int32, device=DEVICE)
         return (*tensors(40), cu_seqlens, cu_seqlens, *fields)

@@ -62,8 +62,9 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import (
     concurrent_programs,
+    counter_for,
     device_table,
-    fresh_counter,
+    on_grid,
     pad,
 )
 from s2_kernels.pattern import LayerPattern
@@ -437,7 +438,7 @@ def launch_hopper_dkdv_wide(
     slots = concurrent_programs(q.device, num_warps=8)
     work = single_columns(pattern, s, b, slots, q.device)
     partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
-    s2_hopper_dkdv_wide_kernel[(min(slots, len(work.items)),)](
+    on_grid(s2_hopper_dkdv_wide_kernel, (min(slots, len(work.items)),))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -449,7 +450,7 @@ def launch_hopper_dkdv_wide(
         strides_and_size(dk)[:3],
         strides_and_size(dv)[:3],
         work.items,
-        fresh_counter(q.device),
+        counter_for(q),
         device_table(pattern, q.device),
         partial,
         b,

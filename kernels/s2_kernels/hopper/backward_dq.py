@@ -46,7 +46,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write_notes,
 )
-from s2_kernels.launch import Packing, device_table, pad
+from s2_kernels.launch import Packing, device_table, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
@@ -376,7 +376,7 @@ def launch_hopper_dq(
     rows = term_rows(s, packing.n_seqs) if packing else -(-s // 4) * 4  # TMA asks for 16 bytes
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
     work = query_items(pattern, q, packing)
-    s2_hopper_dq_kernel[(work.programs,)](
+    on_grid(s2_hopper_dq_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),

@@ -53,7 +53,7 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
-from s2_kernels.launch import Packing, device_table, empty_like, pad
+from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
 
@@ -425,7 +425,7 @@ def launch_hopper_forward(
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     work = query_items(pattern, q, packing)
-    s2_hopper_forward_kernel[(work.programs,)](
+    on_grid(s2_hopper_forward_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
