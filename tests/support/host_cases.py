@@ -17,7 +17,9 @@ import torch
 from host_path import StubGPU, renamed, stub_gpu
 from triton import knobs
 
-from s2_kernels import local_stride, plans, s2_attention, s2_attention_varlen
+from s2_kernels import backward_dkdv, local_stride, plans, s2_attention, s2_attention_varlen
+from s2_kernels.hopper import backward_dkdv as hopper_dkdv
+from s2_kernels.hopper import backward_dkdv_wide, primitives
 
 WIDE = dict(heads=4, local_blocks=4, stride=4)
 
@@ -201,10 +203,10 @@ def changes(gpu: StubGPU) -> dict:
 def descriptors(gpu: StubGPU) -> dict:
     """TMA descriptors of a plan's launches: on new addresses, on the same, on new ones again."""
     inputs, attend, _ = case("hopper", n=1024)
-    found, kept, outputs = {}, [], []
+    found, kept, outputs = {}, [inputs(), inputs()], []
     with torch.no_grad():
-        for _ in range(2):
-            attend(*inputs())
+        for tensors in kept:
+            outputs.append(attend(*tensors))
         for name in ("first", "again", "other"):
             if name != "again":
                 kept.append(inputs())
@@ -234,6 +236,8 @@ def placed(output: torch.Tensor):
 
 def report() -> dict:
     torch.set_num_threads(1)
+    for module in (backward_dkdv, hopper_dkdv, backward_dkdv_wide, primitives):
+        module.concurrent_programs = lambda device, num_warps: 132  # an H100's
     with stub_gpu() as gpu:
         found = dict(cases={name: compare(gpu, options) for name, options in CASES.items()})
         found["steady"] = {name: steady(gpu, dict(backend=name)) for name in ("hopper", "triton")}

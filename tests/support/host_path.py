@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 import subprocess
+import sysconfig
 import tempfile
 from collections import namedtuple
 from dataclasses import dataclass
@@ -73,6 +74,16 @@ def stub_library() -> tuple[ctypes.CDLL, str]:
     loaded.stub_launch.restype = ctypes.POINTER(_Launch)
     loaded.stub_sizes.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p]
     return loaded, str(folder)
+
+
+def build(name, source, folder, library_dirs, include_dirs, libraries) -> str:
+    """Triton's launcher in C, compiled in a hurry."""
+    made = Path(folder) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    include = [*include_dirs, sysconfig.get_paths()["include"]]
+    link = [*(f"-L{x}" for x in library_dirs), *(f"-l:{x}" for x in libraries)]
+    options = ["-O0", "-w", "-shared", "-fPIC", *(f"-I{x}" for x in include)]
+    subprocess.run(["gcc", source, *options, *link, "-o", made], check=True)
+    return str(made)
 
 
 def parameters(signature) -> list[tuple[str, int]]:
@@ -212,7 +223,7 @@ def stub_gpu():
     library, folder = stub_library()
     before = driver.active if driver._active is not None else None
     path, compile_before = knobs.nvidia.libcuda_path, compiler.compile
-    knobs.nvidia.libcuda_path = folder
+    knobs.nvidia.libcuda_path, knobs.build.impl = folder, build
     active = _StubDriver()
     stub = StubGPU(library, active)
     driver.set_active(active)
@@ -223,6 +234,6 @@ def stub_gpu():
     finally:
         del torch.Tensor.is_cuda
         compiler.compile = triton.compiler.compile = compile_before
-        knobs.nvidia.libcuda_path = path
+        knobs.nvidia.libcuda_path, knobs.build.impl = path, None
         driver._active = before
         stub.clear()
