@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from s2_kernels import hopper, plans
+from s2_kernels import hopper
 from s2_kernels.autograd import once
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
@@ -90,17 +90,14 @@ def known_plan(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> Plan | None:
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
     """out and lse, by the plan of such a pass, or as `_launch_forward`."""
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if plans.ON and q.is_cuda:
-        key = _key(*inputs, problem)
+    if not q.is_cuda:
+        return _launch_forward(*inputs, problem)
+    key = _key(*inputs, problem)
 
-        def launcher(q, k, v, cu_q, cu_k):
-            return _launch_forward(q, k, v, cu_q, cu_q if key[-1] is True else cu_k, problem)
+    def launcher(q, k, v, cu_q, cu_k):
+        return _launch_forward(q, k, v, cu_q, cu_q if key[-1] is True else cu_k, problem)
 
-        plan = _PLANS.find(key, launcher, inputs, q.device)
-        result = plan and plan.run(inputs, q.device)
-        if result:
-            return result
-    return _launch_forward(*inputs, problem)
+    return _PLANS.run(key, launcher, inputs, q.device)
 
 
 def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
@@ -120,26 +117,22 @@ def _backward(
     q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, by the plan of such a pass, or as `_launch_backward`."""
-    packing = (cu_seqlens_q, cu_seqlens_k)
-    if plans.ON and q.is_cuda:
-        key = _backward_key(q, k, v, out, lse, dout, dlse, *packing, problem)
-        plan = _PLANS.get(key)
-        if plan is None:
-            # A plan has no copies; gradients may come in any layout.
-            out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
-            lse, dlse = lse.contiguous(), dlse if dlse is None else dlse.contiguous()
-            key = _backward_key(q, k, v, out, lse, dout, dlse, *packing, problem)
+    inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+    if not q.is_cuda:
+        return _launch_backward(*inputs, problem)
+    key = _backward_key(*inputs, problem)
+    if _PLANS.get(key) is None:
+        # A plan has no copies, and gradients may come in any layout.
+        out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+        key = _backward_key(*inputs, problem)
 
-            def launcher(q, k, v, out, lse, dout, dlse, cu_q, cu_k):
-                cu_k = cu_q if key[-1] is True else cu_k
-                return _launch_backward(q, k, v, out, lse, dout, dlse, cu_q, cu_k, problem)
+    def launcher(*tensors):
+        *given, cu_q, cu_k = tensors
+        return _launch_backward(*given, cu_q, cu_q if key[-1] is True else cu_k, problem)
 
-            inputs = (q, k, v, out, lse, dout, dlse, *packing)
-            plan = _PLANS.find(key, launcher, inputs, q.device)
-        result = plan and plan.run((q, k, v, out, lse, dout, dlse, *packing), q.device)
-        if result:
-            return result
-    return _launch_backward(q, k, v, out, lse, dout, dlse, *packing, problem)
+    return _PLANS.run(key, launcher, inputs, q.device)
 
 
 def _backward_key(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
@@ -293,10 +286,12 @@ def _are_seen(*tensors: Tensor) -> bool:
 def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan):
     """out and lse, without a gradient; by the plan where there is one."""
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if plan is None and _are_seen(q, k, v):
+    made = None
+    if plan is not None:
+        made = plan.run(inputs, q.device)
+    elif _are_seen(q, k, v):
         return attention(*inputs, *problem)
-    result = plan and plan.run(inputs, q.device)
-    return result or _forward(*inputs, problem)
+    return _forward(*inputs, problem) if made is None else made
 
 
 def attend(

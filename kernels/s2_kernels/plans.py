@@ -60,7 +60,7 @@ class Launch:
         start: the compiled kernel's C launcher, which takes the grid, the stream, `fixed`, and the
             kernel's arguments.
         addresses: (place among the arguments, which of the plan's addresses); maps: the same.
-        kept: tensors whose addresses stand among the arguments.
+        kept: the compiled kernel, and tensors whose addresses stand among the arguments.
     """
 
     start: Callable
@@ -69,7 +69,7 @@ class Launch:
     arguments: list
     addresses: tuple[tuple[int, int], ...]
     maps: tuple[tuple[int, int], ...]
-    kept: tuple[torch.Tensor, ...]
+    kept: tuple
 
     def run(self, stream: int, addresses: list[int], maps: list) -> None:
         arguments = self.arguments.copy()
@@ -102,7 +102,7 @@ class Plan:
 
         None where Triton must be asked: an address is not aligned, or a hook waits for launches.
         """
-        if device.index is not None and device.index != driver.active.get_current_device():
+        if elsewhere(device):
             with torch.cuda.device(device):
                 return self.run(tensors, device)
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
@@ -132,6 +132,11 @@ class Plan:
         return made
 
 
+def elsewhere(device: torch.device) -> bool:
+    """Whether a device is another one than the current, on which Triton launches."""
+    return device.index is not None and device.index != driver.active.get_current_device()
+
+
 _CAPTURED: set[Plan] = set()
 """Plans that ran while a CUDA graph was captured: they stay, whatever else is forgotten."""
 
@@ -145,7 +150,7 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
         CannotRecordError: the launcher does more than allocate and launch.
     """
     recorder = Recorder(tensors, device)
-    results = launcher(*recorder.inputs)
+    results = launcher(*recorder.inputs) or ()
     ours = {x.slot for x in (*recorder.inputs, *results) if x is not None} | recorder.counters
     parts, scratch = {}, 0
     for x in recorder.slots:
@@ -179,7 +184,7 @@ def _prepare(noted: Noted, where: dict[int, int], maps: dict[tuple, TensorMap]) 
     parameters = [x.name for x in noted.kernel.params]
     values = dict(zip(parameters, noted.args, strict=False)) | noted.constants
     descriptors = iter(kernel.metadata.tensordesc_meta or ())  # none on GPUs without TMA
-    arguments, addresses, places, kept = [], [], [], []
+    arguments, addresses, places, kept = [], [], [], [kernel]
     for name in parameters:
         value, place = values[name], len(arguments)
         if isinstance(value, torch.Tensor):
@@ -252,9 +257,10 @@ class Plans:
         self, key: tuple, launcher: Callable, tensors: tuple, device: torch.device
     ) -> Plan | None:
         """As `get`, and makes the plan of a pass that came before; None: call the launcher."""
+        plan = self.get(key)
+        if plan is not None:
+            return plan
         with self._lock:
-            if key in self._plans:
-                return self._plans[key]
             again = self._others.get(key)
             if again:
                 try:
@@ -266,6 +272,17 @@ class Plans:
                 _keep(self._others, key, True)
             return self.get(key)
 
+    def run(
+        self, key: tuple, launcher: Callable, tensors: tuple, device: torch.device
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What `launcher(*tensors)` returns, by plan where there is one."""
+        if elsewhere(device):
+            with torch.cuda.device(device):
+                return self.run(key, launcher, tensors, device)
+        plan = self.find(key, launcher, tensors, device) if ON else None
+        made = None if plan is None else plan.run(tensors, device)
+        return launcher(*tensors) if made is None else made
+
 
 def _keep(kept: dict, key: tuple, value) -> None:
     if len(kept) >= MOST_PLANS:
@@ -273,5 +290,5 @@ def _keep(kept: dict, key: tuple, value) -> None:
     kept[key] = value
 
 
-ON = prepares_launches(triton.__version__)
+ON = prepares_launches(triton.__version__) and not knobs.runtime.interpret
 """Whether plans are made at all."""

@@ -61,14 +61,19 @@ class Operand:
         return replace(self, shape=tuple(shape), strides=tuple(strides))
 
     def __getitem__(self, index: int | None) -> "Operand":
-        """x[None], or x[0] of a tensor with one row."""
+        """x[None], or x[0] of a tensor with one row.
+
+        Raises:
+            CannotRecordError: anything else.
+        """
         if index is None:
             return replace(
                 self,
                 shape=(1, *self.shape),
                 strides=(self.shape[0] * self.strides[0], *self.strides),
             )
-        assert index == 0 and self.shape[0] == 1
+        if index != 0 or self.shape[0] != 1:
+            raise CannotRecordError(f"a part of a tensor, {index}")
         return replace(self, shape=self.shape[1:], strides=self.strides[1:])
 
     def contiguous(self) -> "Operand":

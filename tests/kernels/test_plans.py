@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from s2_kernels import plans
@@ -82,6 +84,57 @@ def test_what_may_differ_under_one_plan(report):
 def test_descriptors_of_addresses_that_came_before_are_kept(report):
     made = report["descriptors"]
     assert made == dict(first=4, again=0, other=4)
+
+
+def test_decoding_has_plans_too(report):
+    kernels = ["s2_write_kernel", "s2_decode_kernel", "s2_merge_kernel"]
+    assert report["paged"]["token"] == dict(same=True, passes=2, kernels=kernels)
+    assert report["paged"]["prompt"]["same"]
+
+
+def test_a_pass_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, whatever the addresses are."""
+    current, entered = [0], []
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            entered.append(self.index)
+            current[0] = self.index
+
+        def __exit__(self, *error):
+            current[0] = 0
+
+    driver = types.SimpleNamespace(
+        get_current_device=lambda: current[0], get_current_stream=lambda device: (device, current)
+    )
+    monkeypatch.setattr(plans, "driver", types.SimpleNamespace(active=driver))
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(plans, "ON", True)
+    launched = []
+    launch = types.SimpleNamespace(run=lambda *given: launched.append((current[0], *given)))
+    plan = plans.Plan((), (), 0, 0, (), (launch,))
+    other = torch.device("cuda", 1)
+    assert plan.run((), other) == () and launched == [(1, (1, current), [], [])]
+    where = plans.Plans().run(("key",), lambda: (current[0],), (), other)
+    assert where == (1,) and current == [0] and entered == [1, 1]
+    assert plans.Plans().run(("key",), lambda: (current[0],), (), torch.device("cuda", 0)) == (0,)
+    assert entered == [1, 1]
+
+
+def test_a_captured_plan_stays(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    driver = types.SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    monkeypatch.setattr(plans, "driver", types.SimpleNamespace(active=driver))
+    monkeypatch.setattr(plans, "_CAPTURED", set())
+    plan = plans.Plan((), (), 0, 0, (), ())
+    plan.run((), torch.device("cuda", 0))
+    assert {plan} == plans._CAPTURED
 
 
 def test_the_oldest_plan_goes(monkeypatch):

@@ -20,6 +20,7 @@ from triton import knobs
 from s2_kernels import backward_dkdv, local_stride, plans, s2_attention, s2_attention_varlen
 from s2_kernels.hopper import backward_dkdv as hopper_dkdv
 from s2_kernels.hopper import backward_dkdv_wide, primitives
+from s2_kernels.paged import paged_attention, write_pages
 
 WIDE = dict(heads=4, local_blocks=4, stride=4)
 
@@ -234,6 +235,35 @@ def placed(output: torch.Tensor):
         torch.empty_strided = empty
 
 
+def paged(gpu: StubGPU) -> dict:
+    """A step of decoding and one of writing, by plan and without; and of a prompt in parts."""
+    pattern = local_stride(**WIDE, kv_heads=2)
+    pages = [torch.zeros(9, pattern.block_size, 128).bfloat16() for _ in "kv"]
+    table = torch.zeros(2, 2, 16, dtype=torch.int32)
+    lengths = torch.full((2,), 700, dtype=torch.int32)
+    k, v = (torch.randn(2, 1, 2, 128).bfloat16() for _ in "kv")
+
+    def step(tokens: int) -> list:
+        gpu.clear()
+        q = torch.randn(2, tokens, 4, 128).bfloat16()
+        write_pages(k, v, *pages, table, lengths, pattern)
+        out = paged_attention(q, *pages, table, lengths, pattern)
+        known = dict(q=q, out=out, k=k, v=v, pages_k=pages[0], pages_v=pages[1], table=table)
+        return renamed(gpu.launches, {x.data_ptr(): name for name, x in known.items()})
+
+    found = {}
+    for name, tokens in (("token", 1), ("prompt", 300)):
+        plans.ON = False
+        direct = step(tokens)
+        plans.ON = True
+        step(tokens), step(tokens)
+        with counted_passes() as ran:
+            by_plan = step(tokens)
+        kernels = [x[0] for x in by_plan]
+        found[name] = dict(same=direct == by_plan, passes=ran["by plan"], kernels=kernels)
+    return found
+
+
 def report() -> dict:
     torch.set_num_threads(1)
     for module in (backward_dkdv, hopper_dkdv, backward_dkdv_wide, primitives):
@@ -243,6 +273,7 @@ def report() -> dict:
         found["steady"] = {name: steady(gpu, dict(backend=name)) for name in ("hopper", "triton")}
         found["changes"] = changes(gpu)
         found["descriptors"] = descriptors(gpu)
+        found["paged"] = paged(gpu)
     return found
 
 

@@ -38,6 +38,7 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32),
         ("shared", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint32),
         ("n_bytes", ctypes.c_uint32),
         ("bytes", ctypes.c_uint8 * 4096),
     ]
@@ -45,11 +46,17 @@ class _Launch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launch:
-    """What the driver was asked to start; `parameters`, (kind, bytes), as the kernel gets them."""
+    """What the driver was asked to start.
+
+    Attributes:
+        attributes: of the launch, a bit for each of CUDA's numbers of them.
+        parameters: (kind, bytes), as the kernel gets them.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     threads: int
+    attributes: int
     stream: int
     parameters: tuple[tuple[str, bytes], ...]
 
@@ -192,7 +199,8 @@ class StubGPU:
         for kind, size in all_parameters(kernel):
             values.append((kind, data[:size]))
             data = data[size:]
-        return Launch(kernel.name, tuple(raw.grid), raw.threads, raw.stream, tuple(values))
+        numbers = (tuple(raw.grid), raw.threads, raw.attributes, raw.stream)
+        return Launch(kernel.name, *numbers, tuple(values))
 
 
 def renamed(launches: list[Launch], known: dict[int, str]) -> list[tuple]:
@@ -212,7 +220,10 @@ def renamed(launches: list[Launch], known: dict[int, str]) -> list[tuple]:
         return (name(data[:8]), data[8:].hex()) if kind == "map" else data.hex()
 
     return [
-        (x.kernel, x.grid, x.threads, x.stream, *(value(*parameter) for parameter in x.parameters))
+        (
+            *(x.kernel, x.grid, x.threads, x.attributes, x.stream),
+            *(value(*parameter) for parameter in x.parameters),
+        )
         for x in launches
     ]
 

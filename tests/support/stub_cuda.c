@@ -16,7 +16,7 @@ typedef struct {
 
 typedef struct {
   uint64_t function, stream;
-  uint32_t grid[3], threads, shared, n_bytes;
+  uint32_t grid[3], threads, shared, attributes, n_bytes;
   uint8_t bytes[MOST_BYTES];
 } Launch;
 
@@ -115,6 +115,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   launch->grid[2] = config->gridDimZ;
   launch->threads = config->blockDimX;
   launch->shared = config->sharedMemBytes;
+  launch->attributes = 0;
+  for (unsigned i = 0; i < config->numAttrs; i++) launch->attributes |= 1u << config->attrs[i].id;
   launch->n_bytes = 0;
   for (int i = 0; i < f->n_params; i++) {
     memcpy(launch->bytes + launch->n_bytes, params[i], f->sizes[i]);
