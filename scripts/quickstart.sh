@@ -62,4 +62,5 @@ fi
 printf 'import os\nimport sys\n\n\ndef main():\n    """' >"$run/prompt.txt"
 echo "== what it writes after:"
 cat "$run/prompt.txt"
-.venv/bin/s2megatron generate "$model" --prompt-file "$run/prompt.txt" --max-new-tokens 300
+# One thread: several lose more time by waiting for each other than a model of 1M parameters has work.
+OMP_NUM_THREADS=1 .venv/bin/s2megatron generate "$model" --prompt-file "$run/prompt.txt" --max-new-tokens 300

@@ -108,8 +108,8 @@ def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tenso
         from s2_kernels.hopper import forward, forward_wide  # import Gluon
 
         if q.shape[-1] > hopper.WIDEST:
-            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, scale)
-        return forward.launch_hopper_forward(q, k, v, rule, scale, packing)
+            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, scale, q_offset)
+        return forward.launch_hopper_forward(q, k, v, rule, scale, packing, q_offset)
     return launch_forward(q, k, v, rule, scale, q_offset, packing=packing)
 
 
@@ -156,7 +156,7 @@ def _launch_backward(
     if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "backward"):
         from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
 
-        return launch_hopper_backward(*inputs, packing)
+        return launch_hopper_backward(*inputs, packing, q_offset)
     return launch_backward(
         *inputs,
         q_offset,

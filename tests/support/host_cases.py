@@ -26,7 +26,7 @@ WIDE = dict(heads=4, local_blocks=4, stride=4)
 
 
 def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="bshd", packed=False,
-         lse=False, odd=False):  # fmt: skip
+         lse=False, odd=False, q_offset=0):  # fmt: skip
     """Inputs that differ in what a plan depends on, and the function that attends to them."""
     pattern = local_stride(**WIDE, kv_heads=kv_heads)
     heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads)
@@ -37,7 +37,11 @@ def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="
         elif layout == "sbhd":
             found = [torch.randn(n, 2, h, d, dtype=dtype).transpose(0, 1) for h in heads]
         else:
-            found = [torch.randn(2, n, h, d + 8 * odd, dtype=dtype)[..., :d] for h in heads]
+            rows = (n - q_offset, n, n)
+            found = [
+                torch.randn(2, r, h, d + 8 * odd, dtype=dtype)[..., :d]
+                for r, h in zip(rows, heads, strict=True)
+            ]
         return [x.detach().requires_grad_() for x in found]
 
     cu_seqlens = torch.tensor([0, n // 3, n], dtype=torch.int32)
@@ -47,7 +51,7 @@ def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="
         if packed:
             options |= dict(cu_seqlens_q=cu_seqlens, max_seqlen_q=n)
             return s2_attention_varlen(q, k, v, pattern, **options)
-        return s2_attention(q, k, v, pattern, **options)
+        return s2_attention(q, k, v, pattern, q_offset=q_offset, **options)
 
     return inputs, attend, lse
 
@@ -61,8 +65,11 @@ CASES = {
     "hopper-odd-length": dict(backend="hopper", n=609, dtype=torch.float16),
     "hopper-cut": dict(backend="hopper", n=8192),
     "hopper-d256-cut": dict(backend="hopper", n=8192, d=256),
+    "hopper-offset": dict(backend="hopper", n=1000, q_offset=333),
+    "hopper-d256-offset": dict(backend="hopper", d=256, n=1000, q_offset=333),
     "auto": dict(backend="auto"),
     "triton": dict(backend="triton"),
+    "triton-offset": dict(backend="triton", n=1000, q_offset=333),
     "triton-gqa-sbhd": dict(backend="triton", kv_heads=2, layout="sbhd"),
     "triton-d256-dlse": dict(backend="triton", d=256, lse=True),
     "triton-cut": dict(backend="triton", n=8192),
