@@ -128,15 +128,9 @@ def s2_attention_backward(
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    problem = ops.Problem(
-        pattern=pattern.key,
-        softmax_scale=scale,
-        q_offset=q_offset,
-        deterministic=deterministic,
-        backend=backend,
-    )
+    problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
     with torch.no_grad():
-        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *problem)
+        return ops.gradients(q, k, v, out, lse, dout, None, None, None, problem)
 
 
 def s2_attention_varlen(

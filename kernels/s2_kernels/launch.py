@@ -43,10 +43,25 @@ def pad(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A list that the host made, on a device.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, which cannot hold such a copy.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "S2 attention meets these shapes for the first time while a CUDA graph is captured, "
+            "and its work lists would have to be copied to the GPU, which a graph cannot hold; "
+            "call it with such inputs, and its backward pass, once before the capture"
+        )
+    return x.to(device)
+
+
 @functools.lru_cache(maxsize=1024)
 def device_table(pattern: LayerPattern, device: torch.device) -> torch.Tensor:
     """`pattern.table()` on a device: all that a kernel knows of the pattern."""
-    return pattern.table().to(device)
+    return upload(pattern.table(), device)
 
 
 @functools.cache

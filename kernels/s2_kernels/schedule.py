@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from s2_kernels.launch import upload
 from s2_kernels.pattern import LayerPattern
 
 SHORTEST_PIECE = 32
@@ -150,7 +151,7 @@ def _slots(item, piece, pieces, is_cut, width: int = 1):
 
 
 def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+    return upload(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,7 +14,8 @@ import pytest
 import torch
 import triton
 
-from s2_kernels import plans
+from s2_kernels import local_stride, plans, schedule
+from s2_kernels.launch import device_table
 from s2_kernels.versions import prepares_launches
 
 pytestmark = pytest.mark.skipif(
@@ -135,6 +136,18 @@ def test_a_captured_plan_stays(monkeypatch):
     plan = plans.Plan((), (), 0, 0, (), ())
     plan.run((), torch.device("cuda", 0))
     assert {plan} == plans._CAPTURED
+
+
+def test_lists_are_not_uploaded_into_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    pattern, device = local_stride(heads=2, local_blocks=2, stride=2), torch.device("cuda", 0)
+    for upload in (
+        lambda: device_table(pattern, device),
+        lambda: schedule.query_tiles(pattern, 256, 1, 4, device),
+        lambda: schedule.column_pairs(pattern, 256, 1, 4, device),
+    ):
+        with pytest.raises(RuntimeError, match="once before the capture"):
+            upload()
 
 
 def test_the_oldest_plan_goes(monkeypatch):
