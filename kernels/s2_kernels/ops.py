@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from s2_kernels import hopper
+from s2_kernels import hopper, plans
 from s2_kernels.autograd import once
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
@@ -82,7 +82,7 @@ def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
 
 def known_plan(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> Plan | None:
     """The plan of a forward pass that ran before: so its inputs need not be checked again."""
-    if _are_seen(q, k, v):
+    if not plans.ON or _are_seen(q, k, v):
         return None
     return _PLANS.get(_key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem))
 
