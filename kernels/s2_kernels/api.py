@@ -68,7 +68,7 @@ def s2_attention(
     if backend in ON_GPU and q.is_cuda and not torch.compiler.is_compiling():
         # What ran before was checked before: the same shapes, strides, types and devices.
         problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
-        plan = ops.known_plan(q, k, v, None, None, problem)
+        plan = ops.known_plan(q, k, v, problem)
     if plan is None:
         _check(q, k, v, pattern, q_offset, dims=4)
         backend = _choose(backend, q, k, v)

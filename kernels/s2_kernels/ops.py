@@ -6,6 +6,7 @@ strides, and never look into launchers. The pattern goes in as a string (`LayerP
 Shapes as in forward.py; sequences are packed when cu_seqlens_q is given.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,8 +47,10 @@ class Problem(NamedTuple):
 
 
 def _packing(cu_seqlens_q, cu_seqlens_k, problem: Problem) -> Packing | None:
+    """How sequences are packed, if they are; k like q, where it has no offsets of its own."""
     if cu_seqlens_q is None:
         return None
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     return Packing(cu_seqlens_q, cu_seqlens_k, problem.max_seqlen_q, problem.max_seqlen_k)
 
 
@@ -75,29 +78,30 @@ def _layout(x: Tensor) -> tuple:
 def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
     """Of a forward pass, and part of that of a backward pass."""
     key = (problem, *_layout(q), *_layout(k), *_layout(v))
-    if cu_seqlens_q is None:
-        return key
-    return *key, cu_seqlens_q.shape, cu_seqlens_k.data_ptr() == cu_seqlens_q.data_ptr()
+    return key if cu_seqlens_q is None else (*key, cu_seqlens_q.shape, cu_seqlens_k is None)
 
 
-def known_plan(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> Plan | None:
+def known_plan(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Plan | None:
     """The plan of a forward pass that ran before: so its inputs need not be checked again."""
     if not plans.ON or _are_seen(q, k, v):
         return None
-    return _PLANS.get(_key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem))
+    return _PLANS.get(_key(q, k, v, None, None, problem))
+
+
+def _own_offsets(cu_seqlens_q, cu_seqlens_k) -> Tensor | None:
+    """cu_seqlens_k where k is not packed like q: a plan knows tensors apart by their places."""
+    if cu_seqlens_q is None or cu_seqlens_k.data_ptr() == cu_seqlens_q.data_ptr():
+        return None
+    return cu_seqlens_k
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
     """out and lse, by the plan of such a pass, or as `_launch_forward`."""
-    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    inputs = (q, k, v, cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
+    launcher = functools.partial(_launch_forward, problem=problem)
     if not q.is_cuda:
-        return _launch_forward(*inputs, problem)
-    key = _key(*inputs, problem)
-
-    def launcher(q, k, v, cu_q, cu_k):
-        return _launch_forward(q, k, v, cu_q, cu_q if key[-1] is True else cu_k, problem)
-
-    return _PLANS.run(key, launcher, inputs, q.device)
+        return launcher(*inputs)
+    return _PLANS.run(_key(*inputs, problem), launcher, inputs, q.device)
 
 
 def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
@@ -117,21 +121,18 @@ def _backward(
     q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, by the plan of such a pass, or as `_launch_backward`."""
-    inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+    packing = (cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
+    inputs = (q, k, v, out, lse, dout, dlse, *packing)
+    launcher = functools.partial(_launch_backward, problem=problem)
     if not q.is_cuda:
-        return _launch_backward(*inputs, problem)
+        return launcher(*inputs)
     key = _backward_key(*inputs, problem)
     if _PLANS.get(key) is None:
         # A plan has no copies, and gradients may come in any layout.
         out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-        inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+        inputs = (q, k, v, out, lse, dout, dlse, *packing)
         key = _backward_key(*inputs, problem)
-
-    def launcher(*tensors):
-        *given, cu_q, cu_k = tensors
-        return _launch_backward(*given, cu_q, cu_q if key[-1] is True else cu_k, problem)
-
     return _PLANS.run(key, launcher, inputs, q.device)
 
 
