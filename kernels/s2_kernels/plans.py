@@ -26,9 +26,11 @@ from s2_kernels.launch import fresh_counter
 from s2_kernels.recording import CannotRecordError, Noted, Operand, Recorder
 from s2_kernels.versions import prepares_launches
 
-MOST_PLANS = 1024
-MOST_MAPS = 64
-"""TMA descriptors kept of one operand: training gets the same few addresses again and again."""
+MOST_PLANS = 256
+"""As many as work lists are kept of each kind (schedule.py): plans hold theirs."""
+MOST_MAPS = 512
+"""TMA descriptors kept of one operand: the layers of a model that share a plan get the same
+addresses in every step."""
 ALIGNMENT = 256
 """Bytes: of each part of a plan's scratch memory, as PyTorch's allocator has it or more."""
 

@@ -5,6 +5,7 @@ On a stub CUDA driver (tests/support/host_path.py), with Triton's own launcher a
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -18,9 +19,12 @@ from s2_kernels import local_stride, plans, schedule
 from s2_kernels.launch import device_table
 from s2_kernels.versions import prepares_launches
 
-pytestmark = pytest.mark.skipif(
-    not prepares_launches(triton.__version__), reason="plans are made with Triton 3.6 only"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not prepares_launches(triton.__version__), reason="plans are made with Triton 3.6 only"
+    ),
+    pytest.mark.skipif(not shutil.which("gcc"), reason="Triton's launcher is compiled with gcc"),
+]
 SUPPORT = Path(__file__).parents[1] / "support"
 MOST_ENTERED = dict(forward=55, backward=75)
 """Python functions that the host enters for a call whose shapes came before."""
