@@ -138,7 +138,7 @@ def work_of(function) -> dict:
         function()
     finally:
         sys.setprofile(None)
-    return dict(entered=entered, in_c=in_c)
+    return dict(entered=entered, in_c=in_c, total=entered.total() + in_c.total())
 
 
 def steady(gpu: StubGPU, options: dict) -> dict:
@@ -157,10 +157,14 @@ def steady(gpu: StubGPU, options: dict) -> dict:
     for _ in range(4):
         forward()
         backward()
-    gpu.clear()
-    compiled = len(gpu.compiled)
-    found = dict(forward=work_of(forward), backward=work_of(backward))
-    return found | dict(launches=len(gpu.launches), compiled=len(gpu.compiled) - compiled)
+    compiled, found = len(gpu.compiled), []
+    for _ in range(5):
+        gpu.clear()
+        found.append(dict(forward=work_of(forward), backward=work_of(backward)))
+    # The least of five: Python's own housekeeping may fall into any of them.
+    passes = ("forward", "backward")
+    least = {name: min((x[name] for x in found), key=lambda x: x["total"]) for name in passes}
+    return least | dict(launches=len(gpu.launches), compiled=len(gpu.compiled) - compiled)
 
 
 def same_after(gpu: StubGPU, tensors, attend) -> dict:

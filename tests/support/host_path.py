@@ -88,7 +88,7 @@ def build(name, source, folder, library_dirs, include_dirs, libraries) -> str:
     made = Path(folder) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     include = [*include_dirs, sysconfig.get_paths()["include"]]
     link = [*(f"-L{x}" for x in library_dirs), *(f"-l:{x}" for x in libraries)]
-    options = ["-O0", "-w", "-shared", "-fPIC", *(f"-I{x}" for x in include)]
+    options = ["-O0", "-w", "-Wno-psabi", "-shared", "-fPIC", *(f"-I{x}" for x in include)]
     subprocess.run(["gcc", source, *options, *link, "-o", made], check=True)
     return str(made)
 
