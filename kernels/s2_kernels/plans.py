@@ -11,6 +11,7 @@ bytes, launch hooks (profilers of Triton's), and other releases of Triton take t
 """
 
 import inspect
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -292,5 +293,9 @@ def _keep(kept: dict, key: tuple, value) -> None:
     kept[key] = value
 
 
-ON = prepares_launches(triton.__version__) and not knobs.runtime.interpret
-"""Whether plans are made at all."""
+ON = (
+    os.environ.get("S2_KERNELS_PLANS") == "1"
+    and prepares_launches(triton.__version__)
+    and not knobs.runtime.interpret
+)
+"""Whether plans are made at all: until they have run on a GPU, only for those who ask for them."""
