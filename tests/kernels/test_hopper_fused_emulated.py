@@ -1,19 +1,21 @@
-"""The backward pass with five products on the CPU (gluon_emulator), as good as the shipped one."""
+"""The backward pass with five products on the CPU (gluon_emulator), as good as eager."""
+
+import functools
 
 import pytest
 import test_hopper_emulated
 import test_varlen
 import torch
-from attention_cases import Case, _ls
+from attention_cases import Case, _ls, make_inputs
 from test_hopper_emulated import EDGES, check, emulated  # noqa: F401 - a fixture
 
-from s2_kernels import ranges
+from s2_kernels import ranges, s2_attention
 from s2_kernels.hopper import backward, backward_fused
 
 pytestmark = test_hopper_emulated.pytestmark
-
+GQA = Case("gqa", _ls(4, 2, 64, 2, 3), 393, d=128)
 CASES = [
-    Case("gqa", _ls(4, 2, 64, 2, 3), 393, d=128),
+    GQA,
     Case("batch_of_one_block", _ls(2, 2, 64, 1, 3), 150, d=64, b=2),
     Case("block128", _ls(2, 1, 128, 1, 2), 391, d=128),
     Case("many_edges", ranges(heads=2, kv_heads=1, block_size=64, bands=EDGES), 1411, d=64),
@@ -23,9 +25,17 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def five_products(monkeypatch):
-    """The backward pass is the one that nothing chooses by itself."""
-    monkeypatch.setattr(backward, "launch_hopper_backward", backward_fused.launch_hopper_fused)
+def use(monkeypatch):
+    """Says how dq is added up in a pass that nothing chooses by itself; columns are cut."""
+
+    def choose(deterministic):
+        run = functools.partial(
+            backward_fused.launch_hopper_fused, deterministic=deterministic, longest=5
+        )
+        monkeypatch.setattr(backward, "launch_hopper_backward", run)
+
+    choose(deterministic=False)
+    return choose
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,7 +47,31 @@ def test_float16():
     check(Case("float16", _ls(2, 2, 64, 3, 4), 450, d=128), torch.float16)
 
 
-@pytest.mark.parametrize("pattern", [_ls(2, 1, 64, 2, 3), _ls(2, 2, 128, 1, 2)], ids=str)
-def test_packed(pattern):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_whole_numbers_as_the_reference(use, dtype):
+    use(deterministic=True)
+    check(GQA, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["float32", "whole_numbers"])
+def test_packed(use, deterministic):
+    use(deterministic)
+    pattern = _ls(2, 2, 128, 1, 2) if deterministic else _ls(2, 1, 64, 2, 3)
     lengths = [37, 1, 0, 299, 64]
     test_varlen.check(pattern, lengths, lengths, torch.bfloat16, d=64, backend="hopper")
+
+
+def test_whole_numbers_give_the_same_bits_and_pass_nan_on(use):
+    """Programs add up in another order every time; a row whose gradient is NaN has none."""
+    use(deterministic=True)
+    pattern = _ls(2, 1, 64, 2, 3)
+    q, k, v, dout, _ = make_inputs(Case("bits", pattern, 700, d=64), torch.bfloat16)
+    dout[0, 300, 1, 5] = float("nan")
+    with torch.no_grad():
+        out, lse = s2_attention(q, k, v, pattern, return_lse=True, backend="hopper")
+        problem = (q, k, v, out, lse, dout, None, pattern, 0.125)
+        first, second = (backward.launch_hopper_backward(*problem)[0] for _ in range(2))
+    assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+    assert first[0, 300, 1].isnan().all()
+    first[0, 300, 1] = 0
+    assert not first.isnan().any()

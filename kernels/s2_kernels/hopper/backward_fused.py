@@ -7,8 +7,9 @@ once:
 
 - Each warpgroup leaves dS^T of its column in shared memory. Both then compute
   dq = dS_0 K_0 + dS_1 K_1 of the query half-tile, each for one half of the head's columns.
-- dq is added to a sum in float32 by TMA, which adds in the L2 cache. Several programs add to a
-  half-tile, in an order that varies: the last bits of dq may differ from run to run.
+- dq is added to a sum by TMA, which adds in the L2 cache. Several programs add to a half-tile, in
+  an order that varies. In float32 the last bits of dq may differ from run to run; whole numbers
+  (`deterministic`) come out the same in any order.
 - A half-tile that sees one column only: the other warpgroup leaves zeros for dS^T.
 
 Two small kernels stand before and after (dq_sums.py): one makes the row terms and sets the sums to
@@ -33,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper.backward_dkdv import Output, Work
 from s2_kernels.hopper.compat import async_add, async_load
 from s2_kernels.hopper.dq_sums import as_registers, begin, end, sum_descriptor
 from s2_kernels.hopper.lists import FAR, column_rows, pair_of_sequence
@@ -70,6 +72,9 @@ from s2_kernels.primitives import load_rule
 from s2_kernels.schedule import column_pairs
 
 STAGES = 2
+LONGEST = 512
+"""Half-tiles of queries above which a column is cut: pieces of about one length begin together and
+stay in step, so that their programs ask the L2 cache for the same queries and sums."""
 NOTES = gl.constexpr(11)
 """How many notes the producer leaves for each warpgroup of an item; what they say, in order."""
 BEFORE, COUNT, WHOLE, AFTER, BATCH, KV_HEAD, SHARE, ROW, THERE, LEFT, TILE = map(
@@ -80,7 +85,8 @@ BEFORE, COUNT, WHOLE, AFTER, BATCH, KV_HEAD, SHARE, ROW, THERE, LEFT, TILE = map
 class Memory(NamedTuple):
     """What the partitions share, and the barriers of it.
 
-    A ring of query half-tiles, q, dout and their row terms, freed together by `free`; K and V of
+    A ring of query half-tiles, q, dout and their row terms, freed together by `free` (unit: of
+    whole numbers, how many make 1); K and V of
     two columns, and notes of two items in turn; dS^T of both columns, of two tiles in turn; of each
     warpgroup, dq on its way to the sum, and the place from which dv and dk leave.
     """
@@ -89,6 +95,7 @@ class Memory(NamedTuple):
     dout: gl.shared_memory_descriptor
     lse2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
+    unit: gl.shared_memory_descriptor
     q_ready: gl.shared_memory_descriptor
     do_ready: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
@@ -112,18 +119,10 @@ class Descriptors(NamedTuple):
     dout: tma.tensor_descriptor
     lse2: tma.tensor_descriptor
     delta: tma.tensor_descriptor
+    unit: tma.tensor_descriptor
     dq: tma.tensor_descriptor
     dk: tma.tensor_descriptor
     dv: tma.tensor_descriptor
-
-
-class Work(NamedTuple):
-    """Pointers: the items, how many are taken, the pattern's rules, and where pieces go."""
-
-    items: gl.tensor
-    taken: gl.tensor
-    rules: gl.tensor
-    partial: gl.tensor
 
 
 class Sizes(NamedTuple):
@@ -137,15 +136,6 @@ class Sizes(NamedTuple):
     tiles: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
-
-
-class Output(NamedTuple):
-    """Where dk and dv go, by pointer."""
-
-    dk: gl.tensor
-    dv: gl.tensor
-    strides_dk: tuple
-    strides_dv: tuple
 
 
 @gluon.jit
@@ -246,9 +236,13 @@ def load_queries(
     load_rows(descs.q, i_batch, i_head, row, ready, memory.q.index(stage))
     async_load(descs.lse2, [term, term_row], ready, memory.lse2.index(stage))
     ready = memory.do_ready.index(stage)
-    mbarrier.expect(ready, descs.dout.block_type.nbytes + descs.delta.block_type.nbytes)
+    WHOLE_NUMBERS: gl.constexpr = memory.dq.dtype == gl.int32
+    nbytes: gl.constexpr = descs.dout.block_type.nbytes + descs.delta.block_type.nbytes
+    mbarrier.expect(ready, nbytes + (descs.unit.block_type.nbytes if WHOLE_NUMBERS else 0))
     load_rows(descs.dout, i_batch, i_head, row, ready, memory.dout.index(stage))
     async_load(descs.delta, [term, term_row], ready, memory.delta.index(stage))
+    if WHOLE_NUMBERS:
+        async_load(descs.unit, [term, term_row], ready, memory.unit.index(stage))
 
 
 @gluon.jit
@@ -280,6 +274,17 @@ def dq_product(done, memory, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
+def to_unit(b_dq, stage, memory):
+    """dq / scale as it is added up: as it is, or in whole numbers."""
+    if memory.dq.dtype == gl.int32:
+        row_layout: gl.constexpr = gl.SliceLayout(1, b_dq.type.layout)
+        b_unit = memory.unit.index(stage).reshape([64]).load(row_layout)
+        return (b_dq * b_unit[:, None]).to(gl.int32)
+    else:
+        return b_dq
+
+
+@gluon.jit
 def add_to_sum(b_dq, desc, tile, memory, WARPGROUP: gl.constexpr):
     """Adds a warpgroup's half of a tile's dq to its sum."""
     dq_buf = memory.dq.index(WARPGROUP)
@@ -297,10 +302,10 @@ def pass_over(n, done, tile, desc, memory, STAGES: gl.constexpr, WARPGROUP: gl.c
         stage, phase = (done + i) % STAGES, (done + i) // STAGES & 1
         mbarrier.wait(memory.q_ready.index(stage), phase)
         mbarrier.wait(memory.do_ready.index(stage), phase)
-        mbarrier.arrive(memory.free.index(stage))
         hand_over(gl.zeros([64, 64], memory.ds.dtype, s_layout), done + i, memory, WARPGROUP)
         t_dq = dq_product(done + i, memory, WARPGROUP)
-        b_dq = warpgroup_mma_wait(0, deps=[t_dq])
+        b_dq = to_unit(warpgroup_mma_wait(0, deps=[t_dq]), stage, memory)
+        mbarrier.arrive(memory.free.index(stage))
         add_to_sum(b_dq, desc, tile - i, memory, WARPGROUP)
     return done + n, tile - n
 
@@ -349,9 +354,9 @@ def add_tiles(
         hand_over(b_ds, done + i, memory, WARPGROUP)
         t_dk = warpgroup_mma(gl.convert_layout(b_ds, p_layout), q_buf, b_dk, is_async=True)
         t_dq = dq_product(done + i, memory, WARPGROUP)
-        b_dv, b_dk = warpgroup_mma_wait(2, deps=[t_dv, t_dk])
+        b_dv, b_dk, b_dq = warpgroup_mma_wait(0, deps=[t_dv, t_dk, t_dq])
+        b_dq = to_unit(b_dq, stage, memory)
         mbarrier.arrive(memory.free.index(stage))
-        b_dq = warpgroup_mma_wait(0, deps=[t_dq])
         add_to_sum(b_dq, desc, tile - i, memory, WARPGROUP)
     return b_dk, b_dv
 
@@ -436,6 +441,7 @@ def s2_hopper_fused_kernel(
     d_dout,
     d_lse2,
     d_delta,
+    d_unit,
     d_dq,
     d_dk,
     d_dv,
@@ -477,17 +483,18 @@ def s2_hopper_fused_kernel(
     v_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)
     ds_bufs = gl.allocate_shared_memory(dtype, [4, 64, 64], ds_layout)  # two columns, twice
     out_bufs = gl.allocate_shared_memory(dtype, [2, 64, D], layout)
-    dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, D // 2], TERM_LAYOUT)
+    dq_bufs = gl.allocate_shared_memory(d_dq.dtype, [2, 64, D // 2], TERM_LAYOUT)
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], TERM_LAYOUT)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], TERM_LAYOUT)
+    unit_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 64], TERM_LAYOUT)
     q_ready, do_ready = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     free, ds_ready = make_barriers(STAGES, 2), make_barriers(2, 2)
     kv_ready, kv_free = make_barriers(1, 1), make_barriers(1, 2)
-    descs = Descriptors(d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_dq, d_dk, d_dv)
+    descs = Descriptors(d_q, d_k, d_v, d_dout, d_lse2, d_delta, d_unit, d_dq, d_dk, d_dv)
     notes = make_notes(4 * NOTES)
     memory = Memory(
-        q_bufs, do_bufs, lse_bufs, delta_bufs, q_ready, do_ready, free, k_bufs, v_bufs, notes,
-        kv_ready, kv_free, ds_bufs, ds_ready, dq_bufs, out_bufs,
+        q_bufs, do_bufs, lse_bufs, delta_bufs, unit_bufs, q_ready, do_ready, free, k_bufs, v_bufs,
+        notes, kv_ready, kv_free, ds_bufs, ds_ready, dq_bufs, out_bufs,
     )  # fmt: skip
     sizes = Sizes(batch, heads, kv_heads, n_items, s, n_tiles, scale, scale_log2)
     work = Work(p_items, p_taken, p_table, p_partial)
@@ -520,10 +527,17 @@ def launch_hopper_fused(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    *,
+    deterministic: bool = False,
+    longest: int | None = LONGEST,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as hopper.backward.launch_hopper_backward, of heads up to 128.
 
-    Takes memory for dq in float32 once more; the last bits of dq differ from run to run.
+    Takes memory for dq in 4 bytes an element once more.
+
+    Args:
+        deterministic: adds dq up in whole numbers. Otherwise its last bits differ from run to run.
+        longest: half-tiles of queries above which a column is cut, whatever balance needs.
     """
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
@@ -538,10 +552,12 @@ def launch_hopper_fused(
         n_items, n_slots, n_tiles = len(items) * g, 0, len(items) * 2
         rows = term_rows(s, packing.n_seqs)
     else:
-        work = column_pairs(pattern, s, b, programs, q.device)
+        work = column_pairs(pattern, s, b, programs, q.device, longest)
         slots, items, n_items, n_slots = None, work.items, len(work.items), work.n_slots
         n_tiles, rows = -(-s // ROWS), -(-s // 4) * 4  # TMA asks for 16 bytes
-    sums, lse2, delta = begin(out, lse, dout, dlse, slots, n_tiles, rows)
+    sums, lse2, delta, unit = begin(
+        out, lse, dout, dlse, slots, n_tiles, rows, (k, v) if deterministic else None
+    )
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
     s2_hopper_fused_kernel[(min(programs, n_items),)](
         descriptor(q),
@@ -550,6 +566,7 @@ def launch_hopper_fused(
         descriptor(dout),
         term_descriptor(lse2),
         term_descriptor(delta),
+        term_descriptor(delta if unit is None else unit),
         sum_descriptor(sums),
         descriptor(dk),
         descriptor(dv),
@@ -577,7 +594,7 @@ def launch_hopper_fused(
         TERM_LAYOUT=TERM_LAYOUT,
         **OPTIONS,
     )
-    end(sums, dq, slots, softmax_scale)
+    end(sums, dq, slots, softmax_scale, unit)
     if n_slots:
         add_pieces(partial, dk, dv, work, ROWS)
     return dq, dk, dv

@@ -1,12 +1,21 @@
 """The sums of dq of backward_fused.py: how they lie in memory, and what stands before and after.
 
-A sum is float32 [2, 64 * D / 2]: dq / scale of 64 rows of a head. Its halves are columns of the
-head, one for each warpgroup. The elements lie as the registers of a warpgroup hold them
-(`as_registers`), so that threads store 16 bytes at a time without bank conflicts. A head has a sum
-for each 64 tokens, or, packed, two for each slot of packed.packed_slots.
+A sum is float32 [2, 64 * D / 2]: dq / scale of 64 rows of a head, or int32 (see below). Its halves
+are columns of the head, one for each warpgroup. The elements lie as the registers of a warpgroup
+hold them (`as_registers`), so that threads store 16 bytes at a time without bank conflicts. A head
+has a sum for each 64 tokens, or, packed, two for each slot of packed.packed_slots.
 
-Two small kernels in plain Triton: `s2_fused_terms_kernel` makes the row terms and sets the sums to
-0; `s2_fused_dq_kernel` rounds the sums to dq.
+Small kernels in plain Triton: `s2_sums_begin_kernel` makes the row terms and sets the sums to 0;
+`s2_sums_end_kernel` rounds the sums to dq.
+
+Whole numbers add up to the same in any order. For them a row has a unit, how many make 1: a power
+of two such that no sum of any of its terms leaves 31 bits. With probabilities that add up to 1,
+
+    |dq / scale| <= (|dO| max_j |v_j| + |delta|) max_jc |k_jc|
+
+with the lengths of vectors (Cauchy-Schwarz), and `s2_sums_limits_kernel` looks for the two maxima.
+The bound lies some 10 to 13 powers of two above typical gradients, which leaves them 17 to 20 bits;
+bfloat16 keeps 8. Where it is infinite or NaN, the row's dq comes out as NaN.
 """
 
 import torch
@@ -57,8 +66,8 @@ def load_tile(p_x, strides, i_batch, i_head, o_row, length, BLOCK_D: tl.constexp
     return tl.load(p_rows[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["s", "rows", "heads"])
-def s2_fused_terms_kernel(
+@triton.jit(do_not_specialize=["s", "rows", "heads", "group"])
+def s2_sums_begin_kernel(
     p_out,
     p_dout,
     p_lse,
@@ -67,11 +76,14 @@ def s2_fused_terms_kernel(
     p_delta,
     p_sums,
     p_slots,
+    p_unit,
+    p_limits,
     strides_out,
     strides_dout,
     s,
     rows,
     heads,
+    group,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -82,7 +94,7 @@ def s2_fused_terms_kernel(
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
     o_sum = tl.arange(0, 64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * BLOCK_D)
-    tl.store(p_sums + at + o_sum, tl.zeros([64, BLOCK_D], tl.float32))
+    tl.store(p_sums + at + o_sum, tl.zeros([64, BLOCK_D], p_sums.dtype.element_ty))
     row, start, length, terms = place_of_tile(p_slots, i_tile, s, PACKED)
     o_row = row + tl.arange(0, 64)
     b_out = load_tile(p_out, strides_out, i_batch, i_head, (start, o_row), length, BLOCK_D)
@@ -97,15 +109,46 @@ def s2_fused_terms_kernel(
     p_term = tl.program_id(1).to(tl.int64) * rows + terms + o_row
     tl.store(p_delta + p_term, tl.where(sees, b_delta, 0.0), mask=o_row < end)
     tl.store(p_lse2 + p_term, tl.where(sees, b_lse * LOG2E, float("inf")), mask=o_row < end)
+    if p_unit is not None:
+        p_limit = p_limits + (i_batch * (heads // group) + i_head // group) * 2
+        k_max, v_max = tl.load(p_limit), tl.load(p_limit + 1)
+        b_limit = (tl.sqrt(tl.sum(b_dout * b_dout, 1)) * v_max + tl.abs(b_delta)) * k_max
+        # One power of two more than needed, for what P and dS are rounded to.
+        b_unit = tl.exp2(tl.minimum(29 - tl.ceil(tl.log2(tl.maximum(b_limit, 1e-30))), 100.0))
+        tl.store(
+            p_unit + p_term, tl.where(b_limit < float("inf"), b_unit, float("nan")), o_row < end
+        )
 
 
-@triton.jit(do_not_specialize=["s", "heads"])
-def s2_fused_dq_kernel(
+@triton.jit(do_not_specialize=["s", "kv_heads"])
+def s2_sums_limits_kernel(
+    p_k, p_v, p_limits, strides_k, strides_v, s, kv_heads, BLOCK_D: tl.constexpr
+):
+    """The largest |k_jc| and |v_j| of each KV head, float32 [b, g, 2], which are 0 before.
+
+    Grid: (tiles, g * b). They are compared as whole numbers: those of positive floats are in the
+    same order, and NaN is the largest.
+    """
+    i_batch, i_kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    rows = (tl.program_id(0) * 64, tl.arange(0, 64))
+    length = s - tl.program_id(0) * 64
+    b_k = load_tile(p_k, strides_k, i_batch, i_kv, rows, length, BLOCK_D)
+    b_v = load_tile(p_v, strides_v, i_batch, i_kv, rows, length, BLOCK_D)
+    k_bits = tl.max(tl.max(tl.abs(b_k).to(tl.int32, bitcast=True), 1), 0)
+    v_bits = tl.max(tl.sqrt(tl.sum(b_v * b_v, 1)).to(tl.int32, bitcast=True), 0)
+    tl.atomic_max(p_limits + tl.program_id(1) * 2, k_bits, sem="relaxed")
+    tl.atomic_max(p_limits + tl.program_id(1) * 2 + 1, v_bits, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["s", "rows", "heads"])
+def s2_sums_end_kernel(
     p_sums,
     p_dq,
     p_slots,
+    p_unit,
     strides_dq,
     s,
+    rows,
     heads,
     scale,
     BLOCK_D: tl.constexpr,
@@ -122,6 +165,9 @@ def s2_fused_dq_kernel(
         o_d_sum = o_d // HALF * (64 * HALF) + o_d % HALF // 8 * 512 + o_d % 8 // 2 * 4 + o_d % 2
         at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * BLOCK_D)
         b_sum = tl.load(p_sums + at + o_m_sum[:, None] + o_d_sum[None, :])
+        if p_unit is not None:
+            p_term = p_unit + tl.program_id(1).to(tl.int64) * rows + terms
+            b_sum /= tl.load(p_term + row + o_m, mask=row + o_m < length, other=1.0)[:, None]
         p_dq += i_batch.to(tl.int64) * strides_dq[0] + i_head.to(tl.int64) * strides_dq[2]
         p_rows = p_dq + (start + row + o_m).to(tl.int64) * strides_dq[1]
         mask = (row + o_m < length)[:, None] & (o_d < strides_dq[3])[None, :]
@@ -136,17 +182,32 @@ def sum_descriptor(sums: torch.Tensor) -> Descriptor:
     return Descriptor(sums, shape, [half, 1], [ROWS, half], HostLayout.of(TERM_LAYOUT))
 
 
-def begin(out, lse, dout, dlse, slots, n_tiles, rows):
-    """Sums of 0 [b * h, n_tiles, 2, 64 * D / 2], and lse2 and delta [b, h, rows], all float32.
+def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
+    """Sums of 0 [b * h, n_tiles, 2, 64 * D / 2]; lse2, delta and unit, float32 [b, h, rows].
 
     Args:
         out, dout: [b, s, h, d] or packed [T, h, d]; lse, dlse (or None): contiguous [b, h, s].
         slots: packed.packed_slots, or None for a dense batch.
+        kv: k and v, where sums are to be whole numbers; otherwise unit is None.
     """
     b, s, h, d, *_ = extents(out)
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
-    sums = lse.new_empty((b * h, n_tiles, 2, ROWS * pad(d) // 2))
-    s2_fused_terms_kernel[(n_tiles, b * h)](
+    unit = limits = None
+    dtype, g = torch.float32, h
+    if kv:
+        dtype, g, unit = torch.int32, kv[0].shape[-2], torch.empty_like(delta)
+        limits = lse.new_zeros((b, g, 2))
+        s2_sums_limits_kernel[(triton.cdiv(s, ROWS), b * g)](
+            *kv,
+            limits.view(torch.int32),
+            *(strides_and_size(x) for x in kv),
+            s,
+            g,
+            BLOCK_D=pad(d),
+            **FUSED,
+        )
+    sums = lse.new_empty((b * h, n_tiles, 2, ROWS * pad(d) // 2), dtype=dtype)
+    s2_sums_begin_kernel[(n_tiles, b * h)](
         out,
         dout,
         lse,
@@ -155,27 +216,32 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows):
         delta,
         sums,
         slots,
+        unit,
+        limits,
         strides_and_size(out),
         strides_and_size(dout),
         s,
         rows,
         h,
+        h // g,
         BLOCK_D=pad(d),
         PACKED=slots is not None,
         **FUSED,
     )
-    return sums, lse2, delta
+    return sums, lse2, delta, unit
 
 
-def end(sums, dq, slots, scale):
-    """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums."""
+def end(sums, dq, slots, scale, unit):
+    """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums; unit as `begin` gave it."""
     _, s, h, d, *_ = extents(dq)
-    s2_fused_dq_kernel[(sums.shape[1], sums.shape[0])](
+    s2_sums_end_kernel[(sums.shape[1], sums.shape[0])](
         sums,
         dq,
         slots,
+        unit,
         strides_and_size(dq),
         s,
+        0 if unit is None else unit.shape[-1],
         h,
         scale,
         BLOCK_D=pad(d),
