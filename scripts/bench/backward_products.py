@@ -1,4 +1,4 @@
-"""Hopper's backward pass with five matrix products beside today's with seven: is it right, and faster?
+"""Hopper's backward pass with five matrix products beside today's with seven: right? faster?
 
     PYTHONPATH=.:kernels python3 scripts/bench/backward_products.py --out products.json
 

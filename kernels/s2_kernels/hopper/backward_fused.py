@@ -318,6 +318,9 @@ def add_tiles(
     """dk and dv [64, D] of a column with the shares of n query half-tiles added; and dq of these.
 
     Those from n_whole on lie on the diagonal. PACKED: tile 0 has n_left rows of the sequence.
+
+    The warpgroups hand dS^T over in every tile and so keep in step: neither can count on the other
+    for work for the tensor cores. dP runs under the exponentials, dv under dS, dk while dq leaves.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, b_dv.type.layout, 2)
@@ -342,22 +345,21 @@ def add_tiles(
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
             o_m = gl.arange(0, 64, layout=term_layout)
             b_s = gl.where(o_n[:, None] <= o_m[None, :], b_s, float("-inf"))
-        b_t = b_s * scale_log2 - b_lse2[None, :]
-        b_dp, b_t = warpgroup_mma_wait(0, deps=[t_dp, b_t])
-        b_p = gl.exp2(b_t)
+        b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
         b_p16 = gl.convert_layout(b_p.to(memory.dout.dtype), p_layout)
         t_dv = warpgroup_mma(b_p16, do_buf, b_dv, is_async=True)
         b_delta = memory.delta.index(stage).reshape([64]).load(term_layout)
         if PACKED:
             b_delta = gl.where(there, b_delta, 0.0)
+        b_dp = warpgroup_mma_wait(1, deps=[t_dp])
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(memory.q.dtype)
         hand_over(b_ds, done + i, memory, WARPGROUP)
-        t_dk = warpgroup_mma(gl.convert_layout(b_ds, p_layout), q_buf, b_dk, is_async=True)
         t_dq = dq_product(done + i, memory, WARPGROUP)
-        b_dv, b_dk, b_dq = warpgroup_mma_wait(0, deps=[t_dv, t_dk, t_dq])
-        b_dq = to_unit(b_dq, stage, memory)
+        t_dk = warpgroup_mma(gl.convert_layout(b_ds, p_layout), q_buf, b_dk, is_async=True)
+        b_dv, b_dq = warpgroup_mma_wait(1, deps=[t_dv, t_dq])
+        add_to_sum(to_unit(b_dq, stage, memory), desc, tile - i, memory, WARPGROUP)
+        b_dk = warpgroup_mma_wait(0, deps=[t_dk])
         mbarrier.arrive(memory.free.index(stage))
-        add_to_sum(b_dq, desc, tile - i, memory, WARPGROUP)
     return b_dk, b_dv
 
 
@@ -394,10 +396,8 @@ def consumer(
     mbarrier.wait(memory.kv_ready.index(0), 0)
     n_before = read_scalar(memory.notes, note + BEFORE)
     while n_before >= 0:
-        n, n_whole = (
-            read_scalar(memory.notes, note + COUNT),
-            read_scalar(memory.notes, note + WHOLE),
-        )
+        n = read_scalar(memory.notes, note + COUNT)
+        n_whole = read_scalar(memory.notes, note + WHOLE)
         n_after = read_scalar(memory.notes, note + AFTER)
         n_left = read_scalar(memory.notes, note + LEFT)
         b_dk = gl.zeros([64, D], gl.float32, layout)

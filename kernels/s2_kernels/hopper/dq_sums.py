@@ -5,17 +5,17 @@ are columns of the head, one for each warpgroup. The elements lie as the registe
 hold them (`as_registers`), so that threads store 16 bytes at a time without bank conflicts. A head
 has a sum for each 64 tokens, or, packed, two for each slot of packed.packed_slots.
 
-Small kernels in plain Triton: `s2_sums_begin_kernel` makes the row terms and sets the sums to 0;
-`s2_sums_end_kernel` rounds the sums to dq.
+Small kernels in plain Triton: `s2_hopper_sums_begin_kernel` makes the row terms and sets the sums
+to 0; `s2_hopper_sums_end_kernel` rounds the sums to dq.
 
 Whole numbers add up to the same in any order. For them a row has a unit, how many make 1: a power
 of two such that no sum of any of its terms leaves 31 bits. With probabilities that add up to 1,
 
     |dq / scale| <= (|dO| max_j |v_j| + |delta|) max_jc |k_jc|
 
-with the lengths of vectors (Cauchy-Schwarz), and `s2_sums_limits_kernel` looks for the two maxima.
-The bound lies some 10 to 13 powers of two above typical gradients, which leaves them 17 to 20 bits;
-bfloat16 keeps 8. Where it is infinite or NaN, the row's dq comes out as NaN.
+with the lengths of vectors (Cauchy-Schwarz); `s2_hopper_sums_limits_kernel` looks for the two
+maxima. The bound lies some 10 to 13 powers of two above typical gradients, which leaves them 17 to
+20 bits; bfloat16 keeps 8. Where it is infinite or NaN, the row's dq comes out as NaN.
 """
 
 import torch
@@ -67,7 +67,7 @@ def load_tile(p_x, strides, i_batch, i_head, o_row, length, BLOCK_D: tl.constexp
 
 
 @triton.jit(do_not_specialize=["s", "rows", "heads", "group"])
-def s2_sums_begin_kernel(
+def s2_hopper_sums_begin_kernel(
     p_out,
     p_dout,
     p_lse,
@@ -121,7 +121,7 @@ def s2_sums_begin_kernel(
 
 
 @triton.jit(do_not_specialize=["s", "kv_heads"])
-def s2_sums_limits_kernel(
+def s2_hopper_sums_limits_kernel(
     p_k, p_v, p_limits, strides_k, strides_v, s, kv_heads, BLOCK_D: tl.constexpr
 ):
     """The largest |k_jc| and |v_j| of each KV head, float32 [b, g, 2], which are 0 before.
@@ -141,7 +141,7 @@ def s2_sums_limits_kernel(
 
 
 @triton.jit(do_not_specialize=["s", "rows", "heads"])
-def s2_sums_end_kernel(
+def s2_hopper_sums_end_kernel(
     p_sums,
     p_dq,
     p_slots,
@@ -197,7 +197,7 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
     if kv:
         dtype, g, unit = torch.int32, kv[0].shape[-2], torch.empty_like(delta)
         limits = lse.new_zeros((b, g, 2))
-        s2_sums_limits_kernel[(triton.cdiv(s, ROWS), b * g)](
+        s2_hopper_sums_limits_kernel[(triton.cdiv(s, ROWS), b * g)](
             *kv,
             limits.view(torch.int32),
             *(strides_and_size(x) for x in kv),
@@ -207,7 +207,7 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
             **FUSED,
         )
     sums = lse.new_empty((b * h, n_tiles, 2, ROWS * pad(d) // 2), dtype=dtype)
-    s2_sums_begin_kernel[(n_tiles, b * h)](
+    s2_hopper_sums_begin_kernel[(n_tiles, b * h)](
         out,
         dout,
         lse,
@@ -234,7 +234,7 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
 def end(sums, dq, slots, scale, unit):
     """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums; unit as `begin` gave it."""
     _, s, h, d, *_ = extents(dq)
-    s2_sums_end_kernel[(sums.shape[1], sums.shape[0])](
+    s2_hopper_sums_end_kernel[(sums.shape[1], sums.shape[0])](
         sums,
         dq,
         slots,
