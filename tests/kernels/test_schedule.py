@@ -36,11 +36,11 @@ def test_every_query_tile_once(pattern, n):
     assert sorted(dealt.items.tolist()) == list(range(2 * pattern.heads * tiles))
 
 
-@pytest.mark.parametrize("programs", [3, 132])
+@pytest.mark.parametrize("programs, longest", [(3, None), (132, None), (132, 7)])
 @pytest.mark.parametrize("n", [64, 700, 5000])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_every_column_once_and_each_piece(pattern, n, programs):
-    work = column_pairs(pattern, n, 2, programs, CPU)
+def test_every_column_once_and_each_piece(pattern, n, programs, longest):
+    work = column_pairs(pattern, n, 2, programs, CPU, longest)
     columns, slots = -(-n // 64), []
     seen = {}
     for head, first, second, piece, pieces, slot, sequence in work.items.tolist():
@@ -60,6 +60,15 @@ def test_every_column_once_and_each_piece(pattern, n, programs):
     for (_, head, column), parts in seen.items():
         assert (len(parts) > 1) == ((head, column) in cut)
         assert len(parts) == cut.get((head, column), (0, 1))[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_no_piece_is_longer_than_asked(pattern):
+    n, rows, per_block = 5000, 79, pattern.block_size // 64
+    for head, *columns, _, pieces, _, _ in column_pairs(pattern, n, 1, 3, CPU, 7).items.tolist():
+        blocks = [column // per_block for column in columns if column >= 0]
+        ends = [(block + pattern.lifetime(head, block)) * per_block for block in blocks]
+        assert -(-(min(max(ends), rows) - columns[0]) // pieces) <= 7
 
 
 @pytest.mark.parametrize("programs", [3, 132])
