@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser("data", help="text files, folders or JSONL -> Megatron .bin/.idx")
     )
     _add_planner(commands)
+    check = commands.add_parser("verify", help="whether checkpoints hold what was written")
+    check.add_argument("folder", metavar="FOLDER", help="output folder, or one checkpoint")
+    check.set_defaults(run=_verify)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
     _add_evaluate(commands)
     _add_generate(commands.add_parser("generate", help="text from a Hugging Face model"))
@@ -250,17 +253,30 @@ def _inspect(options) -> None:
     print(inspect(options.checkpoint, options.step))
 
 
+def _verify(options) -> None:
+    from s2megatron.training.verify import verify
+
+    for line in verify(options.folder):
+        print(line, flush=True)
+
+
 def _show(options) -> None:
     from s2megatron.config import load_config
+    from s2megatron.context_split import ContextSplit
     from s2megatron.layer_table import layer_table
-    from s2megatron.training.megatron_options import to_argv
+    from s2megatron.training.megatron_options import canonical, check_required, to_argv
 
     run = load_config(options.config, options.overrides)
     patterns = run.sparsity.resolve(**_sizes(run.megatron))
     if options.plot:
         _check_picture("--plot", options.plot)
     to_argv(run.megatron)  # says which option Megatron has not
-    print(layer_table(patterns, int(run.megatron["seq_length"])))
+    options, split = canonical(run.megatron), None
+    if (options.get("context_parallel_size") or 1) > 1:
+        check_required(options)
+        split = ContextSplit.from_options(options)
+        split.check(patterns)
+    print(layer_table(patterns, options["seq_length"], split=split))
     if options.plot:
         from s2megatron.plot import plot_masks
 

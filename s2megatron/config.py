@@ -251,6 +251,8 @@ class OutputConfig(_Checked):
     """Gets checkpoints/, tensorboard/ and a lock; left out: `megatron.save` and the like decide."""
     keep: int = Field(default=3, ge=1)
     """So many of the newest complete checkpoints stay; older ones are deleted."""
+    verify: bool = True
+    """Before resuming, all files are read and compared with their checksums, by all ranks."""
 
     @field_validator("folder")
     @classmethod

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from s2_kernels import FOREVER, LayerPattern
+from s2megatron.context_split import ContextSplit
 
 COLUMNS = (
     "layers",
@@ -12,19 +13,23 @@ COLUMNS = (
     "stride or ranges",
     "density",
     "uncovered",
-    "runs as",
 )
 
 
 def layer_table(
-    patterns: tuple[LayerPattern, ...], seq_len: int, runs_as: Mapping[int, str] | None = None
+    patterns: tuple[LayerPattern, ...],
+    seq_len: int,
+    runs_as: Mapping[int, str] | None = None,
+    split: ContextSplit | None = None,
 ) -> str:
     """Neighbouring layers that are alike share a row.
 
     Args:
         seq_len: tokens, for the density (kept pairs over the pairs of dense causal attention).
         runs_as: name of the built attention per layer; left out before the model is built.
+        split: of the sequences among context-parallel ranks; a column says what a layer exchanges.
     """
+    apart = split is not None and split.ranks > 1
     groups: list[tuple[int, int, LayerPattern, str]] = []
     for number, pattern in enumerate(patterns, 1):
         name = (runs_as or {}).get(number, "")
@@ -32,11 +37,12 @@ def layer_table(
             groups[-1] = (groups[-1][0], number, pattern, name)
         else:
             groups.append((number, number, pattern, name))
-    rows = [COLUMNS if runs_as else COLUMNS[:-1]]
+    added = ["receives"] * apart + ["runs as"] * bool(runs_as)
+    rows = [(*COLUMNS, *added)]
     for first, last, pattern, name in groups:
         layers = str(first) if first == last else f"{first}-{last}"
-        row = (layers, *_describe(pattern), *_figures(pattern, seq_len))
-        rows.append((*row, name) if runs_as else row)
+        added = [_received(pattern, split)] * apart + [name] * bool(runs_as)
+        rows.append((layers, *_describe(pattern), *_figures(pattern, seq_len), *added))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
              for row in rows]  # fmt: skip
@@ -48,6 +54,12 @@ def layer_table(
         f"S2 attention: {sparse} of {len(patterns)} layers sparse; at {seq_len} tokens the model "
         f"attends to {density:.2%} of the dense causal pairs"
     )
+    if apart:
+        lines.append(
+            f"receives: K and V that a layer brings to the busiest of {split.ranks} "
+            "context-parallel ranks per micro-batch and forward pass, and its share of what the "
+            "others hold; the backward pass brings them again, and gradients of what a rank sent"
+        )
     uncovered = [n for n, p in enumerate(patterns, 1) if 0 < p.uncovered_fraction() < 1]
     if uncovered:
         lines.append(
@@ -81,6 +93,13 @@ def _describe(pattern: LayerPattern) -> tuple[str, str, str, str]:
 
 def _figures(pattern: LayerPattern, seq_len: int) -> tuple[str, str]:
     return f"{pattern.density(seq_len):.2%}", f"{pattern.uncovered_fraction():.0%}"
+
+
+def _received(pattern: LayerPattern, split: ContextSplit) -> str:
+    if pattern.is_dense and split.dense_by:
+        return split.dense_by
+    size, share = split.received(pattern)
+    return f"{size / 2**20:.4g} MiB, {share:.1%}"
 
 
 def _list(numbers: list[int]) -> str:

@@ -26,7 +26,7 @@ TERM_ROWS = 64
 """Rows of a program of the row terms kernel."""
 
 
-@triton.jit(do_not_specialize=["s", "heads", "stride_lse_b", "stride_lse_h", "rows"])
+@triton.jit(do_not_specialize=["s", "heads", "stride_lse_b", "stride_lse_h", "rows", "lead"])
 def s2_row_terms_kernel(
     p_out,
     p_dout,
@@ -40,6 +40,7 @@ def s2_row_terms_kernel(
     stride_lse_h,
     s,
     rows,
+    lead,
     heads,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -48,12 +49,16 @@ def s2_row_terms_kernel(
     """delta = rowsum(dO * O) - dlse, and lse in base 2. Grid: (row tiles, heads * batch).
 
     lse2 is +inf for a row that sees nothing, so that its probabilities come out as 0. Both are
-    [b, h, rows]: s rows and padding, which makes their strides fit TMA.
+    [b, h, rows]: s rows and padding, which makes their strides fit TMA. lead: so many terms of
+    padding stand before the rows; None is 0.
     """
     i_batch = tl.program_id(1) // heads
     i_head = tl.program_id(1) % heads
-    o_row = tl.program_id(0) * M + tl.arange(0, M)
-    m_row = o_row < s
+    o_term = tl.program_id(0) * M + tl.arange(0, M)
+    o_row, m_row = o_term, o_term < s
+    if lead is not None:
+        o_row = o_term - lead
+        m_row = (o_row >= 0) & (o_row < s)
     p_out += head_offset(strides_out, i_batch, i_head, i_batch * 0)
     p_dout += head_offset(strides_dout, i_batch, i_head, i_batch * 0)
     b_out = load_rows(p_out, o_row, strides_out[1], m_row, DV, BLOCK_DV)  # [M, DV]
@@ -67,16 +72,19 @@ def s2_row_terms_kernel(
     sees = b_lse != float("-inf")
     b_delta = tl.where(sees, b_delta, 0.0)
     b_lse = tl.where(sees, b_lse * LOG2E, float("inf"))
-    o_out = tl.program_id(1).to(tl.int64) * rows + o_row
-    tl.store(p_delta + o_out, b_delta, mask=o_row < rows)
-    tl.store(p_lse2 + o_out, b_lse, mask=o_row < rows)
+    o_out = tl.program_id(1).to(tl.int64) * rows + o_term
+    tl.store(p_delta + o_out, b_delta, mask=o_term < rows)
+    tl.store(p_lse2 + o_out, b_lse, mask=o_term < rows)
 
 
-def row_terms(out, lse, dout, dlse) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the backward kernels need of each row, float32 [b, h, s padded to 4]: lse2 and delta."""
+def row_terms(out, lse, dout, dlse, lead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the backward kernels need of each row, float32 [b, h, rows]: lse2 and delta.
+
+    There are `lead` terms, s rows, and padding to a multiple of 4.
+    """
     out_heads, dout_heads = head_major(out), head_major(dout)
     b, h, s, dv = out_heads.shape
-    rows = -(-s // 4) * 4  # 16 bytes: what TMA asks of strides
+    rows = -(-(lead + s) // 4) * 4  # 16 bytes: what TMA asks of strides
     delta = torch.empty((b, h, rows), dtype=torch.float32, device=out.device)
     lse2 = torch.empty_like(delta)
     s2_row_terms_kernel[(triton.cdiv(rows, TERM_ROWS), h * b)](
@@ -91,6 +99,7 @@ def row_terms(out, lse, dout, dlse) -> tuple[torch.Tensor, torch.Tensor]:
         *lse.stride()[:2],
         s,
         rows,
+        lead or None,
         h,
         DV=dv,
         BLOCK_DV=pad(dv),

@@ -107,10 +107,10 @@ def s2_dkdv_kernel(
     first_col = i_tile * N
     if first_col >= t:
         return
-    o_col = first_col + tl.arange(0, N)
+    o_col = first_col + tl.arange(0, N)  # positions of keys, and their rows in memory
     m_col = o_col < t
 
-    # The rows that see this block: from its first column, for its lifetime.
+    # The positions that see this block: from its first column, for its lifetime.
     rule = load_rule(p_table, i_kv, N_BANDS)
     i_block = first_col // B
     beyond = (q_offset + s - 1) // B + 1  # keeps the product below inside int32
@@ -140,7 +140,7 @@ def s2_dkdv_kernel(
         if GROUP > 1:
             i_head, i_rows = i_kv * GROUP + p // n_tiles, n_tiles - 1 - p % n_tiles
         row = first_row - q_offset + i_rows * M
-        o_q = row + tl.arange(0, M)
+        o_q = row + tl.arange(0, M)  # rows in memory, and the positions of their queries
         o_row = o_q + q_offset
         m_row = o_row < end_row
         start = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)

@@ -22,11 +22,11 @@ from s2_kernels.launch import (
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     head_offset,
+    key_tile,
     load_rows,
     mask_scores,
     query_program,
     store_rows,
-    tile_columns,
     walk_of,
 )
 from s2_kernels.tiles import Matrix, add_to_dq, load
@@ -93,15 +93,15 @@ def s2_dq_kernel(
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
     walk = walk_of(at, p_table, M, N, B, N_BANDS)
     for p in tl.range(0, walk.tiles):
-        o_col, i_block, column = tile_columns(walk.blocks, p, N, B, N_SEGMENTS)
-        m_col, row = o_col < at.t, at.start_k + column
-        b_k = load(k, o_col, m_col, row, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, o_col, m_col, row, DV, BLOCK_DV, N, TMA)  # [N, DV]
+        keys = key_tile(at, walk, p, N, B, N_SEGMENTS)
+        b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if p >= walk.interior:
             b_s = mask_scores(
-                b_s, walk.rule, at.positions, o_col, i_block, at.t, SPANS, N, B, N_BANDS
-            )
+                b_s, walk.rule, at.positions, keys.positions, keys.block, at.t,
+                SPANS, N, B, N_BANDS,
+            )  # fmt: skip
         b_dq = add_to_dq(b_s, b_k, b_v, b_dout, b_lse2, b_delta, b_dq, scale_log2, PRECISION)
 
     p_dq += head_offset(strides_dq, at.batch, at.head, at.start_q)

@@ -15,7 +15,7 @@ from s2_kernels.pattern import HeadRule, LayerPattern
 def alive_blocks(rule: HeadRule, tokens: int, block_size: int) -> list[int]:
     """The blocks of a KV head that are alive after `tokens` tokens, from the first to the last."""
     alive = []
-    for low, high, stride in _kept_ranges(rule, tokens // block_size):
+    for low, high, stride in kept_ranges(rule, tokens // block_size):
         first = low + (-(low + rule.shift)) % stride
         alive.extend(range(first, min(high, _written(tokens, block_size) - 1) + 1, stride))
     return sorted(alive)
@@ -25,8 +25,8 @@ def alive_count(rule: HeadRule, tokens: int, block_size: int) -> int:
     """How many blocks `alive_blocks` lists, in O(bands)."""
     last = _written(tokens, block_size) - 1
     return sum(
-        _selected(low, min(high, last), stride, rule.shift)
-        for low, high, stride in _kept_ranges(rule, tokens // block_size)
+        count_selected(low, min(high, last), stride, rule.shift)
+        for low, high, stride in kept_ranges(rule, tokens // block_size)
     )
 
 
@@ -64,7 +64,7 @@ def _written(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _kept_ranges(rule: HeadRule, block: int):
+def kept_ranges(rule: HeadRule, block: int):
     """Per band, the blocks (low, high, stride) that query block `block` keeps, each listed once.
 
     A block belongs to the band of its age: narrower bands keep it too, but are not asked.
@@ -75,7 +75,7 @@ def _kept_ranges(rule: HeadRule, block: int):
         youngest = reach
 
 
-def _selected(low: int, high: int, stride: int, shift: int) -> int:
+def count_selected(low: int, high: int, stride: int, shift: int) -> int:
     """How many blocks k of low..high have (k + shift) % stride == 0."""
     if high < low:
         return 0

@@ -32,11 +32,11 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     finish_softmax,
     head_offset,
+    key_tile,
     load_rows,
     mask_scores,
     query_program,
     store_rows,
-    tile_columns,
     walk_of,
 )
 from s2_kernels.tiles import Matrix, add_values, load
@@ -52,15 +52,15 @@ def attend_tiles(
     """Attends from b_q [M, D] to the KV tiles low..high-1 of a program's walk."""
     t = program.t
     for p in tl.range(low, high):
-        o_col, i_block, column = tile_columns(walk.blocks, p, N, B, N_SEGMENTS)
-        m_col, row = o_col < t, program.start_k + column
-        b_k = load(k, o_col, m_col, row, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, o_col, m_col, row, DV, BLOCK_DV, N, TMA)  # [N, DV]
+        keys = key_tile(program, walk, p, N, B, N_SEGMENTS)
+        b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
+        b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
         if MASKED:
             b_s = mask_scores(
-                b_s, walk.rule, program.positions, o_col, i_block, t, SPANS, N, B, N_BANDS
-            )
+                b_s, walk.rule, program.positions, keys.positions, keys.block, t,
+                SPANS, N, B, N_BANDS,
+            )  # fmt: skip
         b_acc, b_m, b_l = add_values(b_s, b_v, b_acc, b_m, b_l, scale_log2, MASKED, PRECISION)
     return b_acc, b_m, b_l
 

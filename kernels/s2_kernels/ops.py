@@ -98,8 +98,8 @@ def attention(
         from s2_kernels.hopper import forward, forward_wide  # import Gluon
 
         if q.shape[-1] > hopper.WIDEST:
-            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, softmax_scale)
-        return forward.launch_hopper_forward(q, k, v, rule, softmax_scale, packing)
+            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, softmax_scale, q_offset)
+        return forward.launch_hopper_forward(q, k, v, rule, softmax_scale, packing, q_offset)
     return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
 
 
@@ -135,7 +135,9 @@ def attention_backward(
     if hopper.takes(q, k, v, rule, packing, q_offset, backend, "backward"):
         from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
 
-        return launch_hopper_backward(q, k, v, out, lse, dout, dlse, rule, softmax_scale, packing)
+        return launch_hopper_backward(
+            q, k, v, out, lse, dout, dlse, rule, softmax_scale, packing, q_offset
+        )
     return launch_backward(
         q,
         k,

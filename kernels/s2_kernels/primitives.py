@@ -12,7 +12,9 @@ blocks, the few blocks at the far edge of a band that only some rows still keep.
 the two parts in two loops over one body; the backward, short of registers, in one loop whose mask
 is a branch that all threads take or none.
 
-Positions: rows and columns count tokens in the KV sequence; blocks count block_size tokens.
+Positions count tokens in the KV sequence, and blocks count block_size tokens: lifetimes and masks
+are asked with them. Rows are places in memory, what is loaded and stored (`KeyTile`): the query of
+position i lies in row i - q_offset of its sequence, where the kernels call rows o_q.
 """
 
 from typing import NamedTuple
@@ -133,22 +135,43 @@ def count_interior_tiles(segments, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl
     return n_blocks * (B // N) if N <= B else n_blocks // (N // B)
 
 
-@triton.jit
-def tile_columns(segments, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
-    """Columns [N] of the p-th tile, their block (a scalar, or [N] where N > B), and the first.
+class KeyTile(NamedTuple):
+    """A tile of keys: which they are, and where they lie.
 
-    Where a tile gathers several blocks, columns past the end of the list lie beyond any sequence.
+    Attributes:
+        positions: [N], in the KV sequence: what lifetimes and masks are asked with.
+        block: of the positions: a scalar, or [N] where N > B.
+        there: [N], which of them exist.
+        rows: [N], where they lie in memory, counted from the sequence's first key.
+        first_row: where the first lies, counted from the tensor's first row: for TMA.
+    """
+
+    positions: tl.tensor
+    block: tl.tensor
+    there: tl.tensor
+    rows: tl.tensor
+    first_row: tl.tensor
+
+
+@triton.jit
+def key_tile(program, walk, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
+    """The p-th tile of a program's walk. Keys lie in the order of their positions.
+
+    Where a tile gathers several blocks, positions past the end of the list lie beyond any sequence.
     """
     o_n = tl.arange(0, N)
     if N <= B:
-        column = block_at(segments, p // (B // N), N_SEGMENTS) * B + p % (B // N) * N
-        return column + o_n, column // B, column
+        first = block_at(walk.blocks, p // (B // N), N_SEGMENTS) * B + p % (B // N) * N
+        o_col, i_block = first + o_n, first // B
     else:
-        position = p * (N // B) + o_n // B
-        i_block = block_at(segments, position, N_SEGMENTS)
-        listed = position < count_blocks(segments, N_SEGMENTS)
+        first = 0
+        entry = p * (N // B) + o_n // B
+        i_block = block_at(walk.blocks, entry, N_SEGMENTS)
+        listed = entry < count_blocks(walk.blocks, N_SEGMENTS)
         i_block = tl.where(listed, i_block, (1 << 30) // B)
-        return i_block * B + o_n % B, i_block, 0
+        o_col = i_block * B + o_n % B
+    tile = KeyTile(o_col, i_block, o_col < program.t, o_col, program.start_k + first)
+    return tile
 
 
 @triton.jit
@@ -164,7 +187,7 @@ def mask_scores(
     B: tl.constexpr,
     N_BANDS: tl.constexpr,
 ):
-    """Scores [M, N], -inf where row o_row [M] does not see column o_col [N] of block(s) i_block."""
+    """Scores [M, N], -inf where position o_row [M] does not see o_col [N], in block(s) i_block."""
     m_s = (o_col[None, :] <= o_row[:, None]) & (o_col < t)[None, :]
     if SPANS:
         i_life = lifetime(rule, i_block, N_BANDS)
@@ -279,10 +302,10 @@ def head_offset(strides, i_batch, i_head, row):
 
 @triton.jit
 def query_tile(i_tile, q_offset, s, M: tl.constexpr, B: tl.constexpr):
-    """The i_tile-th query tile: o_row [M] positions, m_row [M], and its first and last position.
+    """The i_tile-th query tile: positions [M], m_row [M], and its first and last position.
 
     Tiles lie on the grid of the KV blocks, so the first may begin before the queries do; m_row
-    marks the rows that exist.
+    marks the positions that queries have.
     """
     first = (q_offset // M + i_tile) * M
     o_row = first + tl.arange(0, M)
@@ -296,7 +319,8 @@ class QueryProgram(NamedTuple):
     Attributes:
         head, kv_head, batch: which; batch is 0 where sequences are packed.
         start_q, start_k, t: where the sequence begins in memory, and how many keys it has.
-        positions, there: [M], of the rows in the KV sequence, and which of them exist.
+        positions: [M], of the queries in the KV sequence: what lifetimes and masks are asked with.
+        there: [M], which of them exist.
         first, last: the first and last position; a tile without rows has last < first.
     """
 
@@ -323,8 +347,10 @@ def query_program(
     start_q, s = sequence(p_cu_q, i_seq, s, PACKED)
     start_k, t = sequence(p_cu_k, i_seq, t, PACKED)
     i_batch = i_seq * 0 if PACKED else i_seq
-    o_row, m_row, first, last = query_tile(i_tile, q_offset, s, M, B)
-    program = QueryProgram(i_head, i_kv, i_batch, start_q, start_k, t, o_row, m_row, first, last)
+    positions, m_row, first, last = query_tile(i_tile, q_offset, s, M, B)
+    program = QueryProgram(
+        i_head, i_kv, i_batch, start_q, start_k, t, positions, m_row, first, last
+    )
     return program
 
 

@@ -62,9 +62,19 @@ def deal(items: np.ndarray, cost: np.ndarray, programs: int, device: torch.devic
     return Dealt(_on_device(items[order], device), _on_device(starts, device))
 
 
+def count_query_tiles(s: int, q_offset: int = 0) -> int:
+    """Tiles of 128 positions, on their grid, that s queries from q_offset on lie in."""
+    return -(-(q_offset + s) // 128) - q_offset // 128
+
+
 @functools.lru_cache(maxsize=256)
 def query_tiles(
-    pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
+    pattern: LayerPattern,
+    s: int,
+    n_seqs: int,
+    programs: int,
+    device: torch.device,
+    q_offset: int = 0,
 ) -> Dealt:
     """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
 
@@ -72,7 +82,7 @@ def query_tiles(
     on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
     """
     size, group = pattern.block_size, pattern.heads // pattern.kv_heads
-    row = np.arange(-(-s // 128) - 1, -1, -1) * 128
+    row = (np.arange(count_query_tiles(s, q_offset))[::-1] + q_offset // 128) * 128
     first, last = row // size, (row + 127) // size
     blocks = np.arange(last[0] + 1)
     costs = []
@@ -192,28 +202,34 @@ def column_pairs(
     n_seqs: int,
     programs: int,
     device: torch.device,
+    t: int | None = None,
+    q_offset: int = 0,
     longest: int | None = None,
 ) -> ColumnWork:
     """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
+
+    Of t tokens (default s), for s queries from q_offset on.
 
     The two columns of a pair live equally long, and are neighbours among those that do. Items,
     int32 [n_items, 7]: KV head, its columns (the second may be -1), piece, number of pieces, slot
     of the first column's piece (the second's lies as many slots further as there are pieces),
     sequence. longest: half-tiles of a query head above which a pair is cut.
     """
-    rows, group = -(-s // 64), pattern.heads // pattern.kv_heads
-    per_block = pattern.block_size // 64
+    group, per_block = pattern.heads // pattern.kv_heads, pattern.block_size // 64
+    column = np.arange(-(-(s if t is None else t) // 64))
+    last = -(-(q_offset + s) // 64)
+    begin = np.clip(column, q_offset // 64, last)
     parts = []
     for head, rule in enumerate(pattern.rules):
-        block = np.arange(rows) // per_block
+        block = column // per_block
         life = rule.lifetimes(int(block[-1]) + 1).numpy()[block]
-        end = np.minimum((block + life) * per_block, rows)
+        end = np.maximum(np.minimum((block + life) * per_block, last), begin)
         for value in np.unique(life):
             columns = np.flatnonzero(life == value)
             first, second = columns[::2], np.full(-(-len(columns) // 2), -1)
             second[: len(columns) // 2] = columns[1::2]
-            cost = np.maximum(end[first], end[second]) - first  # end[-1] is the end of all
-            cost = np.where(second < 0, end[first] - first, cost)
+            cost = np.maximum(end[first], end[second]) - begin[first]  # end[-1] is the end of all
+            cost = np.where(second < 0, end[first] - begin[first], cost)
             parts.append(np.stack([np.full(len(first), head), first, second, cost * group], axis=1))
     head, first, second, cost = np.concatenate(parts).T
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs, longest and longest * group)
@@ -232,14 +248,22 @@ def column_pairs(
 
 @functools.lru_cache(maxsize=256)
 def single_columns(
-    pattern: LayerPattern, s: int, n_seqs: int, programs: int, device: torch.device
+    pattern: LayerPattern,
+    s: int,
+    n_seqs: int,
+    programs: int,
+    device: torch.device,
+    t: int | None = None,
+    q_offset: int = 0,
 ) -> ColumnWork:
     """Columns of 64 tokens, for the Hopper kernel at wide heads; and which of them are cut.
 
+    Of t tokens (default s), for s queries from q_offset on.
     Items, int32 [n_items, 6]: KV head, column, piece, number of pieces, slot of the piece
     (ColumnWork), sequence.
     """
-    costs = column_costs(pattern, range(pattern.kv_heads), s, s, 0, 64, 64)
+    t = s if t is None else t
+    costs = column_costs(pattern, range(pattern.kv_heads), s, t, q_offset, 64, 64)
     head, column = (index.ravel() for index in np.indices(costs.shape))
     cost = costs.ravel()
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)

@@ -12,6 +12,7 @@ place is found by looking at every layer of the built model.
 import os
 
 import torch
+from megatron.core import mpu
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, CudaGraphModule
@@ -20,10 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from s2_kernels import LayerPattern
 from s2_kernels.api import TRITON_HEAD_SIZES
 from s2megatron.attention.core_attention import S2CoreAttention
+from s2megatron.attention.positions import check_cut, watch_first_batch
+from s2megatron.context_split import ContextSplit, check_context_options, check_length
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 
-NO_CONTEXT_PARALLELISM = "not supported yet; use tensor or pipeline parallelism"
 LOADS_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
 GRAPHS = (
@@ -49,8 +51,6 @@ def check_model_options(
     if all(pattern.is_dense for pattern in patterns):
         return
     refused = [
-        ("context_parallel_size", config.context_parallel_size > 1,
-         NO_CONTEXT_PARALLELISM),
         ("kv_channels", on_gpu and config.kv_channels not in TRITON_HEAD_SIZES,
          "the Triton kernels take head sizes from 32 to 256 in multiples of 16; choose another "
          "head size (kv_channels, or hidden_size over num_attention_heads)"),
@@ -110,17 +110,16 @@ def check_run_options(args) -> None:
             f"megatron.tensor_model_parallel_size={tp}: num_attention_heads={heads} must be a "
             f"multiple of it, and num_query_groups={groups} a multiple or a divisor"
         )
+    check_context_options(vars(args))
+    if args.seq_length is not None:
+        inner = tp if args.sequence_parallel else 1
+        check_length(args.seq_length, args.context_parallel_size, inner=inner)
     packed = args.dataloader_inter_document_masking
     refused = [
-        ("dataloader_inter_document_masking", packed and args.context_parallel_size > 1,
-         f"does not go with context_parallel_size={args.context_parallel_size}: documents and "
-         "context-parallel chunks do not fit together in Megatron 0.19; leave one of them out"),
         ("dataloader_inter_document_masking",
          packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
          "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
          "micro_batch_size to 1"),
-        ("context_parallel_size", args.context_parallel_size > 1,
-         NO_CONTEXT_PARALLELISM),
         ("mtp_num_layers", args.mtp_num_layers is not None,
          NO_MTP),
         ("multi_latent_attention", args.multi_latent_attention, NO_LATENT),
@@ -159,26 +158,35 @@ def check_run_options(args) -> None:
             raise ConfigError(f"megatron.{name}={getattr(args, name)!s}: {way_out}")
 
 
-def add_model_check(config, patterns: tuple[LayerPattern, ...], seq_len: int) -> None:
+def add_model_check(config, patterns: tuple[LayerPattern, ...], args) -> None:
     """Has Megatron's model builder check every layer once the model is built, and print the table.
 
     Args:
         config: Megatron's GPTModelConfig; its post-wrap hooks are what the builder calls.
+        args: Megatron's arguments.
     """
+    split = ContextSplit.from_options(vars(args))
 
     def check(models):
-        check_built_model(models, patterns, seq_len)
+        check_built_model(models, patterns, split)
+        if split.ranks > 1:
+            group = mpu.get_context_parallel_group()
+            check_cut(group, split.seq_len)
+            for model in models if not args.reset_position_ids else []:
+                watch_first_batch(model, group, split.seq_len)
         return models
 
     config.post_wrap_hooks.append(check)
 
 
-def check_built_model(models: list, patterns: tuple[LayerPattern, ...], seq_len: int) -> None:
+def check_built_model(
+    models: list, patterns: tuple[LayerPattern, ...], split: ContextSplit
+) -> None:
     """Every layer that the configuration calls sparse holds S2 attention with its own pattern.
 
     Args:
         models: this rank's (wrapped) model chunks.
-        seq_len: tokens per sequence, for the table's densities.
+        split: of the sequences, for the table's densities and what is exchanged.
 
     Raises:
         RuntimeError: a layer does not hold what the configuration says, or none holds it at all.
@@ -200,7 +208,7 @@ def check_built_model(models: list, patterns: tuple[LayerPattern, ...], seq_len:
             f"{len(patterns)}: some layers do not hold the attention that was configured"
         )
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(layer_table(patterns, seq_len, everywhere), flush=True)
+        print(layer_table(patterns, split.seq_len, everywhere, split), flush=True)
 
 
 def _check_layer(attention: SelfAttention, patterns: tuple[LayerPattern, ...]) -> str:

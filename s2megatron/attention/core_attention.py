@@ -2,8 +2,9 @@
 
 Contract (Megatron Core 0.19, megatron/core/transformer/attention.py): q is [s, b, h, d] and k, v
 are [s, b, g, d] for this tensor-parallel rank's heads, positions already rotated, sequence
-parallelism already gathered; the result is [s, b, h * d]. Packed documents (THD): q is [t, h, d],
-k and v are [t, g, d], and the result is [t, h * d].
+parallelism already gathered; the result is [s, b, h * d]. Under context parallelism s counts this
+rank's tokens. Packed documents (THD): q is [t, h, d], k and v are [t, g, d], and the result is
+[t, h * d].
 """
 
 from collections.abc import Callable
@@ -16,15 +17,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from s2_kernels import LayerPattern, s2_attention, s2_attention_varlen
-from s2_kernels import dense as dense_pattern
+from s2_kernels import LayerPattern, s2_attention_varlen
+from s2megatron.attention.context_parallel import ContextAttention
 from s2megatron.attention.recompute import OutputKeeper
 
 
 def build_core_attention(
     *,
     patterns: tuple[LayerPattern, ...],
-    dense: Callable,
+    dense: Callable | None,
     keep_output: bool,
     config: TransformerConfig,
     layer_number: int,
@@ -37,21 +38,17 @@ def build_core_attention(
 
     Args:
         patterns: one per layer of the whole model, for global head counts.
-        dense: builds the core attention of the layers whose pattern is dense.
+        dense: builds the core attention of the layers whose pattern is dense; None for
+            TorchDenseAttention.
         keep_output: of sparse layers, see S2CoreAttention.
         layer_number: global and 1-based.
         contract: Megatron's other keywords, handed on.
     """
     pattern = patterns[layer_number - 1]
-    if pattern.is_dense:
-        return dense(config=config, layer_number=layer_number, **contract)
-    return S2CoreAttention(
-        config=config,
-        layer_number=layer_number,
-        pattern=pattern,
-        keep_output=keep_output,
-        **contract,
-    )
+    contract |= {"config": config, "layer_number": layer_number}
+    if not pattern.is_dense:
+        return S2CoreAttention(pattern=pattern, keep_output=keep_output, **contract)
+    return dense(**contract) if dense else TorchDenseAttention(pattern=pattern, **contract)
 
 
 def let_go(value: Tensor, query: Tensor) -> Tensor:
@@ -70,8 +67,17 @@ def let_go(value: Tensor, query: Tensor) -> Tensor:
 class _CausalCoreAttention(MegatronModule):
     """What the two attentions here share: the contract. No parameters, no buffers.
 
-    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d], and
-    `_packed_pattern`: what the heads at hand keep of each document.
+    A subclass gives `_attend`: q [b, s, h, d], k and v [b, s, g, d] -> [b, s, h, d].
+
+    Args:
+        config, layer_number, ...: Megatron's core-attention contract. `cp_comm_type` is for layers
+            that Transformer Engine runs: here one exchange serves all.
+        pattern: the layer's lifetimes, for the model's global head counts. The slice of this
+            tensor-parallel rank is taken here, and nowhere else.
+
+    Raises:
+        ValueError: heads do not divide over the ranks, or the layer asks for what is not done here
+            (dropout, masks, a KV cache, packed documents under context parallelism).
     """
 
     def __init__(
@@ -86,6 +92,8 @@ class _CausalCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
+        *,
+        pattern: LayerPattern,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -97,12 +105,9 @@ class _CausalCoreAttention(MegatronModule):
         )
         self._require(dropout == 0, f"attention_dropout={dropout}", "set attention_dropout to 0")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
-        self._require(
-            groups.cp.size() == 1,
-            f"context_parallel_size={groups.cp.size()}",
-            "context parallelism is not supported yet; use tensor or pipeline parallelism",
-        )
-        self.tp_group = groups.tp
+        self.tp_group, self.cp_group = groups.tp, groups.cp
+        self.pattern = pattern.shard(groups.tp.rank(), groups.tp.size())
+        self.context = ContextAttention(self.pattern, softmax_scale, groups.cp)
         recomputed = config.recompute_granularity == "full" or (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -157,11 +162,16 @@ class _CausalCoreAttention(MegatronModule):
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
         """[t, h, d] and [t, g, d] -> [t, h, d]: attention within each document."""
         self._require(packed.qkv_format == "thd", f"qkv_format={packed.qkv_format!r}", "'thd' only")
+        self._require(
+            self.cp_group.size() == 1,
+            f"packed documents with context_parallel_size={self.cp_group.size()}",
+            "documents and context-parallel chunks do not fit together; leave one of them out",
+        )
         return s2_attention_varlen(
             q,
             k,
             v,
-            self._packed_pattern(q, k),
+            self.pattern,
             cu_seqlens_q=packed.cu_seqlens_q,
             cu_seqlens_k=packed.cu_seqlens_kv,
             max_seqlen_q=packed.max_seqlen_q,
@@ -174,40 +184,31 @@ class S2CoreAttention(_CausalCoreAttention):
     """Sparsely-Sharded attention of one layer, for the heads of this tensor-parallel rank.
 
     Args:
-        config, layer_number, ...: Megatron's core-attention contract.
-        pattern: the layer's lifetimes, for the model's global head counts. The slice of this rank
-            is taken here, and nowhere else.
         keep_output: under full activation recompute, keep the output instead of computing it again
             (recompute.py).
-
-    Raises:
-        ValueError: heads do not divide over the ranks, or the layer asks for what S2 attention
-            does not do (dropout, masks, context parallelism, a KV cache).
     """
 
-    def __init__(self, *args, pattern: LayerPattern, keep_output: bool = False, **contract):
+    def __init__(self, *args, keep_output: bool = False, **contract):
         super().__init__(*args, **contract)
-        self.pattern = pattern.shard(self.tp_group.rank(), self.tp_group.size())
         keep = keep_output and self.config.recompute_granularity == "full"
-        self.keeper = OutputKeeper(self.pattern, self.softmax_scale) if keep else None
+        self.keeper = OutputKeeper(self.context) if keep else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.keeper and self.training:
-            return self.keeper.attend(q, k, v)
-        return s2_attention(q, k, v, self.pattern, softmax_scale=self.softmax_scale)
-
-    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
-        return self.pattern
+        run = self.keeper if self.keeper and self.training else self.context
+        return run.attend(q, k, v)
 
 
 class TorchDenseAttention(_CausalCoreAttention):
-    """Dense causal attention by torch SDPA, for layers that the configuration calls dense.
+    """Dense causal attention, for layers that the configuration calls dense.
 
-    Megatron's own local attention holds all s x s scores; this one does not. Packed documents go
-    to the S2 kernels, with a pattern that keeps everything: SDPA knows no documents.
+    By torch SDPA: Megatron's own local attention holds all s x s scores. SDPA knows no documents
+    and gives no lse, so packed documents and context parallelism go to the S2 kernels, with a
+    pattern that keeps everything.
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.cp_group.size() > 1:
+            return self.context.attend(q, k, v)
         out = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)),
             is_causal=True,
@@ -215,6 +216,3 @@ class TorchDenseAttention(_CausalCoreAttention):
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
-
-    def _packed_pattern(self, q: Tensor, k: Tensor) -> LayerPattern:
-        return dense_pattern(heads=q.shape[1], kv_heads=k.shape[1])

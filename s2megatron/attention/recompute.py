@@ -3,7 +3,8 @@
 Megatron's checkpointed layers run twice, first without gradients, then again in the backward pass.
 Attention is the expensive part of the second run, and its output (with lse) is all that its
 backward pass needs besides q, k and v. So the first run leaves both here and the second takes them.
-They are tokens x heads x (d x 2 + 4) bytes a layer and microbatch in flight, for this rank's heads.
+They are tokens x heads x (d x 2 + 4) bytes a layer and microbatch in flight, for this rank's tokens
+and heads. Under context parallelism the second run exchanges nothing either.
 """
 
 from collections import deque
@@ -11,7 +12,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from s2_kernels import LayerPattern, s2_attention, s2_attention_backward
+from s2megatron.attention.context_parallel import ContextAttention
 
 
 class OutputKeeper:
@@ -22,23 +23,21 @@ class OutputKeeper:
     to them, the order was another one, and the run stops.
     """
 
-    def __init__(self, pattern: LayerPattern, softmax_scale: float | None):
-        self.pattern, self.scale = pattern, softmax_scale
+    def __init__(self, attention: ContextAttention):
+        self.attention = attention
         self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`s2_attention` of q [b, s, h, d], k and v [b, s, g, d]; training only."""
+        """Attention of q [b, s, h, d], k and v [b, s, g, d]; training only."""
         if not torch.is_grad_enabled():
-            out, lse = s2_attention(
-                q, k, v, self.pattern, softmax_scale=self.scale, return_lse=True
-            )
+            out, lse = self.attention.forward(q, k, v)
             self._kept.append((out, lse, _sample(q)))
             return out
         if not self._kept:  # a layer that is not checkpointed
-            return s2_attention(q, k, v, self.pattern, softmax_scale=self.scale)
+            return self.attention.attend(q, k, v)
         out, lse, before = self._kept.popleft()
         _require_close(_sample(q.detach()), before)
-        return _Recomputed.apply(q, k, v, out, lse, self.pattern, self.scale)
+        return _Recomputed.apply(q, k, v, out, lse, self.attention)
 
 
 def _sample(q: Tensor) -> Tensor:
@@ -60,13 +59,12 @@ class _Recomputed(torch.autograd.Function):
     """out as it was kept, with the gradients of attention."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, pattern, scale):
+    def forward(ctx, q, k, v, out, lse, attention):
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pattern, ctx.scale = pattern, scale
+        ctx.attention = attention
         return out.view_as(out)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = s2_attention_backward(q, k, v, out, lse, dout, ctx.pattern, softmax_scale=ctx.scale)
-        return *grads, None, None, None, None
+        return *ctx.attention.backward(*ctx.saved_tensors, dout), None, None, None

@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from s2_kernels import LayerPattern
-from s2megatron.attention.core_attention import TorchDenseAttention, build_core_attention
+from s2megatron.attention.core_attention import build_core_attention
 from s2megatron.attention.norms import TorchNorm
 from s2megatron.errors import ConfigError
 
@@ -45,12 +45,11 @@ def build_layer_spec(
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    dense = TEDotProductAttention if use_te else TorchDenseAttention
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = partial(
             build_core_attention,
             patterns=patterns,
-            dense=dense,
+            dense=TEDotProductAttention if use_te else None,
             keep_output=keep_attention_output,
         )
         if not use_te:

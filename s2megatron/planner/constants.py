@@ -42,6 +42,9 @@ class Assumptions(_Checked):
     tp_backward_overlap: float = Field(0.8, ge=0, le=1)
     """Share of the backward matmuls' time behind which TP/SP communication can hide: with
     CUDA_DEVICE_MAX_CONNECTIONS=1 the gather overlaps dgrad, the scatter wgrad. Forward: none."""
+    exchange_groups: int = Field(1, ge=1)
+    """Groups of KV heads in which context parallelism exchanges blocks: the first is waited for,
+    the others hide behind attention of the group before. 1: nothing hides."""
     dp_overlap: float = Field(0.9, ge=0, le=1)
     """Share of the last backward (gradients) or first forward (parameters) that hides DP's."""
     elementwise_fused: float = Field(1.0, gt=0)

@@ -1,37 +1,17 @@
 """What one rank computes, moves and sends for one layer and one micro-batch.
 
-Symbols: T tokens of a micro-batch (b * s), h hidden size, t tensor-parallel size; with sequence
-parallelism the parts between the matrix products hold T / t tokens.
+Symbols: T tokens of a micro-batch on one CP rank (b * s / c), h hidden size, t tensor-parallel
+size; with sequence parallelism the parts between the matrix products hold T / t tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
-from s2megatron.planner.constants import Link, Machine
-from s2megatron.planner.layout import Layout
-
-BF16, FP32 = 2, 4
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained."""
-
-    shape: ModelShape
-    patterns: tuple[LayerPattern, ...]
-
-
-@dataclass
-class Axis:
-    """One axis' communication of a rank in a step."""
-
-    size: int
-    bytes: float = 0.0
-    """Sent by this rank."""
-    seconds: float = 0.0
-    exposed: float = 0.0
-    """Not hidden behind computation."""
+from s2megatron.planner.constants import Machine
+from s2megatron.planner.context import context_traffic, copied_bytes, tp_shards
+from s2megatron.planner.layout import BF16, GATHER, ULYSSES, Layout, Model
+from s2megatron.planner.links import Axis, Transfer, all_to_all_seconds, gather_seconds
 
 
 @dataclass
@@ -42,50 +22,41 @@ class Seconds:
     attention: float = 0.0
     memory: float = 0.0
     exposed: float = 0.0
-    """Communication that nothing hides."""
-    parts: dict[str, float] = field(default_factory=dict)
+    """TP, SP and EP communication that nothing hides."""
+    context: float = 0.0
+    """The same of context parallelism."""
 
     @property
     def total(self) -> float:
-        return self.matmul + self.attention + self.memory + self.exposed
+        return self.matmul + self.attention + self.memory + self.exposed + self.context
 
-
-def gather_seconds(
-    machine: Machine, size: float, ranks: int, *, stride: int, kind: str = "ring"
-) -> tuple[float, float]:
-    """An all-gather or reduce-scatter of `size` bytes in all over ranks `stride` apart.
-
-    Members of a group that share a node use that many network adapters at once, as NCCL's rings do.
-
-    Returns:
-        (seconds, bytes that a rank sends).
-    """
-    if ranks == 1:
-        return 0.0, 0.0
-    sent = size * (ranks - 1) / ranks
-    together = max(1, min(ranks, machine.gpus_per_node // stride))
-    link: Link = machine.node
-    rate = machine.node.gb_s
-    if ranks > together:
-        link = machine.cluster
-        lanes = 1 if kind == "all-to-all" else together
-        rate = min(rate, lanes * machine.cluster.gb_s)
-    doublings = (ranks - 1).bit_length()
-    return sent / (rate * 1e9) + link.latency_us * 1e-6 * doublings, sent
+    def add(self, part: "Seconds", times: int = 1) -> None:
+        self.matmul += times * part.matmul
+        self.attention += times * part.attention
+        self.memory += times * part.memory
+        self.exposed += times * part.exposed
+        self.context += times * part.context
 
 
 def attention_seconds(
     machine: Machine, model: Model, layout: Layout, layer: int
 ) -> tuple[float, float]:
-    """Forward and backward of the core attention of a layer on its busiest TP rank."""
+    """Forward and backward of the core attention of a layer on its busiest TP rank.
+
+    Zigzag gives every CP rank as many pairs. Kernels that see a rank's own queries (S2's, a ring's
+    steps) have the rate of so many tokens; with whole sequences of some heads, or of all keys, that
+    of the sequence.
+    """
     shape, pattern = model.shape, model.patterns[layer]
-    ranks = range(1) if pattern.is_dense else range(layout.tp)
-    pairs = max(kept_pairs(pattern.shard(r, layout.tp), shape.seq_len) for r in ranks)
+    shards = tp_shards(pattern, layout.tp)
+    pairs = max(kept_pairs(shard, shape.seq_len) for shard in shards) / layout.cp
     flops = 4 * pairs * shape.head_dim * layout.micro_batch
     rates = machine.dense_attention if pattern.is_dense else machine.s2_attention
+    whole = not layout.exchanges_blocks(pattern) and layout.cp_comm in (GATHER, ULYSSES)
+    tokens = shape.seq_len if whole else shape.seq_len // layout.cp
     return (
-        machine.attention_seconds(flops, rates.forward, shape.seq_len),
-        machine.attention_seconds(2.5 * flops, rates.backward, shape.seq_len),
+        machine.attention_seconds(flops, rates.forward, tokens),
+        machine.attention_seconds(2.5 * flops, rates.backward, tokens),
     )
 
 
@@ -102,7 +73,7 @@ def kept_pairs(pattern: LayerPattern, seq_len: int) -> int:
 
 def layer_matmuls(shape: ModelShape, layout: Layout, layer: int) -> list[tuple[float, ...]]:
     """(m, n, k) of a layer's forward products on one rank; backward has two of each."""
-    tokens, t, h = layout.micro_batch * shape.seq_len, layout.tp, shape.hidden
+    tokens, t, h = layout.local_tokens(shape), layout.tp, shape.hidden
     kv = max(1, shape.kv_heads // t)
     up = 2 if shape.gated else 1
     products = [
@@ -125,7 +96,7 @@ def layer_matmuls(shape: ModelShape, layout: Layout, layer: int) -> list[tuple[f
 
 def layer_traffic(shape: ModelShape, layout: Layout, layer: int) -> float:
     """Least bytes that a layer's norms, residuals, RoPE and SwiGLU read and write, forward."""
-    tokens, t = layout.micro_batch * shape.seq_len, layout.tp
+    tokens, t = layout.local_tokens(shape), layout.tp
     outer = tokens / t if layout.sequence_parallel else tokens
     between = outer * shape.hidden * (2 * 2 + 2 * 3)  # norm: in, out; residual: two in, one out
     heads = shape.head_dim * (shape.heads + shape.kv_heads) / t
@@ -143,60 +114,73 @@ def layer_seconds(
     """Forward and backward of one layer; adds one micro-batch's communication to the axes."""
     shape, assume = model.shape, machine.assumptions
     matmul = sum(machine.matmul_seconds(*sizes) for sizes in layer_matmuls(shape, layout, layer))
-    forward_attention, backward_attention = attention_seconds(machine, model, layout, layer)
+    attention = attention_seconds(machine, model, layout, layer)
     passes = assume.elementwise_fused if layout.fused else assume.elementwise_local
     memory = machine.memory_seconds(passes * layer_traffic(shape, layout, layer))
+    copies = [machine.memory_seconds(size) for size in copied_bytes(model, layout, layer)]
     weights = layer_rank_parameters(shape, layout, layer)
     accumulate = machine.memory_seconds(weights * (8 if layout.fused_accumulation else 12))
-    # Two gathers and two scatters each way; the backward's gathers of saved inputs are two more.
-    size = layout.micro_batch * shape.seq_len * shape.hidden * BF16
-    once, sent = gather_seconds(machine, size, layout.tp, stride=1)
-    again = 6 if layout.sequence_parallel else 4
-    exchange, exchanged = _experts_exchange(machine, shape, layout, layer)
-    hidden = assume.tp_backward_overlap * 2 * matmul
-    forward = Seconds(matmul, forward_attention, memory, 4 * once + 2 * exchange)
-    backward = Seconds(
-        2 * matmul,
-        backward_attention,
-        2 * memory + accumulate,
-        max(0.0, again * once - hidden) + 2 * exchange,
+    tensor = _tensor_traffic(machine, shape, layout, matmul)
+    experts = _experts_traffic(machine, shape, layout, layer)
+    context = context_traffic(machine, model, layout, layer, attention)
+    forward, backward = (
+        Seconds(
+            matmul=times * matmul,
+            attention=attention[way],
+            memory=times * memory + copies[way] + way * accumulate,
+            exposed=tensor[way].exposed + experts[way].exposed,
+            context=context[way].exposed,
+        )
+        for way, times in enumerate((1, 2))
     )
-    passes_forward = 1
-    if layout.recompute == "core_attn":
-        backward.attention += forward_attention
-    elif layout.recompute == "full":
-        passes_forward = 2
-        backward.matmul += forward.matmul
-        if model.patterns[layer].is_dense or not layout.keep_attention_output:
-            backward.attention += forward.attention
-        backward.memory += forward.memory
-        backward.exposed += forward.exposed
+    layer_again = layout.recompute == "full"
+    kept = not model.patterns[layer].is_dense and layout.keep_attention_output
+    attention_again = layout.recompute == "core_attn" or (layer_again and not kept)
+    if layer_again:
+        backward.add(Seconds(matmul=matmul, memory=memory, exposed=forward.exposed))
+    if attention_again:
+        backward.add(Seconds(attention=attention[0], memory=copies[0], context=forward.context))
     floor = machine.host_layer_us * 1e-6
-    for part, least in ((forward, floor), (backward, floor * (1 + passes_forward))):
+    for part, least in ((forward, floor), (backward, floor * (2 + layer_again))):
         part.memory += max(0.0, least - part.total)
-    if layout.tp > 1:
-        name = "SP" if layout.sequence_parallel else "TP"
-        axis = axes.setdefault(name, Axis(layout.tp))
-        count = 4 * passes_forward + again
-        axis.bytes += sent * count
-        axis.seconds += once * count
-        axis.exposed += 4 * passes_forward * once + max(0.0, again * once - hidden)
-    if exchange:
-        axis = axes.setdefault("EP", Axis(layout.ep))
-        count = 2 * passes_forward + 2
-        axis.bytes += exchanged * count
-        axis.seconds += exchange * count
-        axis.exposed += exchange * count
+    for name, size, traffic, again in (
+        ("SP" if layout.sequence_parallel else "TP", layout.tp, tensor, layer_again),
+        ("CP", layout.cp, context, attention_again),
+        ("EP", layout.ep if shape.moe_layers[layer] else 1, experts, layer_again),
+    ):
+        if size > 1:
+            axis = axes.setdefault(name, Axis(size))
+            axis.add(traffic[0], 1 + again)
+            axis.add(traffic[1])
     return forward, backward
 
 
-def _experts_exchange(machine, shape, layout, layer) -> tuple[float, float]:
-    """One all-to-all of a MoE layer's tokens."""
-    if not shape.moe_layers[layer] or layout.ep == 1:
-        return 0.0, 0.0
-    tokens = layout.micro_batch * shape.seq_len / layout.tp
+def _tensor_traffic(
+    machine: Machine, shape: ModelShape, layout: Layout, matmul: float
+) -> tuple[Transfer, Transfer]:
+    """Two gathers and two scatters each way; with SP the backward gathers saved inputs too."""
+    size = layout.local_tokens(shape) * shape.hidden * BF16
+    once, sent = gather_seconds(machine, size, layout.tp, stride=1)
+    back = 6 if layout.sequence_parallel else 4
+    hidden = machine.assumptions.tp_backward_overlap * 2 * matmul
+    return (
+        Transfer.waited_for(4 * sent, 4 * once),
+        Transfer(back * sent, back * once, max(0.0, back * once - hidden)),
+    )
+
+
+def _experts_traffic(
+    machine: Machine, shape: ModelShape, layout: Layout, layer: int
+) -> tuple[Transfer, Transfer]:
+    """Two all-to-alls of a MoE layer's tokens each way."""
+    if not shape.moe_layers[layer]:
+        return Transfer(), Transfer()
+    tokens = layout.local_tokens(shape) / layout.tp
     size = tokens * shape.experts_per_token * shape.hidden * BF16
-    return gather_seconds(machine, size, layout.ep, stride=layout.tp, kind="all-to-all")
+    sent = size * (layout.ep - 1) / layout.ep
+    once = all_to_all_seconds(machine, sent, layout.ep, stride=layout.tp)
+    both = Transfer.waited_for(2 * sent, 2 * once)
+    return both, both
 
 
 def layer_rank_parameters(shape: ModelShape, layout: Layout, layer: int) -> float:
@@ -216,7 +200,7 @@ def layer_rank_parameters(shape: ModelShape, layout: Layout, layer: int) -> floa
 def output_seconds(machine: Machine, model: Model, layout: Layout) -> tuple[Seconds, Seconds]:
     """Logits and the cross entropy of the last stage, in float32 as Megatron computes it."""
     shape = model.shape
-    tokens, vocab = layout.micro_batch * shape.seq_len, shape.vocab / layout.tp
+    tokens, vocab = layout.local_tokens(shape), shape.vocab / layout.tp
     matmul = machine.matmul_seconds(tokens, vocab, shape.hidden)
     logits = tokens * vocab
     once, _ = gather_seconds(machine, tokens * shape.hidden * BF16, layout.tp, stride=1)

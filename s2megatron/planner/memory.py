@@ -4,11 +4,13 @@ What autograd keeps per layer was read off Megatron's and this plugin's modules:
 that a matrix product, a norm, RoPE or SwiGLU saves for its backward.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from s2megatron.accounting import ModelShape
-from s2megatron.planner.costs import BF16, FP32, Model, layer_rank_parameters
-from s2megatron.planner.layout import Layout
+from s2megatron.planner.context import buffer_bytes
+from s2megatron.planner.costs import layer_rank_parameters
+from s2megatron.planner.layout import BF16, FP32, Layout, Model, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,12 @@ class Memory:
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> float:
     """Parameters that one rank of a pipeline stage holds."""
+    layers = layout.stages(shape.layers)[stage]
+    # A layer's parameters depend on its experts alone.
+    alike = Counter(shape.moe_layers[layer] for layer in layers)
+    first_of = {shape.moe_layers[layer]: layer for layer in layers}
     total = sum(
-        layer_rank_parameters(shape, layout, layer) for layer in layout.stages(shape.layers)[stage]
+        times * layer_rank_parameters(shape, layout, first_of[moe]) for moe, times in alike.items()
     )
     embedding = shape.vocab * shape.hidden / layout.tp
     first, last = stage == 0, stage == layout.pp - 1
@@ -51,9 +57,8 @@ def stage_expert_parameters(shape: ModelShape, layout: Layout, stage: int) -> fl
 
 def saved_per_layer(shape: ModelShape, layout: Layout, layer: int) -> float:
     """Bytes that a layer's forward keeps for its backward, for one micro-batch."""
-    tokens, t = layout.micro_batch * shape.seq_len, layout.tp
+    tokens, t = layout.local_tokens(shape), layout.tp
     outer = tokens / t if layout.sequence_parallel else tokens
-    width = BF16 if layout.bf16 else FP32
     # Inputs and outputs of both norms (the outputs are the matrix products' inputs).
     between = 4 * outer * shape.hidden
     kv = max(shape.kv_heads / t, 1)
@@ -64,7 +69,7 @@ def saved_per_layer(shape: ModelShape, layout: Layout, layer: int) -> float:
         between += 2 * outer * shape.hidden * shape.experts_per_token
     act = ffn / t * (3 if shape.gated else 2)  # both halves, and their product
     sums = FP32 * tokens * shape.heads / t  # attention's row sums
-    return width * (between + tokens * (heads + act)) + sums
+    return layout.width * (between + tokens * (heads + act)) + sums
 
 
 def peak(model: Model, layout: Layout) -> Memory:
@@ -75,21 +80,23 @@ def peak(model: Model, layout: Layout) -> Memory:
 def _stage(model: Model, layout: Layout, stage: int) -> Memory:
     shape = model.shape
     parameters = stage_parameters(shape, layout, stage)
-    width = BF16 if layout.bf16 else FP32
-    sharded = layout.dp if layout.distributed_optimizer else 1
+    sharded = layout.copies if layout.distributed_optimizer else 1
     # Adam's two moments, and beside bf16 weights a float32 copy.
     moments = (3 if layout.bf16 else 2) * FP32
-    experts = stage_expert_parameters(shape, layout, stage)  # their DP group is DP / EP ranks
+    experts = stage_expert_parameters(shape, layout, stage)  # copies / EP ranks hold the same
     states = moments * (parameters - experts + experts * layout.ep) / sharded
     layers = layout.stages(shape.layers)[stage]
-    saved = [saved_per_layer(shape, layout, layer) for layer in layers]
-    tokens = layout.micro_batch * shape.seq_len
+    kinds = layer_kinds(model, layers)
+    saved = {layer: saved_per_layer(shape, layout, layer) for layer, _ in kinds}
+    tokens = layout.local_tokens(shape)
     outer = tokens / layout.tp if layout.sequence_parallel else tokens
-    kept, working = sum(saved), _working(shape, layout)
+    kept = sum(times * saved[layer] for layer, times in kinds)
+    exchange = max(buffer_bytes(model, layout, layer) for layer, _ in kinds)
+    working = max(_working(shape, layout), exchange)
     if layout.recompute == "full":
-        kept = len(layers) * outer * shape.hidden * width
-        kept += sum(kept_attention_output(model, layout, layer) for layer in layers)
-        working += max(saved)
+        kept = len(layers) * outer * shape.hidden * layout.width
+        kept += sum(times * kept_attention_output(model, layout, n) for n, times in kinds)
+        working += max(saved.values())
     last = stage == layout.pp - 1
     logits = 0.0
     if last:
@@ -98,7 +105,7 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
         # They are gone before the first layer's backward begins: the larger of the two counts.
         working = max(0.0, working - logits)
     return Memory(
-        weights=width * parameters,
+        weights=layout.width * parameters,
         gradients=FP32 * parameters,
         optimizer=states,
         activations=kept * in_flight(layout, stage) + working,
@@ -111,8 +118,7 @@ def kept_attention_output(model: Model, layout: Layout, layer: int) -> float:
     if not layout.keep_attention_output or model.patterns[layer].is_dense:
         return 0.0
     heads = model.shape.heads / layout.tp
-    width = BF16 if layout.bf16 else FP32
-    return layout.micro_batch * model.shape.seq_len * heads * (width * model.shape.head_dim + FP32)
+    return layout.local_tokens(model.shape) * heads * (layout.width * model.shape.head_dim + FP32)
 
 
 def in_flight(layout: Layout, stage: int) -> float:
@@ -128,7 +134,6 @@ def in_flight(layout: Layout, stage: int) -> float:
 
 def _working(shape: ModelShape, layout: Layout) -> float:
     """Temporary tensors of one layer's backward: the MLP's gradients and gathered tokens."""
-    tokens = layout.micro_batch * shape.seq_len
-    width = BF16 if layout.bf16 else FP32
+    tokens = layout.local_tokens(shape)
     act = shape.ffn / layout.tp * (3 if shape.gated else 2)
-    return width * tokens * (act + 2 * shape.hidden)
+    return layout.width * tokens * (act + 2 * shape.hidden)

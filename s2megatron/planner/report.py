@@ -5,16 +5,11 @@ from dataclasses import replace
 from s2_kernels.record import describe
 from s2megatron.errors import ConfigError
 from s2megatron.planner.constants import Machine, load_machine
-from s2megatron.planner.costs import Model
-from s2megatron.planner.layout import Layout, layout_of
+from s2megatron.planner.context import received_bytes
+from s2megatron.planner.layout import Layout, Model, layer_kinds, layout_of
 from s2megatron.planner.memory import saved_per_layer
 from s2megatron.planner.search import search
 from s2megatron.planner.step import Plan, plan
-
-NO_CONTEXT_PARALLELISM = (
-    "context parallelism is not in the model: this plugin does not have it yet, so a sequence "
-    "stays within one TP group"
-)
 
 
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
@@ -40,7 +35,7 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
 
 def check_fits_gpus(layout: Layout, model: Model) -> None:
     """Raises ConfigError for a layout that the GPUs or the model do not divide over."""
-    if misfit := layout.misfit(model.shape):
+    if misfit := layout.misfit(model):
         raise ConfigError(
             f"--gpus {layout.gpus}: {misfit}; change the layout (megatron.*_parallel_size, "
             "megatron.global_batch_size), or let --search find one"
@@ -68,7 +63,6 @@ def plan_run(
     head = [
         f"{gpus} x {machine.gpu}, {machine.gpus_per_node} per node",
         f"constants: {' '.join(machine.source.split())}",
-        f"note: {NO_CONTEXT_PARALLELISM}",
         "",
     ]
     if best:
@@ -101,6 +95,7 @@ def lines(machine: Machine, model: Model, result: Plan, tokens: float) -> list[s
     return [
         f"layout: {layout}; {layout.micro_batches} micro-batches of {layout.micro_batch}, "
         f"{result.tokens:,} tokens a step",
+        *_exchanges(machine, model, layout),
         "",
         *_table(("layers", "attention", "parameters", "true FLOPs", "attention's", "keeps MiB"),
                 _layer_rows(model, layout)),
@@ -120,6 +115,24 @@ def lines(machine: Machine, model: Model, result: Plan, tokens: float) -> list[s
         f"{max(machine.matmul_tflops.values()):.0f} TFLOP/s); {days:,.1f} days for {tokens:.3g} "
         "tokens",
     ]  # fmt: skip
+
+
+def _exchanges(machine: Machine, model: Model, layout: Layout) -> list[str]:
+    """In words, what context parallelism sends in each kind of layer, and what hides it."""
+    if layout.cp == 1:
+        return []
+    said = []
+    for layer, times in layer_kinds(model, range(model.shape.layers)):
+        mib = received_bytes(model, layout, layer) / 2**20
+        way = f"cp_comm_type {layout.cp_comm}"
+        if layout.exchanges_blocks(model.patterns[layer]):
+            groups = machine.assumptions.exchange_groups
+            way = "blocks by lifetimes, " + (
+                f"in {groups} groups of heads, the first waited for" if groups > 1 else "waited for"
+            )
+        kind = describe(model.patterns[layer]).split(", shifts")[0]
+        said.append(f"CP {layout.cp}: {times} layers, {kind}: {mib:.1f} MiB forward ({way})")
+    return said
 
 
 def _layer_rows(model: Model, layout: Layout) -> list[tuple[str, ...]]:

@@ -2,9 +2,9 @@
 
 from s2megatron.errors import ConfigError
 from s2megatron.planner.constants import Machine
-from s2megatron.planner.costs import Model
-from s2megatron.planner.layout import Layout, candidates
-from s2megatron.planner.step import Plan, plan
+from s2megatron.planner.layout import Layout, Model, candidates
+from s2megatron.planner.memory import Memory, peak
+from s2megatron.planner.step import Plan, fits, plan
 
 
 def search(machine: Machine, model: Model, base: Layout, best: int | None = None) -> list[Plan]:
@@ -16,23 +16,26 @@ def search(machine: Machine, model: Model, base: Layout, best: int | None = None
     Raises:
         ConfigError: no layout divides, or none fits; says how far the nearest is off.
     """
-    found, fitting, most_tp = [], [], machine.gpus_per_node
+    found: list[tuple[Layout, Memory]] = []
+    fitting: list[Plan] = []
+    most_tp = machine.gpus_per_node
     while not fitting and most_tp <= max(machine.gpus_per_node, model.shape.heads):
-        layouts = candidates(base, model.shape, most_tp=most_tp)
-        found = [plan(machine, model, layout) for layout in layouts]
-        fitting = sorted((p for p in found if p.fits), key=lambda p: p.seconds)
+        layouts = candidates(base, model, most_tp=most_tp)
+        found = [(layout, peak(model, layout)) for layout in layouts]
+        plans = [plan(machine, model, layout) for layout, held in found if fits(machine, held)]
+        fitting = sorted(plans, key=lambda p: p.seconds)
         most_tp *= 2
     if not found:
         raise ConfigError(
-            f"--gpus {base.gpus}: no TP x PP x DP divides {model.shape.heads} heads, "
+            f"--gpus {base.gpus}: no TP x CP x PP x DP divides {model.shape.heads} heads, "
             f"{model.shape.layers} layers and a global batch of {base.global_batch}; change "
             "megatron.global_batch_size or the number of GPUs"
         )
     if not fitting:
-        least = min(found, key=lambda p: p.memory.total)
+        layout, held = min(found, key=lambda pair: pair[1].total)
         raise ConfigError(
-            f"--gpus {base.gpus}: nothing fits in {machine.memory_gib:.0f} GiB: {least.layout} "
-            f"comes nearest with {least.memory.total / 2**30:.1f} GiB; take more GPUs or a "
-            "shorter sequence (context parallelism is not there yet)"
+            f"--gpus {base.gpus}: nothing fits in {machine.memory_gib:.0f} GiB: {layout} "
+            f"comes nearest with {held.total / 2**30:.1f} GiB; take more GPUs or a "
+            "shorter sequence"
         )
     return fitting[:best]

@@ -12,17 +12,9 @@ decides.
 from dataclasses import dataclass
 
 from s2megatron.planner.constants import Machine
-from s2megatron.planner.costs import (
-    BF16,
-    FP32,
-    Axis,
-    Model,
-    Seconds,
-    gather_seconds,
-    layer_seconds,
-    output_seconds,
-)
-from s2megatron.planner.layout import Layout
+from s2megatron.planner.costs import Seconds, layer_seconds, output_seconds
+from s2megatron.planner.layout import BF16, FP32, Layout, Model, layer_kinds
+from s2megatron.planner.links import Axis, gather_seconds
 from s2megatron.planner.memory import Memory, peak, stage_parameters
 
 
@@ -41,6 +33,8 @@ class Plan:
     """Memory traffic of the layers and the loss, or the host where that is slower."""
     exposed: float
     """TP, SP and EP communication that nothing hides."""
+    context: float
+    """The same of context parallelism."""
     bubble: float
     pipeline: float
     """Sends between stages."""
@@ -64,6 +58,7 @@ class Plan:
             "attention": self.attention,
             "elementwise": self.elementwise,
             "TP, SP, EP": self.exposed,
+            "CP": self.context,
             "bubble": self.bubble,
             "PP sends": self.pipeline,
             "DP": self.data,
@@ -88,19 +83,19 @@ def plan(machine: Machine, model: Model, layout: Layout) -> Plan:
     cache: dict = {}
     for number, layers in enumerate(stages):
         forward, backward, axes = Seconds(), Seconds(), {}
-        for layer in layers:
+        for layer, times in layer_kinds(model, layers):
             key = (model.patterns[layer], shape.moe_layers[layer])
             if key not in cache:
                 own: dict[str, Axis] = {}
                 cache[key] = (*layer_seconds(machine, model, layout, layer, own), own)
-            _add(forward, cache[key][0])
-            _add(backward, cache[key][1])
-            _add_axes(axes, cache[key][2])
+            forward.add(cache[key][0], times)
+            backward.add(cache[key][1], times)
+            for name, axis in cache[key][2].items():
+                axes.setdefault(name, Axis(axis.size)).add(axis, times)
         if number == layout.pp - 1:
-            for total, part in zip(
-                (forward, backward), output_seconds(machine, model, layout), strict=True
-            ):
-                _add(total, part)
+            logits = output_seconds(machine, model, layout)
+            forward.add(logits[0])
+            backward.add(logits[1])
         stage_parts.append((forward, backward, axes))
     times = [forward.total + backward.total for forward, backward, _ in stage_parts]
     busiest = max(range(layout.pp), key=times.__getitem__)
@@ -113,20 +108,20 @@ def plan(machine: Machine, model: Model, layout: Layout) -> Plan:
     pipeline = _sends(machine, model, layout, axes)
     parameters = max(stage_parameters(shape, layout, s) for s in range(layout.pp))
     data = _data(machine, layout, parameters, forward.total, backward.total, axes)
-    sharded = layout.dp if layout.distributed_optimizer else 1
+    sharded = layout.copies if layout.distributed_optimizer else 1
     # Gradients are read for their norm and again by Adam, which reads and writes three states.
     update = machine.memory_seconds(parameters / sharded * (2 * FP32 + 6 * FP32 + BF16))
     memory = peak(model, layout)
-    usable = machine.memory_gib * 2**30 * (1 - machine.assumptions.memory_reserve)
     return Plan(
         layout=layout,
         memory=memory,
-        fits=memory.total <= usable,
+        fits=fits(machine, memory),
         axes=axes,
         matmul=m * (forward.matmul + backward.matmul),
         attention=m * (forward.attention + backward.attention),
         elementwise=m * (forward.memory + backward.memory),
         exposed=m * (forward.exposed + backward.exposed),
+        context=m * (forward.context + backward.context),
         bubble=bubble,
         pipeline=pipeline,
         data=data,
@@ -135,6 +130,12 @@ def plan(machine: Machine, model: Model, layout: Layout) -> Plan:
         model_flops=layout.global_batch * _sequence_flops(model),
         tokens=layout.global_batch * shape.seq_len,
     )
+
+
+def fits(machine: Machine, memory: Memory) -> bool:
+    """Whether a GPU holds it, beside what CUDA, NCCL and fragmentation take."""
+    usable = machine.memory_gib * 2**30 * (1 - machine.assumptions.memory_reserve)
+    return memory.total <= usable
 
 
 _FLOPS: dict[Model, int] = {}
@@ -146,28 +147,13 @@ def _sequence_flops(model: Model) -> int:
     return _FLOPS[model]
 
 
-def _add(total: Seconds, part: Seconds) -> None:
-    total.matmul += part.matmul
-    total.attention += part.attention
-    total.memory += part.memory
-    total.exposed += part.exposed
-
-
-def _add_axes(total: dict[str, Axis], part: dict[str, Axis]) -> None:
-    for name, axis in part.items():
-        mine = total.setdefault(name, Axis(axis.size))
-        mine.bytes += axis.bytes
-        mine.seconds += axis.seconds
-        mine.exposed += axis.exposed
-
-
 def _sends(machine: Machine, model: Model, layout: Layout, axes: dict[str, Axis]) -> float:
     """Activations and their gradients between stages: exposed in 1F1B, hidden when interleaved
     except while the pipeline fills and drains."""
     if layout.pp == 1:
         return 0.0
-    tokens = layout.micro_batch * model.shape.seq_len
-    size = tokens * model.shape.hidden * BF16 / (layout.tp if layout.sequence_parallel else 1)
+    tokens = layout.local_tokens(model.shape) / (layout.tp if layout.sequence_parallel else 1)
+    size = tokens * model.shape.hidden * BF16
     link = machine.node if layout.gpus <= machine.gpus_per_node else machine.cluster
     once = size / (link.gb_s * 1e9) + link.latency_us * 1e-6
     sends = 2 * layout.micro_batches * layout.vpp
@@ -184,18 +170,19 @@ def _data(
     backward: float,
     axes: dict[str, Axis],
 ) -> float:
-    """Exposed time of gradients (float32) and parameters (bf16) over data-parallel ranks."""
-    if layout.dp == 1:
+    """Exposed time of gradients (float32) and parameters (bf16) over DP and CP ranks."""
+    copies = layout.copies
+    if copies == 1:
         return 0.0
-    width = BF16 if layout.bf16 else FP32
-    reduce, sent = gather_seconds(machine, FP32 * parameters, layout.dp, stride=layout.tp)
+    reduce, sent = gather_seconds(machine, FP32 * parameters, copies, stride=layout.tp)
     if layout.distributed_optimizer:
-        gather, more = gather_seconds(machine, width * parameters, layout.dp, stride=layout.tp)
+        gather, more = gather_seconds(machine, layout.width * parameters, copies, stride=layout.tp)
     else:  # an all-reduce: scatter and gather of the gradients
         gather, more, reduce = 0.0, sent, 2 * reduce
     hidden = machine.assumptions.dp_overlap
     exposed_reduce = max(0.0, reduce - hidden * backward * layout.overlap_grad_reduce)
     exposed_gather = max(0.0, gather - hidden * forward * layout.overlap_param_gather)
     exposed = exposed_reduce + exposed_gather
-    axes["DP"] = Axis(layout.dp, sent + more, reduce + gather, exposed)
+    name = "DP" if layout.cp == 1 else "DP x CP"
+    axes[name] = Axis(copies, sent + more, reduce + gather, exposed)
     return exposed

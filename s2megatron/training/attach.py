@@ -8,8 +8,10 @@ from s2megatron.attention.checks import add_model_check, check_model_options
 from s2megatron.attention.megatron_fixes import keep_rope_scaling_factor
 from s2megatron.attention.spec import build_layer_spec
 from s2megatron.config import SparsityConfig
+from s2megatron.context_split import ContextSplit, check_context_options
 from s2megatron.training.optimizer_fixes import mend_distributed_optimizer
 from s2megatron.training.resume import check_resume
+from s2megatron.training.save_helpers import tie_save_helpers
 
 
 def attach(
@@ -31,12 +33,15 @@ def attach(
     """
     patterns = resolve(model_config, sparsity)
     check_model_options(model_config.transformer, patterns, on_gpu=on_gpu)
+    check_context_options(vars(args))
+    ContextSplit.from_options(vars(args)).check(patterns)
     check_resume(args, patterns, sparsity.on_resume)
     args.s2_sparsity = record(patterns)
     model_config.transformer_layer_spec = layer_spec(sparsity)
     keep_rope_scaling_factor(model_config, args)
     mend_distributed_optimizer()
-    add_model_check(model_config, patterns, seq_len=args.seq_length)
+    tie_save_helpers()
+    add_model_check(model_config, patterns, args)
     return patterns
 
 

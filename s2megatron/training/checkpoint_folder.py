@@ -5,13 +5,13 @@ tracker `latest_checkpointed_iteration.txt`. A folder that has no `.metadata` is
 never picked up.
 """
 
-import pickle
 import re
 import shutil
 import threading
 from pathlib import Path
 
 from s2megatron.errors import ConfigError
+from s2megatron.training.checkpoint_content import damaged_metadata, stored_parts
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _GOING = ".deleting-"
@@ -37,18 +37,20 @@ def missing_parts(checkpoint: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str:
-    """'' where every file is as long as `.metadata` says, else what is not. Reads all sizes."""
-    if missing := missing_parts(checkpoint):
+    """'' where every file is as long as `.metadata` says, else what is not. Reads all sizes.
+
+    Of the content only `.metadata` and `metadata.json` are compared with their checksums;
+    checkpoint_content.py reads the rest.
+    """
+    if missing := missing_parts(checkpoint) or damaged_metadata(checkpoint):
         return missing
     try:
-        with (checkpoint / ".metadata").open("rb") as stream:
-            stored = pickle.load(stream).storage_data.values()
-    except (pickle.UnpicklingError, EOFError, AttributeError, OSError) as error:
-        return f".metadata cannot be read ({error})"
+        parts = stored_parts(checkpoint)
+    except ValueError as error:
+        return str(error)
     sizes: dict[str, int] = {}
-    for part in stored:
-        end = part.offset + part.length
-        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), end)
+    for part in parts:
+        sizes[part.file] = max(sizes.get(part.file, 0), part.offset + part.length)
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():

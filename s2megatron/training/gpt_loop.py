@@ -14,7 +14,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -32,6 +36,7 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     """One micro-batch, each [b, s]; read by tensor-parallel rank 0 and broadcast to the others.
 
+    Under context parallelism every rank reads the whole sequences and keeps its own chunks of them.
     With inter-document masking each is [1, b * s], and "documents" holds int32 [documents + 1] on
     the host: where each document starts and the last one ends. Every pipeline stage needs them.
     """
@@ -67,6 +72,8 @@ def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | N
     )
     samples = {key: batch.get(key) if outer else None for key in BATCH_KEYS}
     if not packed:
+        group = mpu.get_context_parallel_group()
+        samples = get_batch_on_this_cp_rank(samples, is_hybrid_cp=False, cp_group=group)
         return samples | {"documents": None}
     if cu_seqlens is None:  # the one wait for the GPU in a micro-batch
         cu_seqlens = batch["cu_seqlens"].cpu()
@@ -74,7 +81,13 @@ def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | N
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
-    """Sum of the token losses, the number of tokens, and what Megatron logs of them."""
+    """Sum of the token losses, the number of tokens, and what Megatron logs of them.
+
+    Megatron divides the first by the second, and adds up the gradients of the context-parallel
+    ranks as a mean. For the gradient of the whole sequence's mean loss, whose tokens may lie
+    unevenly on the ranks (masked ends of documents), the sum is scaled by their number and the
+    tokens are those of all. With calculate_per_token_loss Megatron does that itself.
+    """
     losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
     loss = (losses * mask).sum()
     num_tokens = mask.sum().detach().to(torch.int)
@@ -91,6 +104,10 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
             result=loss, rejection_func=rejected, message=message, tolerance=0.0, fatal=fatal
         )
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    ranks = args.context_parallel_size
+    if ranks > 1 and not args.calculate_per_token_loss:
+        loss, num_tokens = loss * ranks, num_tokens.clone()
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_context_parallel_group())
     return loss, num_tokens, report
 
 

@@ -1,4 +1,4 @@
-"""Corrections of how Megatron loads a checkpoint: changed learning rates, and names of tensors.
+"""Corrections of how Megatron loads a checkpoint: changed rates, names of files, no second save.
 
 Seen with megatron-core 0.19.2 and torch 2.11.
 """
@@ -73,6 +73,27 @@ def _replace_rates(state: Any, saved: Namespace, now: Namespace) -> None:
                         group[key] = getattr(now, name)
                         break
         todo += [child for key, child in node.items() if key != "param_groups"]
+
+
+def save_what_was_loaded_never_again(iteration: int | None) -> None:
+    """Started again, a run that had trained to its end would write the checkpoint over itself.
+
+    Cut off in the middle of that, it would have lost what it had.
+
+    Args:
+        iteration: what this run resumes from; None for a first start.
+    """
+    from megatron.training import training
+
+    save = training.save_checkpoint_and_time
+    save = getattr(save, "__wrapped__", save)  # an earlier run of this process had another
+
+    @functools.wraps(save)
+    def unless_loaded(now: int, *args, **kwargs):
+        if now != iteration:
+            save(now, *args, **kwargs)
+
+    training.save_checkpoint_and_time = unless_loaded
 
 
 class DamagedFile(RuntimeError):

@@ -7,18 +7,17 @@ FOLDER/run.lock       who is writing here (run_lock.py)
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
 from s2megatron.training.checkpoint_folder import (
-    damage,
     iteration_dir,
     resume_point,
     set_aside_newer,
     tracked,
-    way_back,
     write_tracker,
 )
 
@@ -51,15 +50,25 @@ class Output:
     """For the log: what is resumed, what was passed over."""
 
 
-def resolve(output: OutputConfig, chosen: dict) -> Output | None:
+Choice = Callable[[Path, bool], tuple[int | None, list[str]]]
+"""From the folder of checkpoints, and whether to read all of a checkpoint: the iteration, notes."""
+
+
+def by_name(checkpoints: Path, verify: bool) -> tuple[int | None, list[str]]:
+    """A choice that looks into no file, for a run that does not start."""
+    return resume_point(checkpoints)
+
+
+def resolve(output: OutputConfig, chosen: dict, choose: Choice = by_name) -> Output | None:
     """Megatron options for this output folder; None where there is none.
 
     Args:
         chosen: the run file's `megatron:` section; its own options win.
+        choose: which checkpoint to resume from.
 
     Raises:
-        ConfigError: options that do not go with an output folder, or no complete checkpoint where
-            there should be one.
+        ConfigError: options that do not go with an output folder, or no complete and undamaged
+            checkpoint where there should be one.
     """
     if output.folder is None:
         return None
@@ -90,7 +99,7 @@ def resolve(output: OutputConfig, chosen: dict) -> Output | None:
         options.setdefault("use_persistent_ckpt_worker", True)
         nvrx = importlib.util.find_spec("nvidia_resiliency_ext") is not None
         options.setdefault("async_strategy", "nvrx" if nvrx else "mcore")
-    iteration, notes = resume_point(checkpoints)
+    iteration, notes = choose(checkpoints, output.verify)
     if iteration is None:
         return Output(folder, checkpoints, options, None, notes)
     notes.append(f"resuming from {iteration_dir(checkpoints, iteration)}")
@@ -101,22 +110,22 @@ def resolve(output: OutputConfig, chosen: dict) -> Output | None:
         names = ", ".join(f"megatron.{name}" for name in dropped)
         notes.append(f"{names}: only for the first start, left out now")
     options = {name: value for name, value in options.items() if name not in FIRST_START_ONLY}
-    # Every rank decides here, rank 0 mends the tracker later (make_ready): the step is named.
+    # All ranks agree on it; the tracker names it only later (make_ready): the step is given.
     options |= {"load": str(checkpoints), "ckpt_step": iteration}
     return Output(folder, checkpoints, options, iteration, notes)
 
 
 def make_ready(output: Output) -> list[str]:
-    """Checks the checkpoint to resume from, and makes Megatron find it; for one rank, under lock.
+    """Makes Megatron find the checkpoint to resume from; for one rank, under the lock.
 
-    Reads the sizes of all its files. A tracker that does not name it is written anew, and complete
-    checkpoints that are newer are set aside.
+    A tracker that does not name it is written anew, and complete checkpoints that are newer, the
+    damaged ones among them, are set aside.
 
     Returns:
         What was set aside, for the log.
 
     Raises:
-        ConfigError: a file is too short; names the checkpoint before it.
+        ConfigError: the folder cannot be written, or the disk is full.
     """
     iteration, folder = output.iteration, output.checkpoints
     try:
@@ -131,11 +140,6 @@ def make_ready(output: Output) -> list[str]:
         )
     if iteration is None:
         return []
-    if found := damage(iteration_dir(folder, iteration)):
-        raise ConfigError(
-            f"output.folder: {iteration_dir(folder, iteration)} is damaged: {found}; "
-            f"{way_back(folder, iteration)}"
-        )
     if tracked(folder) != iteration:
         write_tracker(folder, iteration)
     return set_aside_newer(folder, iteration)

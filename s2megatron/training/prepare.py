@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
 from s2megatron.config import RunConfig, load_config
+from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
@@ -36,11 +37,18 @@ class Prepared:
     """Its folder, where the run file names one."""
 
 
-def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> Prepared:
+def prepare(
+    config: str,
+    overrides: Sequence[str],
+    *,
+    writers: bool = True,
+    choose: output.Choice = output.by_name,
+) -> Prepared:
     """Everything up to the start of the process group.
 
     Args:
         writers: let Megatron open its TensorBoard and wandb writers.
+        choose: which checkpoint of an output folder to resume from.
 
     Raises:
         ConfigError: what is wrong, where, and the way out.
@@ -65,7 +73,7 @@ def prepare(config: str, overrides: Sequence[str], *, writers: bool = True) -> P
     options = default_options(backends, canonical(run.megatron))
     check_required(options)  # before the data: a run file without a model has none either
     options = data_options.resolve(run.data, options)
-    place = output.resolve(run.output, options)
+    place = output.resolve(run.output, options, choose)
     options = place.options if place else options
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
@@ -124,7 +132,9 @@ def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     ready = prepare_without_launch(config, overrides)
     check_schedule(ready.args)
-    return "\n".join(summary(ready, [layer_table(ready.patterns, ready.args.seq_length)]))
+    split = ContextSplit.from_options(vars(ready.args))
+    table = layer_table(ready.patterns, split.seq_len, split=split)
+    return "\n".join(summary(ready, [table]))
 
 
 def ranks_named_by(run: RunConfig) -> int:
@@ -144,11 +154,12 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
     attention = shape.attention_flops(ready.patterns) * args.global_batch_size
     dense = shape.dense_attention_flops() * args.global_batch_size
     stages = args.virtual_pipeline_model_parallel_size
-    experts = args.expert_model_parallel_size
+    experts, contexts = args.expert_model_parallel_size, args.context_parallel_size
     layout = (
         f"TP {args.tensor_model_parallel_size}"
         f"{' + SP' if args.sequence_parallel else ''}, PP {args.pipeline_model_parallel_size}"
-        f"{f' x {stages} virtual stages' if stages else ''}, DP {args.data_parallel_size}"
+        f"{f' x {stages} virtual stages' if stages else ''}"
+        f"{f', CP {contexts}' if contexts > 1 else ''}, DP {args.data_parallel_size}"
         f"{f', EP {experts}' if experts > 1 else ''}"
     )
     packed = args.dataloader_inter_document_masking

@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
+from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
+from s2megatron.training.checkpoint_content import checksums_at_the_end_of_a_save
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import CheckpointPruner
-from s2megatron.training.load_fixes import name_damaged_files
+from s2megatron.training.load_fixes import name_damaged_files, save_what_was_loaded_never_again
 from s2megatron.training.prepare import Prepared, prepare, summary
 from s2megatron.training.run_lock import RunLock
 from s2megatron.training.schedule import check_schedule
+from s2megatron.training.throughput import ThroughputMeter, peak_tflops
+from s2megatron.training.writer_watch import WriterWatch, end_rank
 
 
 def _take_output(ready: Prepared) -> tuple[RunLock, CheckpointPruner]:
@@ -43,24 +48,8 @@ def _summarize() -> None:
         print(f"s2megatron summary {json.dumps({'peak_gib': peaks})}", flush=True)
 
 
-def train(config: str, overrides: Sequence[str]) -> None:
-    """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
-    ready = prepare(config, overrides)
-    check_schedule(ready.args)
-    from megatron.core.enums import ModelType
-    from megatron.training import get_tensorboard_writer, is_last_rank, pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from s2megatron.training.gpt_loop import datasets_provider, make_forward_step
-    from s2megatron.training.throughput import ThroughputMeter, peak_tflops
-
-    name_damaged_files()
-    args = ready.args
-    lock, pruner = None, None
-    if args.rank == 0:
-        print("\n".join(summary(ready, [])), flush=True)
-        if ready.output:
-            lock, pruner = _take_output(ready)
+def _meter(ready: Prepared) -> ThroughputMeter:
+    from megatron.training import get_tensorboard_writer, is_last_rank
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
         if is_last_rank():
@@ -69,11 +58,11 @@ def train(config: str, overrides: Sequence[str]) -> None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, iteration)
 
-    peak = None
+    args, peak = ready.args, None
     if ready.backends.cuda:
         torch.cuda.set_device(args.local_rank)  # or the question would wake GPU 0
         peak = peak_tflops(torch.cuda.get_device_name())
-    meter = ThroughputMeter(
+    return ThroughputMeter(
         ready.shape,
         ready.patterns,
         sequences=args.global_batch_size,
@@ -84,6 +73,39 @@ def train(config: str, overrides: Sequence[str]) -> None:
         report=report,
         all_data=_over_data_parallel_ranks,
     )
+
+
+def _watch_writer(lock: RunLock | None) -> WriterWatch:
+    def end(reason: str) -> None:
+        if lock:
+            lock.release()  # nothing of this process runs after it
+        end_rank(reason)
+
+    return WriterWatch(end)
+
+
+def train(config: str, overrides: Sequence[str]) -> None:
+    """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
+    ranks = Ranks.of_launch()
+    ready = prepare(config, overrides, choose=partial(choose_checkpoint, ranks=ranks))
+    check_schedule(ready.args)
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from s2megatron.training.gpt_loop import datasets_provider, make_forward_step
+
+    name_damaged_files()
+    checksums_at_the_end_of_a_save()
+    save_what_was_loaded_never_again(ready.output.iteration if ready.output else None)
+    args = ready.args
+    lock, pruner = None, None
+    if args.rank == 0:
+        print("\n".join(summary(ready, [])), flush=True)
+        if ready.output:
+            lock, pruner = _take_output(ready)
+    meter = _meter(ready)
+    watch = _watch_writer(lock) if args.async_save else None
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, ready.model_config),
@@ -103,6 +125,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
             raise
         raise RuntimeError(told) from error
     finally:
+        if watch:
+            watch.close()
         if lock:
             lock.release()
     # Only after success: with a peer gone this can wait for ever.

@@ -4,7 +4,8 @@
     python scripts/quality/arms.py --list     # what each arm attends to, and at what density
 
 `ARMS` is the one table. All arms are the same model with the same options: they differ in their
-`sparsity:` section alone. Lengths, batches, learning rates and data are the recipe's (recipe.py).
+`sparsity:` section alone; those named smollm2-... are SmolLM2-135M. Lengths, batches, learning
+rates and data are the recipe's (recipe.py), which may change the size of the model, too.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from s2_kernels.pattern import LayerPattern
 from s2megatron.config import SparsityConfig, parse_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "quality"
-LAYERS, HEADS, BLOCK = 12, 8, 64
+BLOCK = 64
 
 MODEL = {
-    "num_layers": LAYERS,
+    "num_layers": 12,
     "hidden_size": 512,
     "ffn_hidden_size": 1408,
-    "num_attention_heads": HEADS,
+    "num_attention_heads": 8,
     "kv_channels": 64,
     "swiglu": True,
     "normalization": "RMSNorm",
@@ -44,13 +45,23 @@ MODEL = {
 }
 """Llama's shape, 46M parameters with a vocabulary of 16,384 and tied embeddings."""
 
+SMOLLM2 = MODEL | {
+    "num_layers": 30,
+    "hidden_size": 576,
+    "ffn_hidden_size": 1536,
+    "num_attention_heads": 9,
+    "group_query_attention": True,
+    "num_query_groups": 3,
+}
+"""SmolLM2-135M. It was trained with rotary_base 100,000 at 8,192 tokens; 500,000 is for 32,768."""
+
 
 def shards(window: int, stride, *layers: dict, **more) -> dict:
     """Window (tokens) + stride (blocks), their shards spread evenly over the heads."""
     widest = max(stride) if isinstance(stride, list) else stride
     default = {"local_blocks": window // BLOCK, "stride": stride}
     if not more.get("homogeneous"):
-        default["head_step"] = max(1, widest // HEADS)
+        default["head_step"] = max(1, widest // more.pop("heads", MODEL["num_attention_heads"]))
     return {"block_size": BLOCK, "default": default | more, "layers": list(layers)}
 
 
@@ -107,29 +118,58 @@ ARMS: dict[str, dict] = {
     "plain-8k": window(20),
     "plain-32k": window(32),
     "plain-8k-every-4": window(20, FOURTH),
+    "plain-8k-every-6": window(20, SIXTH),
     # The pilot's: window 512, stride 8, no dense layers, and its controls.
     "pilot": shards(512, 8),
     "pilot-homogeneous": shards(512, 8, homogeneous=True),
     "pilot-plain-8k": window(16),
+    # SmolLM2's three KV heads hold three shards: stride 3, or turned from layer to layer.
+    "smollm2-dense": {"block_size": BLOCK, "default": {"kind": "dense"}, "layers": []},
+    "smollm2-every-6": shards(1024, 12, *turned(4), SIXTH, heads=3),
+    "smollm2-stride-3": shards(1024, 3, heads=3),
 }
 """Name -> the `sparsity:` section of its run file."""
+
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("no-dense", "homogeneous", "different shards against equal ones, no dense layers"),
+    ("no-dense", "plain-8k", "against a plain window of equal keys, no dense layers"),
+    ("no-dense", "plain-32k", "the same, as many keys at 32k"),
+    ("every-6", "plain-8k-every-6", "against a plain window, every sixth layer dense"),
+    ("every-4", "plain-8k-every-4", "against a plain window, every fourth layer dense"),
+    ("every-6", "paper", "two dense layers spread out against the first two"),
+    ("turned", "no-dense", "shards turned from layer to layer"),
+    ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
+    ("smollm2-every-6", "smollm2-stride-3", "SmolLM2: every sixth dense against stride 3"),
+)
+"""What the study claims, or finds not to hold: an arm, its control, and what their difference
+says."""
+
+
+def model(arm: str) -> dict:
+    """Megatron's options of an arm's model."""
+    return SMOLLM2 if arm.startswith("smollm2-") else MODEL
 
 
 def patterns(arm: str) -> tuple[LayerPattern, ...]:
     """What each layer of an arm attends to."""
-    section = SparsityConfig.model_validate(ARMS[arm])
-    return section.resolve(num_layers=LAYERS, heads=HEADS, kv_heads=HEADS)
+    of = model(arm)
+    heads = of["num_attention_heads"]
+    return SparsityConfig.model_validate(ARMS[arm]).resolve(
+        num_layers=of["num_layers"], heads=heads, kv_heads=of.get("num_query_groups", heads)
+    )
 
 
 def density(arm: str, tokens: int) -> float:
     """Kept pairs over the pairs of dense causal attention, all layers and heads together."""
-    kept = sum(pattern.kept_pairs(tokens) for pattern in patterns(arm))
-    return kept / (LAYERS * HEADS * tokens * (tokens + 1) // 2)
+    found = patterns(arm)
+    kept = sum(pattern.kept_pairs(tokens) for pattern in found)
+    heads = model(arm)["num_attention_heads"]
+    return kept / (len(found) * heads * tokens * (tokens + 1) // 2)
 
 
 def run_file(arm: str) -> str:
     """The text of configs/quality/ARM.yaml."""
-    tree = {"sparsity": ARMS[arm], "megatron": MODEL}
+    tree = {"sparsity": ARMS[arm], "megatron": model(arm)}
     parse_config(tree)
     head = (
         f"# Arm {arm!r} of the quality study, made by scripts/quality/arms.py from its table.\n"

@@ -4,7 +4,8 @@
 
 DATA holds tokenizer/ and the Megatron datasets text and valid. It gets a dataset of retrieval
 documents for every phase, and a few held-out tokens of text and of records whose loss is taken
-while an arm trains. What is there is kept. Several recipes may share a folder.
+while an arm trains, and the same for the recipes that it goes on from. What is there is kept.
+Several recipes may share a folder.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import documents
 import numpy
 from pieces import write_dataset
-from recipe import Phase, Recipe, load_recipe
+from recipe import Phase, Recipe, history
 
 
 def write_retrieval(data: Path, phase: Phase, recipe: Recipe, processes: int | None) -> None:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int)
     a = parser.parse_args(argv)
     valid = numpy.memmap(a.data / "valid.bin", numpy.uint16, "r")
-    for recipe in map(load_recipe, dict.fromkeys(a.recipe)):
+    for recipe in (one for path in dict.fromkeys(a.recipe) for one in history(path)):
         watched = a.data / f"watch-text-of-{recipe.watch_tokens}"
         if not watched.with_suffix(".idx").is_file():
             write_dataset(watched, numpy.array(valid[: recipe.watch_tokens]))

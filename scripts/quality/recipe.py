@@ -1,10 +1,13 @@
 """The recipe: what every arm of the study is trained on, phase by phase, and how it is examined.
 
 A recipe is a YAML file; configs/quality/recipe.yaml is the study's. All arms of a study take the
-same one, so they see the same sequences in the same order.
+same one, so they see the same sequences in the same order. A recipe may go on where another one
+ended (`after`): short sequences once for all arms, then 8k, then 32k, each a file of its own.
 """
 
+import os
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,6 +44,12 @@ class Phase(_Checked):
     seconds: float | None = None
     """Training stops after so many seconds of this phase, wherever it is: for trying a recipe, not
     for comparing arms. Left out: no limit."""
+    train_seconds: float | None = None
+    """For comparing arms at equal time: a few steps are timed first, and the phase then has as many
+    steps as fit into so many seconds of training (start, evaluations and checkpoints not counted),
+    `tokens` at most. The rate falls to `final_lr` over just these steps."""
+    us_per_token: float | None = None
+    """Microseconds a token, measured as jobs.py says: for planning alone."""
 
     @model_validator(mode="after")
     def _whole_sequences(self):
@@ -82,6 +91,10 @@ class Probe(_Checked):
     """Answers a document; left out: the generator's."""
     records: int | None = None
     """Facts planted in a document; left out: the generator's."""
+    documents: int | None = None
+    """Per task and length; left out: the examination's."""
+    control: int | None = None
+    """More of them, without what is asked for; left out: the examination's."""
 
 
 class Examination(_Checked):
@@ -110,32 +123,70 @@ class Recipe(_Checked):
     """Of weights and order."""
     documents_seed: int = 1
     """Of the retrieval documents: runs with other seeds see the same ones in another order."""
-    phases: list[Phase] = Field(min_length=1)
-    trunk: int = Field(default=0, ge=0)
-    """The first so many phases are trained once, dense, and every arm goes on from their weights.
-    Where a phase is no longer than an arm's window, nothing else would come of it."""
+    after: Path | None = None
+    """The recipe that these phases go on from, named from this file's folder."""
+    after_arm: str | None = None
+    """The arm whose weights all arms go on from; left out: each from its own. Where a phase is no
+    longer than an arm's window, one arm can be trained for all."""
+    start: str | None = None
+    """A Hugging Face folder under the data folder whose weights the first phase goes on from."""
+    spread: bool = False
+    """An arm takes all GPUs that there are: all else waits for it."""
+    phases: list[Phase] = []
+    """None: what was trained before is examined, and nothing is trained."""
     examination: Examination | None = None
-    """Left out: arms are only trained, to time them."""
+    """Left out: arms are only trained, to time them or to go on from."""
     watch_tokens: int = 262_144
     """Held-out tokens, of text and of retrieval, whose loss is taken on the way."""
+    dense_kernels: list[Literal["cudnn", "flash"]] = []
+    """What dense layers may compute with, without Transformer Engine: of several the fastest, which
+    a phase with `train_seconds` finds out. Empty: what torch chooses."""
     megatron: dict = Field(default_factory=dict)
     """Options of Megatron for all phases, over those of the run file."""
 
     @model_validator(mode="after")
-    def _a_phase_is_left(self):
-        if self.trunk >= len(self.phases):
+    def _has_what_to_do(self):
+        before = [name for name in ("after", "start") if getattr(self, name) is not None]
+        if not self.phases and not before:
+            raise ValueError("phases: is empty, and there is no after or start to examine")
+        if len(before) == 2:
+            raise ValueError(f"start: {self.start} cannot stand beside after: {self.after}")
+        if self.after_arm is not None and self.after is None:
+            raise ValueError(f"after_arm: {self.after_arm} needs after, the recipe of that arm")
+        longest = max((phase.length for phase in self.phases), default=0)
+        if self.watch_tokens < 2 * longest:  # Megatron's sequences overlap by a token
             raise ValueError(
-                f"trunk: {self.trunk} of {len(self.phases)} phases leaves the arms none"
+                f"watch_tokens: {self.watch_tokens} hold no whole sequence and one token more of "
+                f"length={longest}; give at least {2 * longest}"
             )
+        timed = all(phase.train_seconds for phase in self.phases)
+        if len(self.dense_kernels) > 1 and not timed:
+            raise ValueError("dense_kernels: only one is allowed for a phase without train_seconds")
         return self
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Reads a recipe. Raises ConfigError naming file, field and value."""
+    """Reads a recipe; its `after` is then a path from the current folder.
+
+    Raises:
+        ConfigError: naming file, field and value.
+    """
+    path = Path(path)
     try:
-        return Recipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        found = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"--recipe {path}: there is no such file") from None
     except ValidationError as errors:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors.errors()]
         raise ConfigError(f"--recipe {path}:\n" + "\n".join(lines)) from None
+    if found.after is None:
+        return found
+    return found.model_copy(update={"after": Path(os.path.normpath(path.parent / found.after))})
+
+
+def history(path: str | Path) -> list[Recipe]:
+    """A recipe and those that it goes on from, the first one first."""
+    found = [load_recipe(path)]
+    while found[0].after is not None:
+        found.insert(0, load_recipe(found[0].after))
+    return found

@@ -2,35 +2,39 @@
 
     python scripts/quality/report.py runs/quality/results --out runs/quality/report
 
-OUT/report.md has a row per arm, the dense arm of the same recipe and seed as the measure: standard
-errors are those of the differences, window by window. They do not know the noise between seeds.
-OUT/loss-against-time.png is the frontier, OUT/curves.png how the losses fell. What an arm has not
-reached yet is left empty.
+OUT/report.md has a row per arm, the dense arm of the same recipe and seed as the measure, and the
+pairs of arms that a claim is about: standard errors are those of the differences, window by window
+and document by document. They do not know the noise between seeds; where there are several seeds a
+table shows it. OUT/loss-against-time.png is the frontier, OUT/curves.png how the losses fell,
+OUT/equal-time.png how they fell in seconds of training. What an arm has not reached yet is left
+empty.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy
-from arms import ARMS, density
+import pictures
+from arms import ARMS, PAIRS, density
 
 
-def read_results(folder: Path) -> list[dict]:
-    """The results of a folder, by recipe, seed, and the order of the table of arms."""
-    found = [json.loads(path.read_text()) | {"file": path.stem} for path in folder.glob("*.json")]
-    found = [result for result in found if not result.get("only_trunk")]
+def read_results(*folders: Path) -> list[dict]:
+    """The results of folders, by recipe, seed, and the order of the table of arms.
+
+    Of two results of one name that of the first folder counts.
+    """
+    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.json")}
+    found = [json.loads(path.read_text()) | {"file": name} for name, path in files.items()]
     order = list(ARMS)
     return sorted(found, key=lambda r: (group(r), order.index(r["arm"])))
 
 
 def group(result: dict) -> tuple[str, int]:
     """What makes arms comparable: the same recipe and seed."""
-    return json.dumps(result["recipe"]["phases"]), result["recipe"]["seed"]
+    recipe = result["recipe"]
+    origin = recipe.get("start") or recipe.get("after")
+    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"]
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
@@ -65,13 +69,13 @@ def difference(mine: numpy.ndarray, other: numpy.ndarray) -> tuple[float, float]
 def loss_table(results: list[dict]) -> list[str]:
     """Markdown: densities, losses and speed of arms that are comparable."""
     lengths = examination(results[0])["loss_lengths"]
-    phases = results[0]["recipe"]["phases"]
+    phases = max((result.get("phases", []) for result in results), key=len)
     head = ["arm", "density at 8k", "at 32k", "tokens"]
     for name in (f"loss at {n}" for n in lengths):
         head += [name, "against dense", "on far repeats", "against dense"]
     speeds = [f"us a token at {phase['length']}" for phase in phases]
     lines = rule([*head, *speeds, "status"])
-    dense = next((r for r in results if r["arm"] == "dense"), None)
+    dense = dense_of(results)
     for result in results:
         cells = [result["arm"], *(f"{density(result['arm'], n):.1%}" for n in (8192, 32768)),
                  f"{sum(p['tokens'] for p in result.get('phases', [])) / 1e6:.0f}M"]  # fmt: skip
@@ -88,6 +92,10 @@ def loss_table(results: list[dict]) -> list[str]:
     return lines
 
 
+def dense_of(results: list[dict]) -> dict | None:
+    return next((r for r in results if r["arm"] in ("dense", "smollm2-dense")), None)
+
+
 def against(mine: numpy.ndarray | None, other: numpy.ndarray | None) -> str:
     """The difference in percent of the other, and its standard error."""
     if mean(mine) is None or mean(other) is None:
@@ -97,17 +105,87 @@ def against(mine: numpy.ndarray | None, other: numpy.ndarray | None) -> str:
 
 
 def retrieval_table(results: list[dict], probe: dict) -> list[str]:
-    """Markdown: right answers of one probe, by task and length, and those from far away."""
+    """Markdown: right answers of one probe, by task and length, and those from far away.
+
+    Behind a share stand the points more or less than dense has on the same documents.
+    """
     lengths = examination(results[0])["lengths"]
     columns = [(task, n, False) for task in probe["tasks"] for n in lengths]
     columns += [(task, n, True) for task in probe["tasks"] for n in lengths[-1:]]
     names = [f"{task} {n}{' far' if far else ''}" for task, n, far in columns]
-    lines = rule(["arm", *names])
+    lines, dense = rule(["arm", *names]), dense_of(results)
     for result in results:
-        shares = (mean(answers(result, probe["name"], *column)) for column in columns)
-        cells = ("" if share is None else f"{share:.0%}" for share in shares)
+        cells = []
+        for column in columns:
+            mine = answers(result, probe["name"], *column)
+            other = dense and answers(dense, probe["name"], *column)
+            share = mean(mine)
+            cells.append("" if share is None else f"{share:.0%}")
+            if result is not dense and share is not None and mean(other) is not None:
+                gap, error = difference(mine, other)
+                cells[-1] += f" ({100 * gap:+.1f}, se {100 * error:.1f})"
         lines.append(row([result["arm"], *cells]))
     return lines
+
+
+COUNTS = 0.95
+"""A probe counts where dense has at least this share of its answers right."""
+
+
+def claims_table(results: list[dict]) -> list[str]:
+    """Markdown: each of PAIRS that is there, on losses and on the probes, in standard errors."""
+    arms, dense = {result["arm"]: result for result in results}, dense_of(results)
+    plan = examination(results[0])
+    what = [(f"loss at {n}{', far repeats' if far else ''}", losses, (n, far))
+            for n in plan["loss_lengths"] for far in (False, True)]  # fmt: skip
+    what += [
+        (f"{probe['name']}, {task} {n}{', far' if far else ''}", answers,
+         (probe["name"], task, n, far))
+        for probe in plan["probes"] for task in probe["tasks"] for n in plan["lengths"]
+        for far in (False, True)
+    ]  # fmt: skip
+    lines = []
+    for first, second, about_what in PAIRS:
+        if first not in arms or second not in arms:
+            continue
+        for name, read, column in what:
+            mine, other = (read(arms[arm], *column) for arm in (first, second))
+            if mean(mine) is None or mean(other) is None:
+                continue
+            known = mean(dense and read(dense, *column))
+            counted = read is losses or (known is not None and known >= COUNTS)
+            gap, error = difference(mine, other)
+            lines.append(
+                row([f"`{first}` - `{second}`: {about_what}", name, f"{mean(mine):.4f}",
+                     f"{mean(other):.4f}", f"{gap:+.4f}", f"{error:.4f}",
+                     f"{gap / error:+.1f}" if error else "", "yes" if counted else "no"])
+            )  # fmt: skip
+    head = ["pair", "on", "first", "second", "difference", "se", "in se", "counts"]
+    return [*rule(head), *lines] if lines else []
+
+
+def seeds_table(results: list[dict]) -> list[str]:
+    """Markdown: loss against dense of arms with several seeds, and how far the seeds are apart."""
+    recipes: dict[str, dict[str, dict[int, dict]]] = {}
+    for result in results:
+        of_recipe = recipes.setdefault(group(result)[0], {})
+        of_recipe.setdefault(result["arm"], {})[result["recipe"]["seed"]] = result
+    lines = []
+    for arms in recipes.values():
+        dense = arms.get("dense", arms.get("smollm2-dense", {}))
+        for arm, by_seed in arms.items():
+            for length in examination(next(iter(by_seed.values())))["loss_lengths"]:
+                found = {seed: mean(losses(r, length)) for seed, r in by_seed.items()}
+                base = {seed: mean(losses(r, length)) for seed, r in dense.items()}
+                both = [seed for seed in sorted(found) if found[seed] and base.get(seed)]
+                if len(both) < 2:
+                    continue
+                gaps = numpy.array([found[seed] / base[seed] - 1 for seed in both])
+                each = ", ".join(f"{gap:+.2%}" for gap in gaps)
+                cells = [arm, str(length), ", ".join(f"{found[seed]:.4f}" for seed in both), each]
+                lines.append(row([*cells, f"{gaps.mean():+.2%}", f"{gaps.std(ddof=1):.2%}"]))
+    head = ["arm", "loss at", "by seed", "against dense, by seed", "mean", "spread (sd)"]
+    return [*rule(head), *lines] if lines else []
 
 
 def rule(head: list[str]) -> list[str]:
@@ -127,7 +205,7 @@ def examination(result: dict) -> dict:
 def own_speed(result: dict, number: int) -> float | None:
     """Microseconds a token in a phase; None where the arm had not the GPU to itself."""
     phases = result.get("phases", [])
-    if len(phases) <= number or result.get("arms_per_gpu", 1) > 1:
+    if len(phases) <= number or not phases or result.get("arms_per_gpu", 1) > 1:
         return None
     return phases[number].get("us_per_token")
 
@@ -151,66 +229,35 @@ def about(result: dict) -> list[str]:
     return [*lines, "", f"`{result['command']}`", ""]
 
 
-def plot_frontier(results: list[dict], path: Path) -> None:
-    """Loss against measured time a token of the last phase."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for result in results:
-        length = max(examination(result)["loss_lengths"], default=0)
-        value = mean(losses(result, length))
-        speed = own_speed(result, len(result["recipe"]["phases"]) - 1)
-        if value and speed:
-            axis.plot(speed, value, marker="o")
-            axis.annotate(result["arm"], (speed, value), fontsize=8,
-                          xytext=(4, 4), textcoords="offset points")  # fmt: skip
-    axis.set_xlabel("training, microseconds a token (last phase)")
-    axis.set_ylabel("held-out loss (nats a token)")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_curves(results: list[dict], path: Path) -> None:
-    """Losses watched in training, of text and of records, against tokens seen."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("text", "retrieval"), strict=True):
-        for i, result in enumerate(results):
-            seen, points = 0, []
-            for phase in result.get("phases", []):
-                watched = phase["validation"].get(name, [])
-                points += [(seen + s * phase["batch_tokens"], value) for s, value in watched]
-                seen += phase["tokens"]
-            if points:
-                tokens, values = zip(*points, strict=True)
-                axis.plot([t / 1e6 for t in tokens], values, label=result["file"], color=f"C{i}")
-        axis.set_title({"text": "held-out text", "retrieval": "records"}[name], fontsize=10)
-        axis.set_xlabel("million tokens")
-        axis.set_ylabel("loss (nats a token)")
-        axis.grid(alpha=0.3)
-    if axes[1].lines:
-        axes[1].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args(argv)
-    results = read_results(a.results)
+    results = read_results(*a.results)
     a.out.mkdir(parents=True, exist_ok=True)
     lines = ["# Arms of the quality study", ""]
     for key in dict.fromkeys(map(group, results)):
         alike = [result for result in results if group(result) == key]
         lines += [*about(alike[0]), *loss_table(alike), ""]
         for probe in examination(alike[0])["probes"]:
-            lines += [f"Right answers, {probe['name']}; far: value and answer 2,048 tokens apart "
-                      "and more", "", *retrieval_table(alike, probe), ""]  # fmt: skip
-    lines += ["![loss against time](loss-against-time.png)", "", "![curves](curves.png)", ""]
-    plot_frontier(results, a.out / "loss-against-time.png")
-    plot_curves(results, a.out / "curves.png")
+            lines += [f"Right answers, {probe['name']}; in brackets points against dense; far: "
+                      "value and answer 2,048 tokens apart and more", "",
+                      *retrieval_table(alike, probe), ""]  # fmt: skip
+        if claims := claims_table(alike):
+            lines += ["Pairs, on the same windows and documents", "", *claims, ""]
+    if seeds := seeds_table(results):
+        lines += ["## Several seeds", "", *seeds, ""]
+    speeds = {result["file"]: own_speed(result, -1) for result in results}
+    values = {result["file"]: mean(losses(result, longest(result))) for result in results}
+    for name, file in pictures.draw(results, speeds, values, a.out).items():
+        lines += [f"![{name}]({file.name})", ""]
     (a.out / "report.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"{a.out}/report.md: {len(results)} arms")
+
+
+def longest(result: dict) -> int:
+    return max(examination(result)["loss_lengths"], default=0)
 
 
 if __name__ == "__main__":

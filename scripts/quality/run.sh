@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The quality study from nothing to its report. Each step picks up what is there.
-#   scripts/quality/run.sh [ARM[@RECIPE][#SEED] ...]       (all arms of scripts/quality/arms.py)
+#   scripts/quality/run.sh [part:PART | ARM[@RECIPE][#SEED] ...]    (all of configs/quality/plan.yaml)
 # Settings, with their defaults:
 #   STUDY=runs/quality            everything is written here
 #   TREE=$STUDY/linux-source-6.1  a source tree; unpacked from Debian's linux-source-6.1 if missing
@@ -9,6 +9,9 @@
 #   VOCABULARY=16384              tokens of the tokenizer that is trained
 #   RECIPE=configs/quality/recipe.yaml
 #   COPIES=$STUDY/results         a small JSON per arm, written anew whenever an arm gets further
+#   HAVE                          a folder of such JSON of earlier days: what is done is left out
+#   LIMIT                         seconds for everything: an arm that would not end in them waits
+#   BUNDLE                        a .tgz of results, report and logs, written at the end
 #   GPUS_PER_ARM=1                arms run side by side, each on so many GPUs
 #   ARMS_PER_GPU=1                or so many arms share a GPU; then their times say nothing
 #   PYTHON                        an interpreter that has everything; left out: .venv is made
@@ -46,10 +49,8 @@ elif [ ! -e "$data/text.idx" ]; then
         --tokenizer "huggingface:$data/tokenizer" --out "$data/text" --hold-out-to "$data/valid"
 fi
 
-arms=("$@")
-if [ ${#arms[@]} -eq 0 ]; then
-    mapfile -t arms < <("$python" scripts/quality/arms.py --names)
-fi
+mapfile -t arms < <("$python" scripts/quality/plan.py expand "$@")
+[ ${#arms[@]} -gt 0 ] || exit 2   # plan.py has said why
 recipes=()
 for arm in "${arms[@]}"; do
     arm=${arm%%#*}
@@ -62,9 +63,14 @@ echo "== retrieval documents for every phase"
 "$python" scripts/quality/prepare.py "$data" "${recipes[@]}"
 
 echo "== arms: ${arms[*]}"
-status=0
+status=0 left=inf
+[ -z "${LIMIT:-}" ] || left=$((LIMIT - SECONDS - 15))   # 15: the report
 "$python" scripts/quality/study.py --recipe "$recipe" --data "$data" --out "$study/arms" \
-    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" \
-    --arms-per-gpu "${ARMS_PER_GPU:-1}" "${arms[@]}" || status=$?
-"$python" scripts/quality/report.py "$copies" --out "$study/report"
+    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" ${HAVE:+--have "$HAVE"} \
+    --arms-per-gpu "${ARMS_PER_GPU:-1}" --seconds "$left" "${arms[@]}" || status=$?
+"$python" scripts/quality/report.py "$copies" ${HAVE:+"$HAVE"} --out "$study/report"
+if [ -n "${BUNDLE:-}" ]; then
+    find "$study/arms" -maxdepth 2 -name '*.txt' -size -2M >"$study/logs"
+    tar czf "$BUNDLE" "$copies" "$study/report" -T "$study/logs"
+fi
 exit "$status"

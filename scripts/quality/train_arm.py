@@ -1,19 +1,19 @@
-"""One arm of the study: trained phase by phase, converted, examined; its result grows on the way.
+"""One arm of the study, trained phase by phase; its result grows on the way.
 
     CUDA_VISIBLE_DEVICES=0 python scripts/quality/train_arm.py configs/quality/paper.yaml \
-        --recipe configs/quality/recipe.yaml --data runs/quality/data --out runs/quality/arms/paper
+        --recipe configs/quality/recipes/long.yaml --data runs/quality/data \
+        --out runs/quality/arms/paper--long --before runs/quality/arms/paper--recipe
 
 OUT/phase-N/       checkpoints and log of phase N
-OUT/hf/            the trained model
-OUT/result.json    curves, speed, versions, loss and retrieval: written anew after every step
+OUT/result.json    curves, speed, versions: written anew every few seconds
+OUT/trained.txt    once all phases are done: where the checkpoint is
 
-What is there is kept: a phase that is done is not trained again.
+What is there is kept: a phase that is done is not trained again. examine.py goes on from here.
 """
 
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,21 +24,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from recipe import Phase, Recipe, load_recipe
+from results import TRAINED, read_log, read_result, write_result
 
-from s2megatron import provenance
+from s2megatron import cli, provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 
-STEP = re.compile(r" iteration +(\d+)/ *\d+ .*?lm loss: ([\d.E+-]+)")
-SPEED = re.compile(r" s2megatron iteration +(\d+) \| ([\d.]+) ms/iteration")
-VALID = re.compile(r"validation(?:-(\w+))? loss at iteration (\d+).*?lm loss value: ([\d.E+-]+)")
 DONE = "done.json"
 """In a phase's folder: its row of the result, once it is trained."""
 LOOK = 15.0
 """Seconds between two looks at the log of a phase."""
 SAVING = 90
 """Seconds that a phase which was told to stop has for its checkpoint."""
+TIMING_STEPS = 12
+"""Steps that a phase with `train_seconds` is timed by."""
 
 ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0",
          "WORLD_SIZE": "1"}  # fmt: skip
@@ -53,73 +54,82 @@ class Arm:
     recipe: Recipe
     data: Path
     out: Path
-    copy: Path | None
+    copy: Path | None = None
     """A second place for result.json."""
-    sharing: int
+    sharing: int = 1
     """Arms that share the GPU: above 1 the speed is not the arm's own."""
-    overrides: list[str]
-    trunk: Path | None = None
-    """Where the phases that all arms have in common were trained."""
-    only_trunk: bool = False
-    """This is they."""
+    overrides: tuple[str, ...] = ()
+    before: Path | None = None
+    """OUT of what this goes on from, as the recipe's `after` says."""
     result: dict = field(default_factory=dict)
 
     def write(self, status: str) -> None:
-        """Writes result.json whole, or leaves the old one."""
         self.result["status"] = status
-        text = json.dumps(self.result) + "\n"
-        for place in filter(None, (self.out / "result.json", self.copy)):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(place.name + ".part")
-            part.write_text(text, encoding="utf-8")
-            part.replace(place)
+        write_result(self.result, self.out, self.copy)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        sparsity = yaml.safe_load(self.config.read_text())["sparsity"]
+        rules = [sparsity.get("default", {}), *sparsity.get("layers", [])]
+        return any(rule.get("kind") == "dense" for rule in rules)
 
 
-def options(arm: Arm, number: int) -> list[str]:
-    """Overrides of phase `number` (from 0) over the arm's run file."""
-    phase, recipe, out = arm.recipe.phases[number], arm.recipe, arm.out / f"phase-{number}"
+def checkpoint(arm: Arm, number: int) -> Path | None:
+    """Of the weights that phase `number` goes on from; None where it begins with new ones."""
+    if number:
+        return arm.out / f"phase-{number - 1}" / "checkpoints"
+    if arm.before is not None:
+        return Path((arm.before / TRAINED).read_text())
+    return arm.out / "start" if arm.recipe.start else None
+
+
+def data_options(arm: Arm, phase: Phase) -> list[str]:
+    recipe = arm.recipe
     documents = arm.data / phase.documents_name(recipe.documents_seed)
     sets = [f"{1 - phase.retrieval:g} {arm.data / 'text'}", f"{phase.retrieval:g} {documents}"]
     sets = [entry for entry in sets if not entry.startswith("0 ")]
     few = recipe.watch_tokens
     watched = f"watch-{phase.length}-of-{max(1, few // phase.length)}"
     valid = [str(arm.data / f"watch-text-of-{few}"), str(arm.data / watched)]
-    longest = max(p.length for p in recipe.phases)
+    return [f"data.train={json.dumps(sets)}", f"data.valid={json.dumps(valid)}",
+            f"data.tokenizer=huggingface:{arm.data / 'tokenizer'}"]  # fmt: skip
+
+
+def options(arm: Arm, number: int, steps: int) -> list[str]:
+    """Overrides of phase `number` (from 0), of so many steps, over the arm's run file."""
+    phase, recipe, out = arm.recipe.phases[number], arm.recipe, arm.out / f"phase-{number}"
+    looks = steps // 10 if phase.train_seconds else max(20, steps // 5)
     megatron = {
         "seed": recipe.seed,
         "seq_length": phase.length,
-        "max_position_embeddings": longest,
+        "max_position_embeddings": max(p.length for p in recipe.phases),
         "micro_batch_size": micro_batch(phase),
         "global_batch_size": phase.sequences,
-        "train_iters": phase.steps,
+        "train_iters": steps,
         "lr": phase.lr,
         "min_lr": phase.final_lr,
         "lr_decay_style": "linear",
-        "lr_warmup_iters": min(phase.warmup_steps, phase.steps // 2),
-        "log_interval": max(1, min(20, phase.steps // 10)),
-        "eval_interval": max(20, phase.steps // 5),
+        "lr_warmup_iters": min(phase.warmup_steps, steps // 2),
+        "log_interval": max(1, min(20, steps // 10)),
+        "eval_interval": max(1, looks),
         "multiple_validation_sets": True,
         "full_validation": True,
         "validation_set_names": ["text", "retrieval"],
-        "save_interval": 10 * phase.steps,
+        "save_interval": 10 * steps,
         "no_save_optim": True,
         "async_save": False,
         "tensorboard_dir": None,
         **recipe.megatron,
     }
     ours = []
-    if number:
-        shared = number == recipe.trunk and arm.trunk is not None
-        before = (arm.trunk if shared else arm.out) / f"phase-{number - 1}"
-        ours = ["sparsity.on_resume=replace"] if shared else []
-        megatron |= {"load": str(before / "checkpoints"),
-                     "finetune": True, "no_load_optim": True, "no_load_rng": True}  # fmt: skip
-    chosen = [f"megatron.{name}={json.dumps(value)}" for name, value in megatron.items()]
+    if (before := checkpoint(arm, number)) is not None:
+        other = number == 0 and recipe.after_arm is not None
+        ours = ["sparsity.on_resume=replace"] if other else []
+        megatron |= {"load": str(before), "finetune": True, "no_load_optim": True,
+                     "no_load_rng": True}  # fmt: skip
     return [
-        *chosen,
-        f"data.train={json.dumps(sets)}",
-        f"data.valid={json.dumps(valid)}",
-        f"data.tokenizer=huggingface:{arm.data / 'tokenizer'}",
+        *(f"megatron.{name}={json.dumps(value)}" for name, value in megatron.items()),
+        *data_options(arm, phase),
         f"data.cache={out / 'cache'}",
         f"output.folder={out}",
         *ours,
@@ -140,12 +150,61 @@ def environment() -> dict[str, str]:
     return dict(os.environ) if torch.cuda.device_count() > 1 else os.environ | ALONE
 
 
-def launcher() -> list[str]:
-    """One rank without an agent, or one per visible GPU with it."""
+def launcher(kernel: str | None = None) -> list[str]:
+    """One rank without an agent, or one per visible GPU with it.
+
+    Args:
+        kernel: that dense layers have to take, see pretrain_dense.py.
+    """
     gpus = torch.cuda.device_count()
+    if kernel is not None:
+        if gpus > 1:
+            raise RuntimeError(f"dense_kernels: {kernel} is chosen for one GPU an arm, not {gpus}")
+        return [sys.executable, str(Path(__file__).with_name("pretrain_dense.py")), kernel]
     if gpus <= 1:
         return [sys.executable, "-m", "s2megatron.pretrain"]
     return [sys.executable, "-m", "s2megatron.agent", "--nproc-per-node", str(gpus), "--"]
+
+
+def start_training(arm: Arm, out: Path, number: int, steps: int, kernel, *more) -> subprocess.Popen:
+    """Starts a phase, or a timing of it, with its log in OUT/log.txt; what was there goes."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    command = [*launcher(kernel), "--config", str(arm.config), *options(arm, number, steps), *more]
+    with (out / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment()
+        )
+
+
+def plan_steps(arm: Arm, number: int) -> tuple[int, str | None, dict]:
+    """(steps, kernel of the dense layers, milliseconds a step by kernel) of a phase.
+
+    Where the phase has `train_seconds`, each kernel is timed, and the fastest gets the phase.
+    """
+    phase, kernels = arm.recipe.phases[number], arm.recipe.dense_kernels
+    if phase.train_seconds is None:
+        return phase.steps, kernels[0] if kernels else None, {}
+    found: dict = {}
+    for kernel in (kernels if arm.has_dense_layers else kernels[:1]) or [None]:
+        out = arm.out / f"timing-{number}-{kernel or 'default'}"
+        if not (out / DONE).is_file():
+            more = [f"output.folder={out}", f"data.cache={out / 'cache'}", "data.valid=[]",
+                    "megatron.multiple_validation_sets=false", "megatron.full_validation=false",
+                    "megatron.validation_set_names=null", "megatron.eval_iters=0",
+                    "megatron.log_interval=2"]  # fmt: skip
+            process = start_training(arm, out, number, TIMING_STEPS, kernel, *more)
+            process.wait()
+            ms = read_log(out / "log.txt")["ms_per_step"]
+            if process.returncode or ms is None:
+                tail = (out / "log.txt").read_text(errors="replace")[-3000:]
+                raise RuntimeError(f"{arm.config.stem} could not be timed with {kernel}:\n{tail}")
+            (out / DONE).write_text(json.dumps(ms))
+        found[kernel] = json.loads((out / DONE).read_text())
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    best = min(found, key=found.get)
+    steps = min(phase.steps, max(1, int(1e3 * phase.train_seconds / found[best])))
+    return steps, best, {str(name): ms for name, ms in found.items()}
 
 
 def train(arm: Arm, number: int) -> None:
@@ -158,25 +217,25 @@ def train(arm: Arm, number: int) -> None:
     if (out / DONE).is_file():
         rows.append(json.loads((out / DONE).read_text()))
         return
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    steps, kernel, timed = plan_steps(arm, number)
     rows.append({})
     began = time.time()
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [*launcher(), "--config", str(arm.config), *options(arm, number)],
-            stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
-        )  # fmt: skip
-        while not ended(process, began, phase.seconds):
-            rows[-1] = phase_row(arm, number, began)
-            arm.write(f"training phase {number}")
-    rows[-1] = phase_row(arm, number, began)
-    steps = rows[-1]["steps"] if tracker(arm, number).is_file() else 0
-    if steps < (phase.steps if phase.seconds is None else 1):
+    process = start_training(arm, out, number, steps, kernel)
+
+    def look() -> dict:
+        row = phase_row(arm, number, began) | {"steps_planned": steps}
+        return row | ({"dense_kernel": kernel, "ms_by_kernel": timed} if kernel else {})
+
+    while not ended(process, began, phase.seconds):
+        rows[-1] = look()
+        arm.write(f"training phase {number}")
+    rows[-1] = look()
+    reached = rows[-1]["steps"] if tracker(arm, number).is_file() else 0
+    if reached < (steps if phase.seconds is None else 1):
         arm.result["log"] = (out / "log.txt").read_text(errors="replace")[-3000:]
         raise RuntimeError(
-            f"phase {number} of {arm.config.stem} ended with a checkpoint of step {steps} of "
-            f"{phase.steps}:\n{arm.result['log']}"
+            f"phase {number} of {arm.config.stem} ended with a checkpoint of step {reached} of "
+            f"{steps}:\n{arm.result['log']}"
         )
     (out / DONE).write_text(json.dumps(rows[-1]))
     arm.write(f"trained phase {number}")
@@ -211,7 +270,6 @@ def phase_row(arm: Arm, number: int, began: float) -> dict:
     row = read_log(arm.out / f"phase-{number}" / "log.txt") | {
         "length": phase.length,
         "batch_tokens": phase.batch_tokens,
-        "steps_planned": phase.steps,
         "wall_seconds": round(time.time() - began, 1),
     }
     if (saved := tracker(arm, number)).is_file():  # the log has every few steps only
@@ -222,67 +280,44 @@ def phase_row(arm: Arm, number: int, began: float) -> dict:
     return row
 
 
-def read_log(path: Path) -> dict:
-    """Curves and speed out of Megatron's log and the throughput meter's lines."""
-    text = path.read_text(errors="replace")
-    loss = [(int(step), round(float(value), 4)) for step, value in STEP.findall(text)]
-    speed = [float(ms) for _, ms in SPEED.findall(text)]
-    valid: dict[str, list] = {}
-    for name, step, value in VALID.findall(text):
-        valid.setdefault(name or "text", []).append((int(step), round(float(value), 4)))
-    settled = sorted(speed[len(speed) // 3 :])
-    return {
-        "steps": loss[-1][0] if loss else 0,
-        "loss": loss[:: max(1, len(loss) // 200)],
-        "validation": valid,
-        "ms_per_step": settled[len(settled) // 2] if settled else None,
-    }
-
-
-def examine(arm: Arm) -> None:
-    """Converts the last phase and evaluates it, in one process of their own."""
-    last = arm.out / f"phase-{len(arm.recipe.phases) - 1}"
-    command = [sys.executable, str(Path(__file__).with_name("examine.py")), str(last), str(arm.out)]
-    command += ["--data", str(arm.data), "--recipe-json", arm.recipe.examination.model_dump_json()]
-    began = time.time()
-    with (arm.out / "examine.txt").open("w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT).returncode
-    arm.result["examination_seconds"] = round(time.time() - began, 1)
-    found = arm.out / "examination.json"
-    if found.is_file():
-        arm.result["examination"] = json.loads(found.read_text())
-    if status:
-        tail = (arm.out / "examine.txt").read_text(errors="replace")[-3000:]
-        arm.result["log"] = tail
-        raise RuntimeError(f"{arm.config.stem} could not be examined:\n{tail}")
+def convert_start(arm: Arm) -> None:
+    """The recipe's `start` as a Megatron checkpoint that records this arm's pattern."""
+    if (arm.out / "start").is_dir():
+        return
+    model = [f"megatron.{name}={json.dumps(v)}" for name, v in arm.recipe.megatron.items()]
+    command = ["convert", "to-megatron", str(arm.data / arm.recipe.start), "--out",
+               str(arm.out / "start"), "--config", str(arm.config), "megatron.seq_length=128",
+               "megatron.train_iters=1", "megatron.micro_batch_size=1", "megatron.lr=0.001",
+               "megatron.max_position_embeddings=8192", "data.mock=true",
+               f"data.tokenizer=huggingface:{arm.data / 'tokenizer'}", *model]  # fmt: skip
+    if cli.main(command):
+        raise RuntimeError(f"{arm.recipe.start} could not be converted: s2megatron {command}")
 
 
 def run(arm: Arm) -> None:
     """All of it. Raises RuntimeError; what was reached is in result.json."""
     arm.result = provenance.describe(ROOT) | {
         "arm": arm.config.stem,
-        "recipe": arm.recipe.model_dump(),
-        "overrides": arm.overrides,
+        "recipe": json.loads(arm.recipe.model_dump_json()),
+        "overrides": list(arm.overrides),
         "arms_per_gpu": arm.sharing,
-        "only_trunk": arm.only_trunk,
+        "gpus": max(1, torch.cuda.device_count()),
         "command": shlex.join(["python", "scripts/quality/train_arm.py", *sys.argv[1:]]),
     }
-    arm.write("started")
+    arm.out.mkdir(parents=True, exist_ok=True)
     try:
-        first, last = 0, len(arm.recipe.phases)
-        if arm.only_trunk:
-            last = arm.recipe.trunk
-        elif arm.trunk is not None:
-            first = arm.recipe.trunk
-            arm.result["phases"] = json.loads((arm.trunk / "result.json").read_text())["phases"]
-        for number in range(first, last):
+        if arm.before is not None:
+            arm.result["phases"] = read_result(arm.before)["phases"]
+        arm.write("started")
+        if arm.recipe.start:
+            convert_start(arm)
+        for number in range(len(arm.recipe.phases)):
             train(arm, number)
-        if arm.recipe.examination is not None and not arm.only_trunk:
-            examine(arm)
+        (arm.out / TRAINED).write_text(str(checkpoint(arm, len(arm.recipe.phases))))
     except RuntimeError as error:
         arm.write(f"failed: {str(error).splitlines()[0]}")
         raise
-    arm.write("done")
+    arm.write("trained" if arm.recipe.examination else "done")
 
 
 def main() -> int:
@@ -294,24 +329,19 @@ def main() -> int:
     parser.add_argument("--copy", type=Path, help="write result.json here, too")
     parser.add_argument("--seed", type=int, help="in place of the recipe's")
     parser.add_argument("--sharing", type=int, default=1, help="arms on the same GPU at a time")
-    parser.add_argument("--trunk", type=Path, help="OUT of the run with --only-trunk")
-    parser.add_argument("--only-trunk", action="store_true",
-                        help="train the recipe's first phases, which all arms share")  # fmt: skip
+    parser.add_argument("--before", type=Path, help="OUT of what the recipe's `after` names")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     a = parser.parse_intermixed_args()
     recipe = load_recipe(a.recipe)
+    if (recipe.after is None) != (a.before is None):
+        parser.error(f"--before {a.before}: the recipe has after={recipe.after}")
     if a.seed is not None:
         recipe = recipe.model_copy(update={"seed": a.seed})
-    paths = (path.resolve() for path in (a.config, a.data, a.out))
-    config, data, out = paths
     os.environ.setdefault("OMP_NUM_THREADS", "4")
+    config, data, out = (path.resolve() for path in (a.config, a.data, a.out))
+    copy, before = (path and path.resolve() for path in (a.copy, a.before))
     try:
-        run(
-            Arm(
-                config, recipe, data, out, a.copy and a.copy.resolve(), a.sharing, a.overrides,
-                a.trunk and a.trunk.resolve(), a.only_trunk,
-            )
-        )  # fmt: skip
+        run(Arm(config, recipe, data, out, copy, a.sharing, tuple(a.overrides), before))
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,13 +1,18 @@
 """Attention outputs kept under full recompute: the same gradients, one forward pass, in order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_cases import _ls
 
 from s2_kernels import s2_attention, s2_attention_backward
-from s2megatron.attention import recompute
+from s2megatron.attention import context_parallel, recompute
+from s2megatron.attention.context_parallel import ContextAttention
 
 PATTERN = _ls(4, 2, 16, 2, 4)
+ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+"""A context-parallel group of one."""
 
 
 def microbatch(seed):
@@ -25,7 +30,7 @@ def forward_passes(monkeypatch):
         calls.append(1)
         return s2_attention(*args, **options)
 
-    monkeypatch.setattr(recompute, "s2_attention", counted)
+    monkeypatch.setattr(context_parallel, "s2_attention", counted)
     return calls
 
 
@@ -35,7 +40,7 @@ def gradients(attend, inputs, dout):
 
 
 def test_microbatches_come_back_in_order_without_a_second_forward_pass(forward_passes):
-    keeper = recompute.OutputKeeper(PATTERN, None)
+    keeper = recompute.OutputKeeper(ContextAttention(PATTERN, None, ALONE))
     batches = [microbatch(seed) for seed in range(3)]
     with torch.no_grad():
         first = [keeper.attend(*inputs) for inputs, _ in batches]
@@ -49,14 +54,14 @@ def test_microbatches_come_back_in_order_without_a_second_forward_pass(forward_p
 
 
 def test_a_layer_that_is_not_checkpointed_computes(forward_passes):
-    keeper = recompute.OutputKeeper(PATTERN, None)
+    keeper = recompute.OutputKeeper(ContextAttention(PATTERN, None, ALONE))
     inputs, dout = microbatch(0)
     gradients(keeper.attend, inputs, dout)
     assert len(forward_passes) == 1
 
 
 def test_another_order_stops_the_run():
-    keeper = recompute.OutputKeeper(PATTERN, None)
+    keeper = recompute.OutputKeeper(ContextAttention(PATTERN, None, ALONE))
     with torch.no_grad():
         keeper.attend(*microbatch(0)[0])
     with pytest.raises(RuntimeError, match="keep_attention_output"):

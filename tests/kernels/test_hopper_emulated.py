@@ -18,7 +18,7 @@ from attention_cases import (
     run_with_grads,
 )
 
-from s2_kernels import hopper, ranges, s2_attention, sliding_window
+from s2_kernels import hopper, ranges, s2_attention, schedule, sliding_window
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="plain Triton beside it needs the interpreter"
@@ -38,6 +38,20 @@ CASES = [
     Case("wide_many_edges", ranges(heads=1, block_size=64, bands=EDGES), 1411, d=256),
     Case("wide_one_token", _ls(2, 2, 64, 2, 3), 1, d=256),
 ]
+OFFSETS = [  # further keys than the queries' own, offsets that no tile divides, queries of one tile
+    Case("gqa", _ls(4, 2, 64, 2, 3), 201, t=534, d=128, q_offset=333),
+    Case("batch_of_one_block", _ls(2, 2, 64, 1, 3), 200, t=520, d=64, b=2, q_offset=320),
+    Case("block128", _ls(2, 1, 128, 1, 2), 139, t=700, d=128, q_offset=430),
+    Case("many_edges", ranges(heads=2, kv_heads=1, block_size=64, bands=EDGES), 300, t=1411, d=64,
+         q_offset=1111),
+    Case("more_keys", _ls(2, 2, 64, 2, 3), 200, t=470, d=96),
+    Case("one_query", _ls(2, 2, 64, 2, 3), 1, t=386, d=128, q_offset=385),
+    Case("wide_gqa", _ls(4, 2, 64, 2, 3), 201, t=534, d=256, q_offset=333),
+    Case("wide_batch_of_one_block", _ls(2, 1, 64, 1, 3), 200, t=577, d=192, b=2, q_offset=258),
+    Case("wide_many_edges", ranges(heads=1, block_size=64, bands=EDGES), 130, t=1411, d=256,
+         q_offset=1281),
+    Case("wide_more_keys", _ls(2, 1, 128, 1, 2), 100, t=391, d=192),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +71,9 @@ def check(case, dtype=torch.bfloat16, change=lambda inputs: None):
         change(inputs)
 
     def attend(q, k, v):
-        return s2_attention(q, k, v, case.pattern, return_lse=True, backend="hopper")
+        return s2_attention(
+            q, k, v, case.pattern, q_offset=case.q_offset, return_lse=True, backend="hopper"
+        )
 
     truth, eager = reference_results(case, inputs)
     assert_as_good_as_eager(run_with_grads(attend, inputs), truth, eager, case)
@@ -66,6 +82,23 @@ def check(case, dtype=torch.bfloat16, change=lambda inputs: None):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_the_reference(case):
     check(case)
+
+
+@pytest.mark.parametrize("case", OFFSETS, ids=str)
+def test_queries_at_an_offset(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", [OFFSETS[3], OFFSETS[6]], ids=str)
+def test_pieces_of_columns_at_an_offset(case, monkeypatch):
+    """Columns cut into many pieces, of which the first begins where the queries do."""
+    monkeypatch.setattr(schedule, "SHORTEST_PIECE", 2)
+    work = schedule.single_columns if case.d > 128 else schedule.column_pairs
+    work.cache_clear()
+    check(case)
+    common = (case.pattern, case.s, 1, 4, torch.device("cpu"), case.kv_len, case.q_offset)
+    assert work(*common).n_slots > 0
+    work.cache_clear()
 
 
 @pytest.mark.parametrize("d", [128, 256])

@@ -7,7 +7,7 @@ import test_hopper_emulated
 import test_varlen
 import torch
 from attention_cases import Case, _ls, make_inputs
-from test_hopper_emulated import EDGES, check, emulated  # noqa: F401 - a fixture
+from test_hopper_emulated import EDGES, OFFSETS, check, emulated  # noqa: F401 - a fixture
 
 from s2_kernels import ranges, s2_attention
 from s2_kernels.hopper import backward, backward_fused
@@ -21,6 +21,7 @@ CASES = [
     Case("many_edges", ranges(heads=2, kv_heads=1, block_size=64, bands=EDGES), 1411, d=64),
     Case("one_token", _ls(2, 2, 64, 2, 3), 1, d=128),
     Case("head96", _ls(1, 1, 64, 2, 2), 200, d=96),
+    *(case for case in OFFSETS if case.d <= 128),
 ]
 
 

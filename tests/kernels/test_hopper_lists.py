@@ -15,7 +15,7 @@ from s2_kernels.hopper.lists import (
     FAR,
     column_rows,
     listed_half,
-    listed_row,
+    listed_position,
     pair_of_sequence,
     query_list,
 )
@@ -43,19 +43,17 @@ BLOCKS = 26
 
 @triton.jit
 def lists_kernel(
-    p_table, p_out, row, i_kv, MOST: tl.constexpr, B: tl.constexpr, BANDS: tl.constexpr
+    p_table, p_out, position, i_kv, MOST: tl.constexpr, B: tl.constexpr, BANDS: tl.constexpr
 ):
-    """n_kept, n_edges, unseen, first edge or FAR; then listed_row and listed_half of 0..MOST-1."""
+    """n_kept, n_edges, unseen, then listed_position and listed_half of 0..MOST-1."""
     rule = load_rule(p_table, i_kv, BANDS)
-    kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, BANDS)
-    tl.store(p_out, n_kept)
-    tl.store(p_out + 1, n_edges)
-    tl.store(p_out + 2, unseen)
+    tiles = query_list(rule, position, B, BANDS)
+    tl.store(p_out, tiles.n_kept)
+    tl.store(p_out + 1, tiles.n_edges)
+    tl.store(p_out + 2, tiles.unseen)
     for p in range(MOST):
-        i_row = listed_row(row, kept, edges, n_kept, n_edges, p, B, BANDS)
-        i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, BANDS)
-        tl.store(p_out + 3 + p, i_row)
-        tl.store(p_out + 3 + MOST + p, i_half)
+        tl.store(p_out + 3 + p, listed_position(tiles, p, B, BANDS))
+        tl.store(p_out + 3 + MOST + p, listed_half(tiles, p, B, BANDS))
 
 
 @triton.jit
@@ -67,8 +65,10 @@ def pairs_kernel(p_table, p_out, n_slots, length, i_kv, B: tl.constexpr, BANDS: 
         n_rows = (length + 63) // 64
         tl.store(p_out + u * 4, column_0)
         tl.store(p_out + u * 4 + 1, column_1)
-        tl.store(p_out + u * 4 + 2, column_rows(rule, column_0, n_rows, B, BANDS))
-        tl.store(p_out + u * 4 + 3, column_rows(rule, column_1, n_rows, B, BANDS))
+        _, end_0 = column_rows(rule, column_0, None, n_rows, B, BANDS)
+        _, end_1 = column_rows(rule, column_1, None, n_rows, B, BANDS)
+        tl.store(p_out + u * 4 + 2, end_0)
+        tl.store(p_out + u * 4 + 3, end_1)
 
 
 def seen_by(pattern, head, half):

@@ -7,8 +7,8 @@ from planner_cases import SIMPLE, make_model
 
 from s2megatron.planner import memory
 from s2megatron.planner.constants import Link
-from s2megatron.planner.costs import gather_seconds
 from s2megatron.planner.layout import Layout
+from s2megatron.planner.links import gather_seconds
 from s2megatron.planner.step import plan
 
 EMBEDDING = 32000 * 2048

@@ -16,8 +16,9 @@ from s2megatron.cli import main
 from s2megatron.errors import ConfigError
 from s2megatron.planner import memory
 from s2megatron.planner.constants import Attention, Link, interpolate, load_machine
-from s2megatron.planner.costs import gather_seconds, layer_matmuls
+from s2megatron.planner.costs import layer_matmuls
 from s2megatron.planner.layout import Layout, candidates
+from s2megatron.planner.links import gather_seconds
 from s2megatron.planner.report import check_fits_gpus
 from s2megatron.planner.search import search
 from s2megatron.planner.step import plan
@@ -200,13 +201,13 @@ def test_search_lists_what_divides_and_fits_best_first():
     assert plans == sorted(plans, key=lambda p: p.seconds)
     for result in plans:
         layout = result.layout
-        assert layout.misfit(model.shape) == "" and layout.tp * layout.pp * layout.dp == 64
+        assert layout.misfit(model) == "" and layout.tp * layout.cp * layout.pp * layout.dp == 64
         assert result.memory.total < 79 * 2**30
-    layouts = candidates(base, model.shape, most_tp=8)
+    layouts = candidates(base, model, most_tp=8)
     assert len(layouts) > len(plans) > 10
     with pytest.raises(ConfigError, match=r"nothing fits in 79 GiB: .* comes nearest"):
         search(machine, make_model(seq_len=2**22), Layout(gpus=2, global_batch=1))
-    with pytest.raises(ConfigError, match="no TP x PP x DP divides"):
+    with pytest.raises(ConfigError, match="no TP x CP x PP x DP divides"):
         search(machine, model, Layout(gpus=7, global_batch=3))
 
 

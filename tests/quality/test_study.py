@@ -16,12 +16,16 @@ sys.path.insert(0, str(ROOT / "scripts/quality"))
 import arms
 import documents
 import examine
+import examiner
 import pieces
+import plan
 import report
+import results
 import study
 import tokenizer
 import train_arm
-from recipe import load_recipe
+from jobs import Job, known, with_what_comes_before
+from recipe import history, load_recipe
 
 from s2megatron.errors import ConfigError
 
@@ -51,14 +55,16 @@ def folder(tmp_path_factory):
 
 def test_run_files_are_what_the_table_makes():
     files = {path.stem: path.read_text() for path in (ROOT / "configs/quality").glob("*.yaml")}
-    files.pop("recipe", None)
+    for other in ("recipe", "plan"):
+        files.pop(other)
     assert files == {arm: arms.run_file(arm) for arm in arms.ARMS}, "run scripts/quality/arms.py"
 
 
 @pytest.mark.parametrize("plain, shards, tokens", [
     ("plain-8k", "no-dense", 8192), ("plain-32k", "no-dense", 32768),
     ("plain-8k-every-4", "every-4", 8192), ("pilot-plain-8k", "pilot", 8192),
-    ("homogeneous", "no-dense", 8192), ("pilot-homogeneous", "pilot", 32768),
+    ("plain-8k-every-6", "every-6", 8192), ("homogeneous", "no-dense", 8192),
+    ("pilot-homogeneous", "pilot", 32768),
 ])  # fmt: skip
 def test_controls_have_as_many_keys(plain, shards, tokens):
     ratio = arms.density(plain, tokens) / arms.density(shards, tokens)
@@ -77,7 +83,7 @@ def test_turned_shards_cover_in_two_layers_what_one_leaves_out():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_can_be_read(path):
     for phase in load_recipe(path).phases:
-        for sequences in (phase.sequences, phase.sequences // 2):  # on one GPU, on two
+        for sequences in (phase.sequences, max(1, phase.sequences // 2)):  # on one GPU, on two
             assert phase.micro_batch(sequences) * phase.length <= phase.micro_batch_tokens
             assert sequences % phase.micro_batch(sequences) == 0
 
@@ -88,6 +94,23 @@ def test_a_wrong_recipe_is_refused_by_field(tmp_path):
                     "retrieval: 0}]\nexamination: {lengths: [1], loss_lengths: [1]}")  # fmt: skip
     with pytest.raises(ConfigError, match=r"phases\.0.*250 is not a multiple of length=100"):
         load_recipe(path)
+
+
+PHASE_LINE = ("{length: 128, tokens: 256, batch_tokens: 256, lr: 1.0e-3, final_lr: 1.0e-4, "
+              "retrieval: 0")  # fmt: skip
+
+
+@pytest.mark.parametrize("text, message", [
+    ("phases: []", "phases: is empty, and there is no after or start"),
+    ("{start: hf, after: recipe.yaml}", "start: hf cannot stand beside after"),
+    ("{start: hf, after_arm: dense}", "after_arm: dense needs after"),
+    (f"{{phases: [{PHASE_LINE}}}], watch_tokens: 200}}", "watch_tokens: 200 .* at least 256"),
+    (f"{{phases: [{PHASE_LINE}}}], dense_kernels: [cudnn, flash]}}", "dense_kernels: only one"),
+], ids=["nothing", "two-starts", "arm-of-nothing", "watch", "kernels"])  # fmt: skip
+def test_a_recipe_that_cannot_work_is_refused(tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "wrong.yaml")
 
 
 def test_a_key_is_one_token_and_a_value_two(folder):
@@ -107,6 +130,19 @@ def test_pieces_come_back_as_they_were(tmp_path):
     known = {text.tobytes() for text in texts}
     assert {text.tobytes() for text in (found[i] for i in range(len(found)))} < known
     assert 2000 <= sum(len(found[i]) for i in range(len(found))) < 2200
+
+
+def test_files_are_cut_and_joined(tmp_path):
+    (tmp_path / "model.bin").write_bytes(bytes(range(256)) * 100)
+    written = pieces.cut(tmp_path / "model.bin", tmp_path / "cut", mb=0.01)
+    assert [path.stat().st_size for path in written] == [10000, 10000, 5600]
+    (tmp_path / "out").mkdir()
+    assert pieces.join(tmp_path / "cut", tmp_path / "out") == [tmp_path / "out/model.bin"]
+    assert (tmp_path / "out/model.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
+    folders = pieces.loads(tmp_path / "cut", mb=0.016)
+    assert [sorted(p.name[-3:] for p in f.iterdir()) for f in folders] == [["000", "002"], ["001"]]
+    with pytest.raises(ValueError, match=r"pieces of model\.bin are missing; there are 2"):
+        pieces.join(folders[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize("length", [128, 512])
@@ -135,11 +171,12 @@ def test_a_log_gives_curves_and_speed(tmp_path):
     text = line.format(i=20, loss=9.5, ms=900.0) + line.format(i=40, loss=8.25, ms=100.0)
     text += " validation-retrieval loss at iteration 40 | lm loss value: 3.5E+00 |\n"
     (tmp_path / "log.txt").write_text(text)
-    assert train_arm.read_log(tmp_path / "log.txt") == {
+    assert results.read_log(tmp_path / "log.txt") == {
         "steps": 40,
         "loss": [(20, 9.5), (40, 8.25)],
         "validation": {"retrieval": [(40, 3.5)]},
         "ms_per_step": 900.0,
+        "seconds": [(20, 18.0), (40, 20.0)],
     }
 
 
@@ -147,32 +184,57 @@ PHASE = {"length": 4096, "tokens": 5_000_000, "batch_tokens": 4096, "seconds": N
          "final_lr": 1e-4, "retrieval": 0.5, "repeats": 0.5, "records": 0.5}  # fmt: skip
 
 
-def arm_result(arm, nats):
-    """A result as train_arm.py leaves it, with two windows and three documents."""
+def arm_result(arm, nats, right=(1, 0, 1), seed=1):
+    """A result as examine.py leaves it, with two windows and three documents."""
     plan = {"lengths": [4096], "loss_lengths": [4096],
-            "probes": [{"name": "records", "tasks": ["single"]}]}  # fmt: skip
+            "probes": [{"name": "records", "tasks": ["multi_key"]}]}  # fmt: skip
+    answers = [[value, 1, value * far, far] for value, far in zip(right, (1, 0, 0), strict=True)]
     return {
-        "arm": arm, "file": arm, "status": "done", "gpu": "none", "commit": "0", "date": "today",
-        "versions": {}, "command": "none", "arms_per_gpu": 1,
-        "recipe": {"phases": [PHASE], "seed": 1, "examination": plan},
-        "phases": [{"tokens": 5_000_000, "us_per_token": 2.0, "validation": {}}],
+        "arm": arm, "file": f"{arm}--{seed}", "status": "done", "gpu": "none", "commit": "0",
+        "date": "today", "versions": {}, "command": "none", "arms_per_gpu": 1,
+        "recipe": {"phases": [PHASE], "seed": seed, "examination": plan},
+        "phases": [{"tokens": 5_000_000, "us_per_token": 2.0, "validation": {}, "length": 4096}],
         "examination": {
             "loss-4096": {"samples": {"loss": {"4096": [[n, 10, n / 5, 2] for n in nats]}}},
-            "records": {"samples": {"right": {"single": {"4096": [[1, 1, 1, 1], [0, 1, 0, 0],
-                                                                  [1, 1, 0, 0]]}}}},
+            "records": {"samples": {"right": {"multi_key": {"4096": answers}}}},
         },
     }  # fmt: skip
 
 
 def test_arms_are_held_against_dense_window_by_window():
-    results = [arm_result("dense", [20.0, 30.0]), arm_result("paper", [21.0, 32.0])]
-    dense, paper = report.loss_table(results)[2:]
+    found = [arm_result("dense", [20.0, 30.0]), arm_result("paper", [21.0, 32.0], (1, 0, 0))]
+    dense, paper = report.loss_table(found)[2:]
     assert "| 2.5000 |  | 2.5000 |  |" in dense and "| 5M |" in dense and "| 2.00 | done |" in dense
     # 0.1 and 0.2 nats a token more: 0.15 of 2.5, and half of their distance is the error
     assert "| 2.6500 | +6.00% (se 2.00%) |" in paper
-    right = report.retrieval_table(results, results[0]["recipe"]["examination"]["probes"][0])
-    assert right[0] == "| arm | single 4096 | single 4096 far |"
+    right = report.retrieval_table(found, found[0]["recipe"]["examination"]["probes"][0])
+    assert right[0] == "| arm | multi_key 4096 | multi_key 4096 far |"
     assert right[2] == "| dense | 67% | 100% |"
+    # 0, 0 and 1 answers fewer in the three documents
+    assert right[3] == "| paper | 33% (-33.3, se 33.3) | 100% (+0.0, se 0.0) |"
+
+
+def test_a_claim_is_told_in_standard_errors_and_only_where_dense_answers():
+    arms = [("dense", [20.0, 30.0], (1, 1, 1)), ("no-dense", [21.0, 31.5], (1, 1, 0)),
+            ("homogeneous", [22.0, 32.0], (0, 0, 0))]  # fmt: skip
+    table = report.claims_table([arm_result(*arm) for arm in arms])
+    pair = "| `no-dense` - `homogeneous`: different shards against equal ones, no dense layers |"
+    assert f"{pair} loss at 4096 | 2.6250 | 2.7000 | -0.0750 | 0.0250 | -3.0 | yes |" in table
+    assert (
+        f"{pair} records, multi_key 4096 | 0.6667 | 0.0000 | +0.6667 | 0.3333 | +2.0 | yes |"
+        in table
+    )
+    arms[0] = ("dense", [20.0, 30.0], (1, 0, 1))  # 67%: the probe says nothing
+    table = report.claims_table([arm_result(*arm) for arm in arms])
+    assert all(line.endswith("| no |") for line in table if "multi_key 4096 |" in line)
+
+
+def test_seeds_show_the_noise():
+    nats = {("dense", 1): [20.0, 30.0], ("paper", 1): [21.0, 31.5], ("dense", 2): [20.0, 20.0],
+            ("paper", 2): [20.0, 21.2]}  # fmt: skip
+    found = [arm_result(arm, of, seed=seed) for (arm, seed), of in nats.items()]
+    line = report.seeds_table(found)[-1]
+    assert line == "| paper | 4096 | 2.6250, 2.0600 | +5.00%, +3.00% | +4.00% | 1.41% |"
 
 
 def test_an_arm_that_is_not_done_leaves_its_cells_empty(tmp_path):
@@ -182,7 +244,20 @@ def test_an_arm_that_is_not_done_leaves_its_cells_empty(tmp_path):
     (tmp_path / "paper.json").write_text(json.dumps(result))
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     text = (tmp_path / "out/report.md").read_text()
-    assert "| paper | 39.7% | 26.5% | 0M |  |  |  |  |  | started |" in text
+    assert "| paper | 39.7% | 26.5% | 0M |  |  |  |  | started |" in text
+
+
+def test_equal_time_is_drawn_by_seconds(tmp_path):
+    result = arm_result("dense", [20.0, 30.0])
+    result["recipe"]["phases"] = [PHASE | {"train_seconds": 60}]
+    result["phases"] = [
+        {"tokens": 8192, "batch_tokens": 4096, "length": 4096, "dense_kernel": "cudnn",
+         "validation": {"text": [(1, 3.0), (2, 2.5)]}, "seconds": [(1, 30.0), (2, 60.0)]}
+    ]  # fmt: skip
+    (tmp_path / "dense.json").write_text(json.dumps(result))
+    report.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/equal-time.png").stat().st_size > 5000
+    assert "](equal-time.png)" in (tmp_path / "out/report.md").read_text()
 
 
 def test_samples_are_counted_by_window_and_document():
@@ -199,12 +274,12 @@ def test_samples_are_counted_by_window_and_document():
 
 
 def test_from_a_source_tree_to_the_report(folder):
-    """scripts/quality/run.sh with one arm of two phases."""
+    """scripts/quality/run.sh: an arm that goes on from the dense one's short phase."""
     arm = "turned-dense-head"
     env = os.environ | ON_CPU | {
         "STUDY": str(folder / "study"), "TREE": str(folder / "tree"), "HOLD_OUT": "0.4 2",
-        "VOCABULARY": "600", "PYTHON": sys.executable,
-        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1",
+        "VOCABULARY": "600", "PYTHON": sys.executable, "BUNDLE": str(folder / "bundle.tgz"),
+        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1", "LIMIT": "290",
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts/quality/run.sh"), arm]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
@@ -215,26 +290,92 @@ def test_from_a_source_tree_to_the_report(folder):
     losses = [dict(phase["loss"]) for phase in result["phases"]]
     assert losses[1][1] < losses[0][1] - 0.3  # the second phase goes on from the first
     assert result["examination"]["loss-256"]["loss"]["256"]["all"]["count"] == 1024
-    assert set(result["examination"]["records"]["retrieval"]) == {"single", "multi_key"}
-    results = report.read_results(folder / "study/results")
-    assert len(results[0]["examination"]["loss-256"]["samples"]["loss"]["256"]) == 4
+    records = result["examination"]["records"]["retrieval"]
+    assert set(records) == {"single", "multi_key"}
+    assert "blocks of 64, 2 shards" in records["single"]["by shard"]
+    found = report.read_results(folder / "study/results")
+    assert len(found[-1]["examination"]["loss-256"]["samples"]["loss"]["256"]) == 4
     assert f"| {arm} |" in (folder / "study/report/report.md").read_text()
+    names = subprocess.run(["tar", "tzf", env["BUNDLE"]], capture_output=True, text=True).stdout
+    assert f"results/{arm}--tiny.json" in names and "report/report.md" in names
 
 
-def test_a_job_names_its_recipe_and_seed():
-    job = study.Job.parse("paper@configs/quality/recipe.yaml#2", Path("other.yaml"))
-    assert (job.arm, job.recipe.stem, job.seed) == ("paper", "recipe", 2)
-    assert job.name == "paper--recipe--seed-2" and job.trunk.name == "trunk--recipe--seed-2"
-    assert study.Job.parse("dense", Path("a/other.yaml")).name == "dense--other"
+TRUNK = Job("dense", Path("configs/quality/recipes/trunk.yaml"), 2)
+
+
+def test_a_job_names_its_recipe_and_seed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job = Job.parse("paper@configs/quality/recipe.yaml#2", Path("other.yaml"))
+    assert (job.arm, job.recipe, job.seed) == ("paper", load_recipe(job.path), 2)
+    assert job.name == "paper--recipe--seed-2" and job.before == TRUNK
+    assert Job.parse("dense", Path("a/other.yaml")).name == "dense--other"
+
+
+def test_what_comes_before_is_trained_once_and_first(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    jobs = [Job.parse(f"{arm}@configs/quality/recipes/needles.yaml#2", Path("-"))
+            for arm in ("paper", "dense")]  # fmt: skip
+    names = [job.name.removesuffix("--seed-2") for job in with_what_comes_before(jobs)]
+    assert names == ["dense--trunk", "paper--recipe", "paper--long", "paper--needles",
+                     "dense--recipe", "dense--long", "dense--needles"]  # fmt: skip
+    assert [len(r.phases) for r in history("configs/quality/recipes/needles.yaml")] == [1, 1, 1, 0]
+
+
+def test_the_plan_names_arms_and_recipes_that_there_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parts = plan.read_plan()
+    everything = plan.expand([f"part:{part.name}" for part in parts], parts)
+    for text in everything:
+        job = Job.parse(text, Path("-"))
+        assert job.arm in arms.ARMS and job.recipe.examination is not None
+        assert len(text.split("@")[1]) < 60 and job.seconds(1, 3) < 570 - study.EXAMINING
+    chosen = plan.expand([], parts)
+    assert set(chosen) < set(everything) and not any("smollm2" in text for text in chosen)
+    with pytest.raises(ConfigError, match="part:frist: there is no such part; parts are first"):
+        plan.expand(["part:frist"], parts)
+
+
+def test_an_arm_that_would_not_end_in_time_waits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(study, "Examiner", lambda *_: None)
+    monkeypatch.setattr(Job, "command", lambda self, a: ["touch", str(tmp_path / self.name)])
+    monkeypatch.setattr(Job, "trained", lambda self, arms: (arms / self.name).exists())
+    command = ["paper", "dense", "--data", "x", "--out", str(tmp_path)]
+    assert study.main([*command, "--seconds", "400"]) == 0  # the trunk takes 286 s on one GPU
+    out = capsys.readouterr().out
+    assert "dense--trunk: trained" in out and "paper--recipe: started" in out
+    (tmp_path / "paper--recipe").unlink()
+    assert study.main([*command, "--seconds", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "left for another time: paper--recipe" in out and "started" not in out
+
+
+def test_what_an_earlier_lease_did_is_left_out(tmp_path):
+    for name, status in (("dense--recipe", "done"), ("paper--recipe", "trained")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"status": status}))
+    assert known(tmp_path) == {"dense--recipe"}
 
 
 def test_arms_of_a_failed_trunk_are_not_started(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "Examiner", lambda *_: None)
     recipe = str(ROOT / "configs/quality/recipe.yaml")
-    monkeypatch.setattr(study.Job, "command", lambda self, a: [sys.executable, "-c", "1 / 0"])
+    monkeypatch.setattr(Job, "command", lambda self, a: [sys.executable, "-c", "1 / 0"])
     assert study.main(["paper", "--recipe", recipe, "--data", "x", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "trunk--recipe: FAILED" in out and "ZeroDivisionError" in out
-    assert "paper--recipe" not in out
+    assert "dense--trunk: FAILED" in out and "ZeroDivisionError" in out
+    assert "paper--recipe: started" not in out
+
+
+def test_a_timed_arm_has_its_gpu_to_itself(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    timed, other = (Job.parse(f"dense@configs/quality/{path}", Path("-"))
+                    for path in ("recipes/equal-time-32k.yaml", "recipe.yaml"))  # fmt: skip
+    place = study.Place("0", None)
+    assert timed.alone and place.takes(timed, 3) and place.takes(other, 3)
+    place.running = {other: None}
+    assert not place.takes(timed, 3) and place.takes(other, 3) and not place.takes(other, 1)
+    place.running = {timed: None}
+    assert place.quiet and not place.takes(other, 3)
 
 
 def test_a_phase_is_asked_to_leave_at_its_last_second(monkeypatch):
@@ -250,20 +391,79 @@ def test_a_phase_is_asked_to_leave_at_its_last_second(monkeypatch):
 def an_arm(folder, monkeypatch, program):
     """An arm whose phases run `program` in place of the training."""
     recipe = load_recipe(ROOT / "configs/quality/recipes/tiny.yaml")
-    monkeypatch.setattr(train_arm, "launcher", lambda: [sys.executable, "-c", program])
+    monkeypatch.setattr(train_arm, "launcher", lambda kernel: [sys.executable, "-c", program])
     config = ROOT / "configs/quality/dense.yaml"
-    return train_arm.Arm(config, recipe, folder / "data", folder / "out", None, 1, [])
+    (folder / "before").mkdir(exist_ok=True)
+    (folder / "before" / results.TRAINED).write_text("checkpoints")
+    return train_arm.Arm(config, recipe, folder / "data", folder / "out", before=folder / "before")
 
 
 def test_a_phase_that_was_broken_off_is_trained_again(tmp_path, monkeypatch):
     left = tmp_path / "out/phase-0/checkpoints/latest_checkpointed_iteration.txt"
     program = f"from pathlib import Path; p = Path({str(left)!r}); p.parent.mkdir(parents=True)"
-    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('5')")
-    with pytest.raises(RuntimeError, match="checkpoint of step 5 of 8"):
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('3')")
+    with pytest.raises(RuntimeError, match="checkpoint of step 3 of 4"):
         train_arm.train(arm, 0)
-    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('8')")
+    arm = an_arm(tmp_path, monkeypatch, program + "; p.write_text('4')")
     train_arm.train(arm, 0)  # the folder of the first try is gone, or mkdir would fail
-    assert [row["steps"] for row in arm.result["phases"]] == [8]
+    assert [row["steps"] for row in arm.result["phases"]] == [4]
     again = an_arm(tmp_path, monkeypatch, "1 / 0")
     train_arm.train(again, 0)
     assert again.result["phases"] == arm.result["phases"]
+
+
+@pytest.mark.parametrize("arm, steps, kernel, timed", [
+    ("every-6", 500, "flash", {"cudnn": 500.0, "flash": 400.0}),
+    ("no-dense", 400, "cudnn", {"cudnn": 500.0}),  # has no dense layer to choose for
+])  # fmt: skip
+def test_equal_time_is_spent_with_the_faster_kernel(
+    tmp_path, monkeypatch, arm, steps, kernel, timed
+):
+    recipe = load_recipe(ROOT / "configs/quality/recipes/equal-time-32k.yaml")
+    out = tmp_path / "out"
+    phase = recipe.phases[0]
+    line = "print(' s2megatron iteration {} | {} ms/iteration | 5 tokens/s')"
+
+    def launcher(kernel):
+        ms = {"cudnn": 500.0, "flash": 400.0}[kernel]
+        return [sys.executable, "-c", "; ".join(line.format(i, ms) for i in (2, 4))]
+
+    monkeypatch.setattr(train_arm, "launcher", launcher)
+    (tmp_path / results.TRAINED).write_text("checkpoints")
+    timing = train_arm.Arm(
+        ROOT / f"configs/quality/{arm}.yaml", recipe, tmp_path, out, before=tmp_path
+    )
+    assert phase.train_seconds == 200
+    assert train_arm.plan_steps(timing, 0) == (steps, kernel, timed)
+    monkeypatch.setattr(train_arm, "launcher", None)
+    assert train_arm.plan_steps(timing, 0) == (steps, kernel, timed)  # once is enough
+
+
+def test_an_arm_that_cannot_be_timed_says_why(tmp_path, monkeypatch):
+    recipe = load_recipe(ROOT / "configs/quality/recipes/equal-time-32k.yaml")
+    monkeypatch.setattr(
+        train_arm, "launcher", lambda kernel: [sys.executable, "-c", "raise SystemExit('no room')"]
+    )
+    (tmp_path / results.TRAINED).write_text("checkpoints")
+    config = ROOT / "configs/quality/dense.yaml"
+    arm = train_arm.Arm(config, recipe, tmp_path, tmp_path / "out", before=tmp_path)
+    with pytest.raises(RuntimeError, match="could not be timed with cudnn:\nno room"):
+        train_arm.plan_steps(arm, 0)
+
+
+def test_an_examiner_that_dies_answers_for_all_that_wait(tmp_path, monkeypatch):
+    (tmp_path / "examine.py").write_text("import sys; sys.stdin.readline(); sys.exit('no memory')")
+    monkeypatch.setattr(examiner, "HERE", tmp_path)
+    asked = examiner.Examiner(tmp_path, tmp_path, "")
+    jobs = [Job(arm, Path("recipe.yaml")) for arm in ("dense", "paper")]
+    for job in jobs:
+        asked.ask(job, tmp_path / job.name, None)
+    found = asked.answers(quiet=True)
+    assert found == [] and asked.busy  # an arm is timed beside it
+    deadline = time.time() + 30
+    while len(found) < 2 and time.time() < deadline:
+        found += asked.answers(quiet=False)
+        time.sleep(0.05)
+    assert [job for job, _ in found] == jobs and not asked.busy
+    assert all(answer.startswith("failed: no memory") for _, answer in found)
+    asked.close()

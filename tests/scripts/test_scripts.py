@@ -93,6 +93,10 @@ PARAMETERS = {
     "llama_7b_1m.yaml": 6_738_415_616,
     "llama_70b_32k.yaml": 70_553_706_496,  # Llama 3 70B
     "llama_70b_128k.yaml": 70_553_706_496,
+    "llama_1.3b_1m_cp.yaml": 1_345_423_360,
+    "llama_7b_1m_cp.yaml": 6_738_415_616,
+    "llama_70b_1m_cp.yaml": 70_553_706_496,
+    "llama_70b_4m_cp.yaml": 70_553_706_496,
 }
 
 

@@ -165,12 +165,13 @@ class Descriptor:
 
     def part(self, coord):
         """Of a box at coord: what lies within the tensor, and where that lies within the box."""
+        assert coord[-1] * self.view.element_size() % 16 == 0, "TMA wants 16 bytes"
         there, inside = [], []
         for at, n, size in zip(coord, self.block_type.shape, self.view.shape, strict=True):
-            assert at >= 0
-            at = min(int(at), size)
-            there.append(slice(at, min(at + n, size)))
-            inside.append(slice(0, min(n, size - at)))
+            at = int(at)
+            low, high = min(max(at, 0), size), min(max(at + n, 0), size)
+            there.append(slice(low, high))
+            inside.append(slice(low - at, high - at) if low < high else slice(0, 0))
         return self.view[tuple(there)], tuple(inside)
 
 

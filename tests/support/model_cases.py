@@ -106,12 +106,14 @@ def built_model() -> dict:
 
     from s2megatron.attention.checks import check_built_model
     from s2megatron.attention.core_attention import S2CoreAttention
+    from s2megatron.context_split import ContextSplit
 
     ready, models = build_model(_run_file(MOCK))
     config = ready.model_config.transformer
 
     def check(patterns=ready.patterns):
-        return _said(check_built_model, models, patterns, 128)
+        split = ContextSplit.from_options(vars(ready.args))
+        return _said(check_built_model, models, patterns, split)
 
     layers = {m.layer_number: m for m in models[0].modules() if isinstance(m, SelfAttention)}
     kinds = [type(layers[n].core_attention).__name__ for n in (1, 2, 3, 4)]

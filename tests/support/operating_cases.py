@@ -1,6 +1,8 @@
 """Real torch_dist checkpoints, small ones, damaged as disks damage them. Run by in_process.py."""
 
+import multiprocessing
 import os
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import write_tracker
 from s2megatron.training.load_fixes import name_damaged_files
+from s2megatron.training.save_helpers import tie_save_helpers
 
 
 def load_and_save_errors(folder: str) -> list[str]:
@@ -44,6 +47,16 @@ def load_and_save_errors(folder: str) -> list[str]:
 
 def save_that_fails() -> None:
     raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+
+
+def start_save_helper() -> int:
+    """The process number of the manager of Megatron's saves, in a process that ends at once."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    tie_save_helpers()
+    filesystem_async.get_write_results_queue()
+    (manager,) = multiprocessing.active_children()
+    return manager.pid
 
 
 def samples_of_replaced_data(folder: str) -> list[dict]:
@@ -99,3 +112,20 @@ def what_prepare_says(config: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def train_until_the_writer_is_killed() -> int:
+    """The launcher; at iteration 4 rank 0's writer is killed, as the kernel would for memory."""
+    from s2megatron import pretrain
+    from s2megatron.training.checkpoint_folder import CheckpointPruner
+    from s2megatron.training.writer_watch import current_writer
+
+    after = CheckpointPruner.after
+
+    def then_kill(self, iteration: int) -> None:
+        after(self, iteration)
+        if iteration == 4:
+            os.kill(current_writer().pid, signal.SIGKILL)
+
+    CheckpointPruner.after = then_kill
+    return pretrain.run_as_rank()

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
+from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_folder import (
     TRACKER,
     CheckpointPruner,
@@ -226,19 +227,22 @@ def test_options_of_a_first_start_are_left_out_later(folder):
     assert chosen.items() <= first.options.items() and first.notes == []
 
 
-def test_a_truncated_checkpoint_is_not_resumed_and_the_way_back_is_whole(folder):
-    """The one before it is cut short too: the way back leads to the one before that."""
-    place = resolve(folder.parent)
-    output.make_ready(place)
+@pytest.mark.parametrize("read_all", [True, False])
+def test_a_truncated_checkpoint_is_not_resumed_and_the_way_back_is_whole(folder, read_all):
+    """The one before it is cut short too: the one before that is taken, and the way back is it."""
     for number in (20, 30):
         cut(iteration_dir(folder, number), 1000)
-    with pytest.raises(ConfigError, match=r"iter_0000030 is damaged: __0_0.distcp has 1000 bytes"):
-        output.make_ready(place)
-    with pytest.raises(ConfigError, match=rf"echo 10 > {folder}/{TRACKER}"):
-        output.make_ready(place)
+    iteration, notes = choose_checkpoint(folder, read_all, Ranks())
+    assert iteration == 10
+    assert f"{iteration_dir(folder, 30)} is damaged: __0_0.distcp has 1000 bytes" in notes[-3]
+    assert f"{iteration_dir(folder, 20)} is damaged: __0_0.distcp has 1000 bytes" in notes[-2]
+    assert way_back(folder, 30).endswith(f"echo 10 > {folder}/{TRACKER}")
     cut(iteration_dir(folder, 10), 1000)
-    with pytest.raises(ConfigError, match="no earlier one is complete"):
-        output.make_ready(place)
+    assert way_back(folder, 30) == "no earlier one is complete"
+    with pytest.raises(
+        ConfigError, match=r"no complete checkpoint is undamaged: .*iter_0000010 is"
+    ):
+        choose_checkpoint(folder, read_all, Ranks())
 
 
 def test_the_way_back_leads_before_the_one_in_question(folder):

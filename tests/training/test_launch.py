@@ -118,11 +118,32 @@ esac
 """
 
 
-def sbatch(home, log, restart: int, *overrides):
+@pytest.mark.parametrize(
+    "status, requeued, says",
+    [
+        (75, True, "stopped with a checkpoint; back to the queue"),
+        (143, True, "stopped before it began; back to the queue"),  # SIGTERM
+        (138, True, "stopped before it began; back to the queue"),  # SIGUSR1
+        (0, False, ""),
+        (1, False, ""),
+        (2, False, ""),
+        (137, False, ""),  # SIGKILL
+    ],
+)
+def test_which_statuses_go_back_to_the_queue(tmp_path, status, requeued, says):
+    """train.sbatch under an srun that ends at once."""
+    (tmp_path / "run.yaml").write_text("")
+    job, stand_in = sbatch(tmp_path, tmp_path / "log", 0, srun=f"#!/bin/bash\nexit {status}\n")
+    assert job.end() == status
+    assert (stand_in / "requeued").exists() == requeued
+    assert says in job.text and ("back to the queue" in job.text) == requeued
+
+
+def sbatch(home, log, restart: int, *overrides, srun: str = STAND_IN_SRUN):
     """Starts train.sbatch as SLURM would on two nodes, with stand-ins for its commands."""
     bin_ = home / "slurm"
     bin_.mkdir(exist_ok=True)
-    for name, text in (("srun", STAND_IN_SRUN), ("scontrol", STAND_IN_SCONTROL)):
+    for name, text in (("srun", srun), ("scontrol", STAND_IN_SCONTROL)):
         (bin_ / name).write_text(text)
         (bin_ / name).chmod(0o755)
     env = {

@@ -1,19 +1,29 @@
 """What is decided before Megatron starts: what is resumed from, and what may have changed."""
 
+import os
+import sys
+import time
 from argparse import Namespace
 
+import psutil
 import pytest
+import zygote
 from fake_checkpoints import checkpoint
 from in_process import call
-from launches import TINY, start, write_run_file
+from launches import ON_CPU, TINY, start, write_run_file
 
 from s2megatron.config import OutputConfig
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
 from s2megatron.training.changed_options import compare, refusal
+from s2megatron.training.checkpoint_content import stored_parts
 from s2megatron.training.checkpoint_errors import explain
-from s2megatron.training.checkpoint_folder import TRACKER, set_aside_newer
-from s2megatron.training.load_fixes import _replace_rates, settle_schedule
+from s2megatron.training.checkpoint_folder import TRACKER, resume_point, set_aside_newer
+from s2megatron.training.load_fixes import (
+    _replace_rates,
+    save_what_was_loaded_never_again,
+    settle_schedule,
+)
 
 # --- which checkpoint is resumed from
 
@@ -37,7 +47,7 @@ TRACKERS = {
 
 
 @pytest.mark.parametrize("case", TRACKERS)
-def test_broken_tracker_resumes_from_the_newest_complete_checkpoint(three, case, monkeypatch):
+def test_broken_tracker_resumes_from_the_newest_complete_checkpoint(three, case):
     text, said = TRACKERS[case]
     tracker = three / "checkpoints" / TRACKER
     if text is not None:
@@ -47,7 +57,6 @@ def test_broken_tracker_resumes_from_the_newest_complete_checkpoint(three, case,
     assert place.options["ckpt_step"] == 30  # every rank knows it before the tracker is mended
     assert said in place.notes[0] and "iter_0000040 is incomplete" in place.notes[1]
     assert "newest complete checkpoint" in place.notes[2] and "iter_0000030" in place.notes[3]
-    monkeypatch.setattr(output, "damage", lambda path: "")
     assert output.make_ready(place) == []
     assert tracker.read_text() == "30"  # Megatron leaves, or starts at 1, without it
     assert sorted(p.name for p in tracker.parent.iterdir()) == [
@@ -55,11 +64,10 @@ def test_broken_tracker_resumes_from_the_newest_complete_checkpoint(three, case,
     ]  # fmt: skip
 
 
-def test_going_back_keeps_the_newer_checkpoints(three, monkeypatch):
+def test_going_back_keeps_the_newer_checkpoints(three):
     folder = three / "checkpoints"
     (folder / TRACKER).write_text("10")
     place = output.resolve(OutputConfig(folder=str(three)), {})
-    monkeypatch.setattr(output, "damage", lambda path: "")
     said = output.make_ready(place)
     assert place.iteration == 10 and len(said) == 2 and "aside-iter_0000020" in said[0]
     assert (folder / "aside-iter_0000030" / ".metadata").exists()
@@ -74,21 +82,6 @@ def test_converted_model_is_no_run_to_resume(tmp_path):
     (tmp_path / "checkpoints" / TRACKER).write_text("release")
     with pytest.raises(ConfigError, match=r"converted model.*megatron.load="):
         output.resolve(OutputConfig(folder=str(tmp_path)), {})
-
-
-def test_damaged_checkpoint_is_refused_with_a_way_back_that_works(three, monkeypatch):
-    folder = three / "checkpoints"
-    (folder / TRACKER).write_text("30")
-    monkeypatch.setattr(output, "damage", lambda path: "__0_0.distcp has 1 bytes of 9")
-    damaged = {"iter_0000030": "cut"}
-    monkeypatch.setattr(
-        "s2megatron.training.checkpoint_folder.damage", lambda path: damaged.get(path.name, "")
-    )
-    place = output.resolve(OutputConfig(folder=str(three)), {})
-    with pytest.raises(ConfigError, match=rf"1 bytes of 9; to go back.*echo 20 > .*{TRACKER}"):
-        output.make_ready(place)
-    (folder / TRACKER).write_text("20")  # as told
-    assert output.resolve(OutputConfig(folder=str(three)), {}).iteration == 20
 
 
 def test_full_disk_at_start(tmp_path, monkeypatch):
@@ -202,6 +195,18 @@ def test_new_rates_reach_the_parameter_groups_of_a_checkpoint():
     assert other["max_lr"] == 1.0  # an override of its own
 
 
+def test_checkpoint_that_was_loaded_is_not_written_over_itself(monkeypatch):
+    """By a run that had trained to its end and is started again."""
+    saved = []
+    megatron = Namespace(save_checkpoint_and_time=lambda now, *rest, **more: saved.append(now))
+    monkeypatch.setitem(sys.modules, "megatron.training", Namespace(training=megatron))
+    for loaded in (None, 7, 8):
+        save_what_was_loaded_never_again(loaded)
+        for now in (7, 8):
+            megatron.save_checkpoint_and_time(now, "model", train_data_iterator=None)
+    assert saved == [7, 8, 8, 7]
+
+
 # --- data replaced under the same prefix
 
 
@@ -234,24 +239,66 @@ def test_errors_of_loading_and_of_saving_are_told_apart(tmp_path):
 # --- a real run
 
 
-def test_real_run_goes_on_from_a_broken_tracker_with_another_rate(tmp_path):
-    """Two ranks. Before: a hang, no parameter group for the new rate, a hang in the last save."""
+def test_real_run_goes_on_from_a_broken_tracker_and_a_damaged_file(tmp_path):
+    """Two ranks, and another rate. Before: a hang, no parameter group for the new rate, a hang in
+    the last save; and with random bytes among its weights the newest checkpoint was trained on.
+    """
     tree = TINY | {"data": {"mock": True}}
     tree["megatron"] = tree["megatron"] | {
-        "train_iters": 2, "save_interval": 2, "lr_warmup_iters": 1,
+        "train_iters": 2, "save_interval": 1, "lr_warmup_iters": 1,
     }  # fmt: skip
     config = write_run_file(tmp_path / "run.yaml", tree)
     folder = tmp_path / "run"
     first = start(config, f"output.folder={folder}", ranks=2)
     assert first.returncode == 0, first.stderr[-3000:]
-    tracker = folder / "checkpoints" / TRACKER
+    tracker, newest = folder / "checkpoints" / TRACKER, folder / "checkpoints" / "iter_0000002"
+    assert (newest / "checksums.json").exists()
     tracker.write_text("garbage")
     longer = [f"output.folder={folder}", "megatron.train_iters=3", "megatron.lr=0.002"]
     refused = start(config, *longer, ranks=2)
     assert "megatron.lr: 0.003 in the checkpoint, 0.002 now" in refused.stderr
     assert tracker.read_text() == "garbage"  # nothing was touched
+    file = newest / "__1_0.distcp"  # another rank's, of weights that torch reads
+    file.write_bytes(damage_the_middle(newest, file.name))
     again = start(config, *longer, "megatron.override_opt_param_scheduler=true", ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "is damaged ('garbage')" in again.stdout and "iter_0000002" in again.stdout
+    assert "is damaged ('garbage')" in again.stdout
+    assert f"{newest} is damaged: __1_0.distcp does not hold what was written" in again.stdout
+    assert f"resuming from {folder}/checkpoints/iter_0000001" in again.stdout
+    assert (newest.with_name("aside-iter_0000002") / ".metadata").exists() and newest.exists()
     assert "megatron.lr: 0.003 in the checkpoint, 0.002 now: the new one from" in again.stdout
     assert tracker.read_text() == "3" and "consumed samples:            6" in again.stdout
+
+
+def test_the_helper_of_saves_ends_with_its_rank():
+    """The rank leaves without Python's finalizers, as one that is killed does."""
+    helper = call("operating_cases", "start_save_helper")
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(helper) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(helper)
+
+
+def damage_the_middle(checkpoint, name: str) -> bytes:
+    """A file's bytes with eight of its largest tensor's changed."""
+    part = max((p for p in stored_parts(checkpoint) if p.file == name), key=lambda p: p.length)
+    content = bytearray((checkpoint / name).read_bytes())
+    middle = part.offset + part.length // 2
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+    return bytes(content)
+
+
+def test_killed_writer_of_checkpoints_ends_the_run(tmp_path):
+    """Before: no save was ever finished again, and the last one was waited for without end."""
+    tree = TINY | {"data": {"mock": True}}
+    tree["megatron"] = tree["megatron"] | {"train_iters": 5000, "save_interval": 2}
+    config = write_run_file(tmp_path / "run.yaml", tree)
+    arguments = ["--config", str(config), f"output.folder={tmp_path / 'run'}"]
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"}
+    target = "operating_cases:train_until_the_writer_is_killed"
+    done = zygote.run(target, arguments, ranks=2, env=env, timeout=60)
+    assert done.returncode == 1
+    assert "has ended, killed by SIGKILL (out of host memory? see dmesg)" in done.stderr
+    assert "The last complete checkpoint stays as it is" in done.stderr
+    assert not (tmp_path / "run" / "run.lock").exists()
+    assert resume_point(tmp_path / "run" / "checkpoints")[0] >= 2

@@ -13,6 +13,7 @@ from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
 from s2_kernels.hopper.backward_dq_wide import launch_hopper_dq_wide
+from s2_kernels.hopper.primitives import term_lead
 from s2_kernels.launch import Packing, empty_like, takes_descriptor
 from s2_kernels.pattern import LayerPattern
 
@@ -28,17 +29,18 @@ def launch_hopper_backward(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
     if q.shape[-1] > WIDEST:
-        inputs = (q, k, v, dout, *row_terms(out, lse, dout, dlse))
-        launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale)
-        launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale)
+        inputs = (q, k, v, dout, *row_terms(out, lse, dout, dlse, term_lead(q_offset)))
+        launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale, q_offset)
+        launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale, q_offset)
         return dq, dk, dv
-    common = (pattern, softmax_scale, packing)
+    common = (pattern, softmax_scale, packing, q_offset)
     lse2, delta = launch_hopper_dq(q, k, v, out, lse, dout, dlse, dq, *common)
     launch_hopper_dkdv(q, k, v, dout, lse2, delta, dk, dv, *common)
     return dq, dk, dv

@@ -49,6 +49,7 @@ from s2_kernels.hopper.primitives import (
     make_barriers,
     make_notes,
     next_item,
+    offset_or_none,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -111,12 +112,13 @@ class Work(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of sequences, heads, items and tokens, and the scale."""
+    """Numbers of sequences, heads, items and queries; q_offset; the scale."""
 
     batch: gl.tensor
     heads: gl.tensor
     items: gl.tensor
     s: gl.tensor
+    q_offset: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
     kv_heads: gl.tensor
@@ -131,27 +133,54 @@ class Output(NamedTuple):
     strides_dv: tuple
 
 
+class ColumnItem(NamedTuple):
+    """An item over columns: two of a KV head, or a piece of both.
+
+    Attributes:
+        rule, kv_head: the head's rule, and which it is.
+        column_0, column_1: KV half-tiles; the second may be -1.
+        piece, n_pieces: which of so many pieces; slot: where its share goes, -1 without one.
+        batch, start, length, terms: of the sequence: which (0 where packed), where it starts in
+            memory, how many queries it has, where their row terms start.
+    """
+
+    rule: tuple
+    kv_head: gl.tensor
+    column_0: gl.tensor
+    column_1: gl.tensor
+    piece: gl.tensor
+    n_pieces: gl.tensor
+    slot: gl.tensor
+    batch: gl.tensor
+    start: gl.tensor
+    length: gl.tensor
+    terms: gl.tensor
+
+
 @gluon.jit
 def column_item(item, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr, PACKED: gl.constexpr):
-    """An item's rule, KV head, two columns, piece, number of pieces, slot of its share, sequence.
-
-    Of the sequence: i_batch, where it starts, its length, where its row terms start.
-    """
+    """The `ColumnItem` of this number."""
     zero = item * 0
     if PACKED:
         i_kv, p_slot = item % sizes.kv_heads, work.items + item // sizes.kv_heads * 4
         u, start, length = gl.load(p_slot), gl.load(p_slot + 1), gl.load(p_slot + 2)
         rule = load_rule(work.rules, i_kv, N_BANDS)
         column_0, column_1 = pair_of_sequence(rule, u, length, B, N_BANDS)
-        sequence = (zero, start, length, gl.load(p_slot + 3))
-        return rule, i_kv, column_0, column_1, zero, zero + 1, zero - 1, sequence
+        terms = gl.load(p_slot + 3)
+        return ColumnItem(
+            rule, i_kv, column_0, column_1, zero, zero + 1, zero - 1, zero, start, length, terms
+        )
     else:
         p_item = work.items + item * 7
         i_kv, column_0, column_1 = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
         piece, n_pieces, slot = gl.load(p_item + 3), gl.load(p_item + 4), gl.load(p_item + 5)
         rule = load_rule(work.rules, i_kv, N_BANDS)
-        sequence = (gl.load(p_item + 6), zero, zero + sizes.s, zero)
-        return rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence
+        i_batch, length, terms = gl.load(p_item + 6), zero + sizes.s, zero
+        if sizes.q_offset is not None:
+            terms = sizes.q_offset % 4
+        return ColumnItem(
+            rule, i_kv, column_0, column_1, piece, n_pieces, slot, i_batch, zero, length, terms
+        )
 
 
 @gluon.jit
@@ -167,16 +196,17 @@ def producer(
     """
     done, i_round, item = 0, 0, gl.program_id(0)
     while item >= 0:
-        rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence = column_item(
-            item, work, sizes, B, N_BANDS, PACKED
-        )
-        i_batch, start, length, terms = sequence
-        n_rows = (length + 63) // 64
-        end_0 = column_rows(rule, column_0, n_rows, B, N_BANDS)
-        end_1 = column_rows(rule, column_1, n_rows, B, N_BANDS)
-        low = gl.where(column_1 < 0, column_0, gl.minimum(column_0, column_1))
+        at = column_item(item, work, sizes, B, N_BANDS, PACKED)
+        i_batch, i_kv, start, length = at.batch, at.kv_head, at.start, at.length
+        column_0, column_1 = at.column_0, at.column_1
+        first_half, n_rows = None, (length + 63) // 64
+        if sizes.q_offset is not None:
+            first_half, n_rows = sizes.q_offset // 64, (sizes.q_offset + length + 63) // 64
+        begin_0, end_0 = column_rows(at.rule, column_0, first_half, n_rows, B, N_BANDS)
+        begin_1, end_1 = column_rows(at.rule, column_1, first_half, n_rows, B, N_BANDS)
+        low = gl.where(column_1 < 0, begin_0, gl.minimum(begin_0, begin_1))
         n = gl.maximum(end_0, end_1) - low
-        low, high = low + n * piece // n_pieces, low + n * (piece + 1) // n_pieces
+        low, high = low + n * at.piece // at.n_pieces, low + n * (at.piece + 1) // at.n_pieces
         columns, ends = (column_0, column_1), (end_0, end_1)
         for w in gl.static_range(2):
             half, turn = i_round % 2 * 2 + w, i_round // 2 & 1
@@ -185,7 +215,7 @@ def producer(
             first = gl.minimum(gl.maximum(columns[w], low), end)
             on_diagonal = (first == columns[w]) & (first < end)
             n_whole = end - first - on_diagonal.to(gl.int32)
-            share = gl.where(slot < 0, slot, slot + w * n_pieces)
+            share = gl.where(at.slot < 0, at.slot, at.slot + w * at.n_pieces)
             row = gl.where(columns[w] < 0, FAR, start + columns[w] * 64)
             n_there = gl.where(columns[w] < 0, 64, length - columns[w] * 64)
             n_left = length - (end - 1) * 64
@@ -200,7 +230,9 @@ def producer(
             i_head = i_kv * GROUP + i_member
             term = i_batch * sizes.heads + i_head
             for i in range(high - low):
-                row, term_row = start + (high - 1 - i) * 64, terms + (high - 1 - i) * 64
+                row, term_row = start + (high - 1 - i) * 64, at.terms + (high - 1 - i) * 64
+                if sizes.q_offset is not None:
+                    row, term_row = row - sizes.q_offset, term_row - sizes.q_offset
                 stage, phase = done % STAGES, done // STAGES & 1
                 mbarrier.wait(memory.free.index(stage), phase ^ 1)
                 ready = memory.q_ready.index(stage)
@@ -359,7 +391,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_items", "s", "kv_heads"])
+@gluon.jit(do_not_specialize=["batch", "heads", "n_items", "s", "q_offset", "kv_heads"])
 def s2_hopper_dkdv_kernel(
     d_q,
     d_k,
@@ -382,6 +414,7 @@ def s2_hopper_dkdv_kernel(
     kv_heads,
     n_items,
     s,
+    q_offset,
     scale,
     scale_log2,
     B: gl.constexpr,
@@ -413,7 +446,7 @@ def s2_hopper_dkdv_kernel(
         q_bufs, do_bufs, lse_bufs, delta_bufs, q_ready, do_ready, free,
         k_bufs, v_bufs, notes, kv_ready, kv_free,
     )  # fmt: skip
-    sizes = Sizes(batch, heads, n_items, s, scale, scale_log2, kv_heads)
+    sizes = Sizes(batch, heads, n_items, s, q_offset, scale, scale_log2, kv_heads)
     work = Work(p_items, p_taken, p_table, p_partial)
     stores = Output(p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
@@ -439,6 +472,7 @@ def launch_hopper_dkdv(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
     b, s, h, d, *_ = extents(q)
@@ -450,7 +484,7 @@ def launch_hopper_dkdv(
         items = packed_slots(packing.cu_q, s, extra)
         n_items, n_slots = len(items) * g, 0
     else:
-        work = column_pairs(pattern, s, b, programs, q.device)
+        work = column_pairs(pattern, s, b, programs, q.device, k.shape[1], q_offset)
         items, n_items, n_slots = work.items, len(work.items), work.n_slots
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
     s2_hopper_dkdv_kernel[(min(programs, n_items),)](
@@ -475,6 +509,7 @@ def launch_hopper_dkdv(
         g,
         n_items,
         s,
+        offset_or_none(q, k, q_offset),
         softmax_scale,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,

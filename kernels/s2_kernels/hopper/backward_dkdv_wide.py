@@ -55,6 +55,7 @@ from s2_kernels.hopper.primitives import (
     make_barriers,
     make_notes,
     next_item,
+    offset_or_none,
     read_scalar,
     strides_and_size,
     term_descriptor,
@@ -126,10 +127,11 @@ class Work(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of heads, of half-tiles of queries, of items; the scale."""
+    """Numbers of heads, of items; the last query's half-tile and 1; q_offset; the scale."""
 
     heads: gl.tensor
     rows: gl.tensor
+    q_offset: gl.tensor
     items: gl.tensor
     scale_log2: gl.tensor
 
@@ -146,14 +148,17 @@ class Output(NamedTuple):
 
 
 @gluon.jit
-def load_place(desc, terms, i_batch, i_head, term, row, turn, memory):
-    """A half-tile of Q or dO with its row terms into its place, once that is free."""
+def load_place(desc, terms, i_batch, i_head, row, term, at, turn, memory):
+    """A half-tile of Q or dO with its row terms into its place, once that is free.
+
+    The terms are those of head `term` of all batches, from `at` on.
+    """
     place, phase = turn % PLACES, turn // PLACES & 1
     ready = memory.tiles.ready.index(place)
     mbarrier.wait(memory.tiles.free.index(place), phase ^ 1)
     mbarrier.expect(ready, desc.block_type.nbytes + terms.block_type.nbytes)
     load_rows(desc, i_batch, i_head, row, ready, memory.tiles.bufs.index(place))
-    async_load(terms, [term, row], ready, memory.terms.index(place))
+    async_load(terms, [term, at], ready, memory.terms.index(place))
 
 
 @gluon.jit
@@ -180,9 +185,10 @@ def producer(
         i_kv, column, piece = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
         n_pieces, i_batch = gl.load(p_item + 3), gl.load(p_item + 5)
         rule = load_rule(work.rules, i_kv, N_BANDS)
-        seen = column_rows(rule, column, sizes.rows, B, N_BANDS) - column
-        low = column + seen * piece // n_pieces
-        high = column + seen * (piece + 1) // n_pieces
+        first = None if sizes.q_offset is None else sizes.q_offset // 64
+        begin, end = column_rows(rule, column, first, sizes.rows, B, N_BANDS)
+        low = begin + (end - begin) * piece // n_pieces
+        high = begin + (end - begin) * (piece + 1) // n_pieces
         on_diagonal = (low == column) & (low < high)
         n = gl.maximum(high - low, 1)
         for i_member in range(GROUP):
@@ -190,14 +196,20 @@ def producer(
             term = i_batch * sizes.heads + i_head
             for i in range(n):
                 row = gl.where(low < high, (high - 1 - i) * 64, FAR)
-                load_place(descs.q, descs.lse2, i_batch, i_head, term, row, turn, memory)
+                at = row
+                if sizes.q_offset is not None:
+                    row -= sizes.q_offset
+                    at = row + sizes.q_offset % 4
+                load_place(descs.q, descs.lse2, i_batch, i_head, row, term, at, turn, memory)
                 if (i_member == 0) & (i == 0):
                     mbarrier.wait(k.free.index(0), i_round & 1 ^ 1)
                     write_notes(memory.notes, 0, (n, on_diagonal.to(gl.int32), item))
                     load_column(descs.k, i_batch, i_kv, column, k.bufs.index(0), k.ready.index(0))
                     mbarrier.wait(v.free.index(0), i_round & 1 ^ 1)
                     load_column(descs.v, i_batch, i_kv, column, v.bufs.index(0), v.ready.index(0))
-                load_place(descs.dout, descs.delta, i_batch, i_head, term, row, turn + 1, memory)
+                load_place(
+                    descs.dout, descs.delta, i_batch, i_head, row, term, at, turn + 1, memory
+                )
                 turn += 2
         i_round += 1
         item = next_item(work.taken, sizes.items)
@@ -321,12 +333,14 @@ def add_dk(turn, n, D: gl.constexpr, memory):
 
 
 @gluon.jit
-def store_sum(p_tile, stride, rows, b_sum, D: gl.constexpr):
-    """Stores a sum [64, D] of which so many rows exist."""
+def store_sum(p_tile, stride, first, rows, b_sum, D: gl.constexpr):
+    """Stores a sum [64, D] of which the rows from first (None: 0) to rows - 1 exist."""
     b_sum = gl.convert_layout(b_sum, STORE_LAYOUT)
     o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, STORE_LAYOUT))
     o_d = gl.arange(0, b_sum.shape[1], layout=gl.SliceLayout(0, STORE_LAYOUT))
     mask = (o_n < rows)[:, None] & (o_d < D)[None, :]
+    if first is not None:
+        mask &= (o_n >= first)[:, None]
     gl.store(p_tile + o_n[:, None] * stride + o_d[None, :], b_sum, mask=mask)
 
 
@@ -366,7 +380,8 @@ def consumer(
         slot, i_batch = gl.load(p_item + 4), gl.load(p_item + 5)
         if slot < 0:
             p_tile = out.base + head_offset(out.strides, i_batch, i_kv, column * 64)
-            store_sum(p_tile, out.strides[1], out.t - column * 64, b_out.to(tiles.bufs.dtype), D)
+            b_out16 = b_out.to(tiles.bufs.dtype)
+            store_sum(p_tile, out.strides[1], None, out.t - column * 64, b_out16, D)
         else:
             at = (slot.to(gl.int64) * out.batch + i_batch) * 2 + (1 - WARPGROUP)
             store_share(out.partial + at * (64 * BLOCK_D), b_out)
@@ -375,10 +390,11 @@ def consumer(
         item = read_scalar(memory.notes, ITEM)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "n_items", "t"])
+@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "q_offset", "n_items", "t"])
 def s2_hopper_dkdv_wide_kernel(
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, p_dk, p_dv, strides_dk, strides_dv,
-    p_items, p_taken, p_table, p_partial, batch, heads, n_rows, n_items, t, scale, scale_log2,
+    p_items, p_taken, p_table, p_partial, batch, heads, n_rows, q_offset, n_items, t,
+    scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
     TERM_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -405,7 +421,7 @@ def s2_hopper_dkdv_wide_kernel(
         make_notes(3),
     )
     work = Work(p_items, p_taken, p_table)
-    sizes = Sizes(heads, n_rows, n_items, scale_log2)
+    sizes = Sizes(heads, n_rows, q_offset, n_items, scale_log2)
     dv_out = Output(p_dv, strides_dv, p_partial, batch, t, scale)
     dk_out = Output(p_dk, strides_dk, p_partial, batch, t, scale)
     gl.warp_specialize(
@@ -430,12 +446,13 @@ def launch_hopper_dkdv_wide(
     dv: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
+    q_offset: int = 0,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
     b, s, h, d, *_ = extents(q)
     g, t = k.shape[-2], k.shape[-3]
     slots = concurrent_programs(q.device, num_warps=8)
-    work = single_columns(pattern, s, b, slots, q.device)
+    work = single_columns(pattern, s, b, slots, q.device, t, q_offset)
     partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
     s2_hopper_dkdv_wide_kernel[(min(slots, len(work.items)),)](
         descriptor(q),
@@ -454,7 +471,8 @@ def launch_hopper_dkdv_wide(
         partial,
         b,
         h,
-        -(-s // ROWS),
+        -(-(q_offset + s) // ROWS),
+        offset_or_none(q, k, q_offset),
         len(work.items),
         t,
         softmax_scale,

@@ -38,12 +38,14 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
     store_rows,
     store_some_rows,
     strides_and_size,
+    term_lead,
     write_notes,
 )
 from s2_kernels.launch import Packing, device_table, pad
@@ -51,7 +53,7 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
 EDGES, KEPT, UNSEEN = map(gl.constexpr, range(3))
-"""Notes of an item: see lists.query_list."""
+"""Notes of an item: see lists.QueryList."""
 
 
 class Memory(NamedTuple):
@@ -99,6 +101,7 @@ class Sizes(NamedTuple):
     group: gl.tensor
     slots: gl.tensor
     s: gl.tensor
+    q_offset: gl.tensor
     rows: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
@@ -123,26 +126,22 @@ def producer(
     """
     done = 0
     for i_round in range(count_items(tables, sizes.heads * sizes.slots, PACKED)):
-        item = item_at(i_round, tables, PACKED)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
-        i_kv = i_head // sizes.group
+        item = query_item(item_at(i_round, tables, PACKED), tables, sizes, PACKED)
+        i_batch, i_head, i_kv = item.batch, item.head, item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         mbarrier.wait(memory.q_free.index(0), i_round & 1 ^ 1)
-        write_notes(memory.notes, 0, (n_edges, n_kept, unseen))
+        write_notes(memory.notes, 0, (tiles.n_edges, tiles.n_kept, tiles.unseen))
         ready = memory.q_ready.index(0)
         mbarrier.expect(ready, 2 * descs.q.block_type.nbytes + 4 * descs.dout.block_type.nbytes)
         for w in gl.static_range(2):
-            first = start + row + w * 64
+            first = item.start + item.row + w * 64
             load_rows(descs.q, i_batch, i_head, first, ready, memory.q.index(w))
             load_rows(descs.dout, i_batch, i_head, first, ready, memory.dout.index(w))
             load_rows(descs.out, i_batch, i_head, first, ready, memory.dq.index(w))
-        for p in range(n_edges + n_kept + 2):
+        for p in range(tiles.n_edges + tiles.n_kept + 2):
             stage, phase = done % STAGES, done // STAGES & 1
-            i_half = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
-            column = start + i_half * 64
+            column = item.start + listed_half(tiles, p, B, N_BANDS) * 64
             mbarrier.wait(memory.kv_free.index(stage), phase ^ 1)
             ready = memory.k_ready.index(stage)
             mbarrier.expect(ready, descs.k.block_type.nbytes)
@@ -170,27 +169,28 @@ def row_terms(item, terms, tables, sizes, do_buf, o_buf, layout: gl.constexpr,
 
     A row that sees nothing, or is not there, has lse2 inf: its probabilities come out as 0.
     """
-    i_batch, i_head, row, start, length, at = query_item(
-        item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-    )
+    item = query_item(item, tables, sizes, PACKED)
+    start = item.start
     D: gl.constexpr = o_buf.shape[1]
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     b_out, b_dout = o_buf.load(o_layout).to(gl.float32), do_buf.load(o_layout).to(gl.float32)
     b_delta = gl.convert_layout(gl.sum(b_out * b_dout, 1), layout)
-    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * sizes.heads + i_head).to(gl.int64)
-    b_lse = gl.load(
-        terms.lse + i_row * sizes.s + start + o_row, mask=o_row < length, other=float("-inf")
-    )
+    o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (item.batch * sizes.heads + item.head).to(gl.int64)
+    there = o_row < item.length
+    written = there if PACKED else o_row < sizes.rows
+    if sizes.q_offset is not None:
+        there &= o_row >= 0
+        written = (item.terms + o_row >= 0) & (item.terms + o_row < sizes.rows)
+    b_lse = gl.load(terms.lse + i_row * sizes.s + start + o_row, mask=there, other=float("-inf"))
     if terms.dlse is not None:
         p_row = terms.dlse + i_row * sizes.s + start
-        b_delta -= gl.load(p_row + o_row, mask=o_row < length, other=0.0)
+        b_delta -= gl.load(p_row + o_row, mask=there, other=0.0)
     sees = b_lse != float("-inf")
     b_delta = gl.where(sees, b_delta, 0.0)
     b_lse2 = gl.where(sees, b_lse * LOG2E, float("inf"))
-    end = length if PACKED else sizes.rows
-    gl.store(terms.lse2 + i_row * sizes.rows + at + o_row, b_lse2, mask=o_row < end)
-    gl.store(terms.delta + i_row * sizes.rows + at + o_row, b_delta, mask=o_row < end)
+    gl.store(terms.lse2 + i_row * sizes.rows + item.terms + o_row, b_lse2, mask=written)
+    gl.store(terms.delta + i_row * sizes.rows + item.terms + o_row, b_delta, mask=written)
     return b_lse2, b_delta
 
 
@@ -271,27 +271,34 @@ def consumer(
         )  # fmt: skip
         mbarrier.arrive(memory.q_free.index(0), pred=begin == end)
         pass_over(diagonal + 1, done, memory, STAGES)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
+        where = query_item(item, tables, sizes, PACKED)
         if i_round + 1 < n_items:
             item = item_at(i_round + 1, tables, PACKED)
             mbarrier.wait(memory.q_ready.index(0), i_round + 1 & 1)
             b_lse2, b_delta = row_terms(
                 item, terms, tables, sizes, do_buf, dq_buf, row_layout, PACKED, WARPGROUP
             )
-        row += WARPGROUP * 64
+        row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if PACKED and row + 64 > length:  # TMA would write over the next sequence
-            store_some_rows(b_dq16, store.base, store.strides, i_batch, i_head, start, row, length)
+        if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+            store_some_rows(
+                b_dq16,
+                store.base,
+                store.strides,
+                where.batch,
+                where.head,
+                where.start,
+                row,
+                where.length,
+            )
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()
-            store_rows(store.desc, i_batch, i_head, start + row, dq_buf)
+            store_rows(store.desc, where.batch, where.head, where.start + row, dq_buf)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
 def s2_hopper_dq_kernel(
     d_q,
     d_k,
@@ -312,6 +319,7 @@ def s2_hopper_dq_kernel(
     group,
     n_slots,
     s,
+    q_offset,
     rows,
     scale,
     scale_log2,
@@ -342,7 +350,7 @@ def s2_hopper_dq_kernel(
     )
     terms = Terms(p_lse, p_dlse, p_lse2, p_delta)
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
     store = Output(d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
@@ -367,15 +375,18 @@ def launch_hopper_dq(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows] (packed.term_rows).
+    """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows].
 
+    Rows as in packed.term_rows for a packed batch, else s of them after term_lead(q_offset).
     lse, dlse: [b, h, s], or [h, T] packed, contiguous.
     """
     b, s, h, d, *_ = extents(q)
-    rows = term_rows(s, packing.n_seqs) if packing else -(-s // 4) * 4  # TMA asks for 16 bytes
+    lead = term_lead(q_offset)
+    rows = term_rows(s, packing.n_seqs) if packing else -(-(lead + s) // 4) * 4  # 16 bytes, for TMA
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
-    work = query_items(pattern, q, packing)
+    work = query_items(pattern, q, packing, q_offset)
     s2_hopper_dq_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -396,6 +407,7 @@ def launch_hopper_dq(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         rows,
         softmax_scale,
         softmax_scale * math.log2(math.e),

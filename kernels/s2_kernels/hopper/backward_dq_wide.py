@@ -47,6 +47,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
@@ -106,22 +107,20 @@ def producer(
     k, v = memory.k, memory.v
     done = 0
     for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
-        item = item_at(i_round, tables, False)
-        i_batch, i_head, row, start, length, at = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, False
-        )
-        i_kv = i_head // sizes.group
+        item = query_item(item_at(i_round, tables, False), tables, sizes, False)
+        i_batch, i_head, i_kv = item.batch, item.head, item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         for w in gl.static_range(2):
             ready = memory.q_ready.index(w)
             mbarrier.wait(memory.q_free.index(w), i_round & 1 ^ 1)
-            write_notes(memory.notes, w * 3, (n_edges, n_kept, unseen))
+            write_notes(memory.notes, w * 3, (tiles.n_edges, tiles.n_kept, tiles.unseen))
             mbarrier.expect(ready, descs.q.block_type.nbytes + descs.dout.block_type.nbytes)
-            load_rows(descs.q, i_batch, i_head, row + w * 64, ready, memory.q.index(w))
-            load_rows(descs.dout, i_batch, i_head, row + w * 64, ready, memory.dout.index(w))
-        for p in range(n_edges + n_kept + 2):
-            column = listed_half(row, kept, edges, n_kept, n_edges, p, B, N_BANDS) * 64
+            q_row = item.row + w * 64
+            load_rows(descs.q, i_batch, i_head, q_row, ready, memory.q.index(w))
+            load_rows(descs.dout, i_batch, i_head, q_row, ready, memory.dout.index(w))
+        for p in range(tiles.n_edges + tiles.n_kept + 2):
+            column = listed_half(tiles, p, B, N_BANDS) * 64
             stage, phase = done % K_STAGES, done // K_STAGES & 1
             mbarrier.wait(k.free.index(stage), phase ^ 1)
             mbarrier.expect(k.ready.index(stage), descs.k.block_type.nbytes)
@@ -150,13 +149,15 @@ def load_terms(p_lse2, p_delta, item, tables, sizes, layout: gl.constexpr, WARPG
 
     With them its probabilities come out as 0.
     """
-    i_batch, i_head, row, start, length, at = query_item(
-        item, tables, sizes.heads, sizes.slots, sizes.s, False
-    )
-    o_row = row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
-    i_row = (i_batch * sizes.heads + i_head).to(gl.int64) * sizes.rows
-    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=o_row < sizes.s, other=float("inf"))
-    return b_lse2, gl.load(p_delta + i_row + o_row, mask=o_row < sizes.s, other=0.0)
+    item = query_item(item, tables, sizes, False)
+    o_row = item.row + WARPGROUP * 64 + gl.arange(0, 64, layout=layout)
+    i_row = (item.batch * sizes.heads + item.head).to(gl.int64) * sizes.rows
+    there = o_row < sizes.s
+    if sizes.q_offset is not None:
+        there &= o_row >= 0
+        i_row += item.terms
+    b_lse2 = gl.load(p_lse2 + i_row + o_row, mask=there, other=float("inf"))
+    return b_lse2, gl.load(p_delta + i_row + o_row, mask=there, other=0.0)
 
 
 @gluon.jit
@@ -234,23 +235,23 @@ def consumer(
             WARPGROUP,
         )  # fmt: skip
         pass_over(diagonal + 1, done, memory)
-        i_batch, i_head, row, start, length, term = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, False
-        )
-        row += WARPGROUP * 64
-        p_tile = out.base + head_offset(out.strides, i_batch, i_head, row)
-        store_sum(p_tile, out.strides[1], sizes.s - row, (b_dq * sizes.scale).to(k.bufs.dtype), D)
+        where = query_item(item, tables, sizes, False)
+        row = where.row + WARPGROUP * 64
+        p_tile = out.base + head_offset(out.strides, where.batch, where.head, row)
+        b_dq16 = (b_dq * sizes.scale).to(k.bufs.dtype)
+        first = None if sizes.q_offset is None else -row
+        store_sum(p_tile, out.strides[1], first, sizes.s - row, b_dq16, D)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
 def s2_hopper_dq_wide_kernel(
     d_q, d_k, d_v, d_dout, p_dq, p_lse2, p_delta, p_items, p_starts, p_table, strides_dq,
-    heads, group, n_slots, s, rows, scale, scale_log2,
+    heads, group, n_slots, s, q_offset, rows, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles.
 
-    lse2 and delta: [b, h, rows], s rows and padding.
+    lse2 and delta: [b, h, rows]: term_lead(q_offset), s rows and padding.
     """
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
@@ -273,7 +274,7 @@ def s2_hopper_dq_wide_kernel(
         make_notes(6),
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
     out, terms = Output(p_dq, strides_dq), Terms(p_lse2, p_delta)
     gl.warp_specialize(
         [
@@ -296,10 +297,11 @@ def launch_hopper_dq_wide(
     dq: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
+    q_offset: int = 0,
 ) -> None:
     """Writes dq, as s2_kernels.backward_dq.launch_dq."""
     b, s, h, d, *_ = extents(q)
-    work = query_items(pattern, q, None)
+    work = query_items(pattern, q, None, q_offset)
     s2_hopper_dq_wide_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -316,6 +318,7 @@ def launch_hopper_dq_wide(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         lse2.shape[-1],
         softmax_scale,
         softmax_scale * math.log2(math.e),

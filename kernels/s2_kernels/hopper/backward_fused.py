@@ -34,10 +34,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
-from s2_kernels.hopper.backward_dkdv import Output, Work
+from s2_kernels.hopper.backward_dkdv import Output, Work, column_item
 from s2_kernels.hopper.compat import async_add, async_load
 from s2_kernels.hopper.dq_sums import as_registers, begin, end, sum_descriptor
-from s2_kernels.hopper.lists import FAR, column_rows, pair_of_sequence
+from s2_kernels.hopper.lists import FAR, column_rows
 from s2_kernels.hopper.packed import packed_slots, term_rows
 from s2_kernels.hopper.primitives import (
     OPTIONS,
@@ -51,11 +51,13 @@ from s2_kernels.hopper.primitives import (
     make_barriers,
     make_notes,
     next_item,
+    offset_or_none,
     read_scalar,
     store_rows,
     store_some_rows,
     strides_and_size,
     term_descriptor,
+    term_lead,
     write_notes,
 )
 from s2_kernels.launch import (
@@ -68,7 +70,6 @@ from s2_kernels.launch import (
     takes_descriptor,
 )
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import load_rule
 from s2_kernels.schedule import column_pairs
 
 STAGES = 2
@@ -126,7 +127,7 @@ class Descriptors(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of sequences, heads, items, tokens and sums of dq of a head, and the scale."""
+    """Numbers of sequences, heads, items, queries and sums of dq of a head; q_offset; the scale."""
 
     batch: gl.tensor
     heads: gl.tensor
@@ -134,33 +135,9 @@ class Sizes(NamedTuple):
     items: gl.tensor
     s: gl.tensor
     tiles: gl.tensor
+    q_offset: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
-
-
-@gluon.jit
-def column_item(item, work, sizes, B: gl.constexpr, N_BANDS: gl.constexpr, PACKED: gl.constexpr):
-    """An item's rule, KV head, two columns, piece, number of pieces, slot of its share, sequence.
-
-    Of the sequence: i_batch, where it starts, its length, where its row terms start, and the number
-    of its first sum of dq.
-    """
-    zero = item * 0
-    if PACKED:
-        i_kv, i_slot = item % sizes.kv_heads, item // sizes.kv_heads
-        p_slot = work.items + i_slot * 4
-        u, start, length = gl.load(p_slot), gl.load(p_slot + 1), gl.load(p_slot + 2)
-        rule = load_rule(work.rules, i_kv, N_BANDS)
-        column_0, column_1 = pair_of_sequence(rule, u, length, B, N_BANDS)
-        sequence = (zero, start, length, gl.load(p_slot + 3), (i_slot - u) * 2)
-        return rule, i_kv, column_0, column_1, zero, zero + 1, zero - 1, sequence
-    else:
-        p_item = work.items + item * 7
-        i_kv, column_0, column_1 = gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2)
-        piece, n_pieces, slot = gl.load(p_item + 3), gl.load(p_item + 4), gl.load(p_item + 5)
-        rule = load_rule(work.rules, i_kv, N_BANDS)
-        sequence = (gl.load(p_item + 6), zero, zero + sizes.s, zero, zero)
-        return rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence
 
 
 @gluon.jit
@@ -178,18 +155,24 @@ def producer(
     done, i_round, item = 0, 0, gl.program_id(0)
     ready = memory.kv_ready.index(0)
     while item >= 0:
-        rule, i_kv, column_0, column_1, piece, n_pieces, slot, sequence = column_item(
-            item, work, sizes, B, N_BANDS, PACKED
-        )
-        i_batch, start, length, terms, first_tile = sequence
-        n_rows = (length + 63) // 64
-        end_0 = column_rows(rule, column_0, n_rows, B, N_BANDS)
-        end_1 = column_rows(rule, column_1, n_rows, B, N_BANDS)
-        low = gl.where(column_1 < 0, column_0, gl.minimum(column_0, column_1))
+        at = column_item(item, work, sizes, B, N_BANDS, PACKED)
+        i_batch, i_kv, start, length = at.batch, at.kv_head, at.start, at.length
+        column_0, column_1 = at.column_0, at.column_1
+        first_half, n_rows = None, (length + 63) // 64
+        if sizes.q_offset is not None:
+            first_half, n_rows = sizes.q_offset // 64, (sizes.q_offset + length + 63) // 64
+        begin_0, end_0 = column_rows(at.rule, column_0, first_half, n_rows, B, N_BANDS)
+        begin_1, end_1 = column_rows(at.rule, column_1, first_half, n_rows, B, N_BANDS)
+        low = gl.where(column_1 < 0, begin_0, gl.minimum(begin_0, begin_1))
         n = gl.maximum(end_0, end_1) - low
-        low, high = low + n * piece // n_pieces, low + n * (piece + 1) // n_pieces
+        low, high = low + n * at.piece // at.n_pieces, low + n * (at.piece + 1) // at.n_pieces
         columns, ends = (column_0, column_1), (end_0, end_1)
-        tile = (i_batch * sizes.heads + i_kv * GROUP) * sizes.tiles + first_tile + high - 1
+        tile = (i_batch * sizes.heads + i_kv * GROUP) * sizes.tiles + high - 1
+        if PACKED:  # of a sequence's first slot
+            i_slot = item // sizes.kv_heads
+            tile += (i_slot - gl.load(work.items + i_slot * 4)) * 2
+        if sizes.q_offset is not None:
+            tile -= first_half
         mbarrier.wait(memory.kv_free.index(0), i_round & 1 ^ 1)
         rows = ()
         for w in gl.static_range(2):
@@ -197,7 +180,7 @@ def producer(
             first = gl.minimum(gl.maximum(columns[w], low), end)
             on_diagonal = (first == columns[w]) & (first < end)
             n_whole = end - first - on_diagonal.to(gl.int32)
-            share = gl.where(slot < 0, slot, slot + w * n_pieces)
+            share = gl.where(at.slot < 0, at.slot, at.slot + w * at.n_pieces)
             row = gl.where(columns[w] < 0, FAR, start + columns[w] * 64)
             n_there = gl.where(columns[w] < 0, 64, length - columns[w] * 64)
             n_left = length - (end - 1) * 64
@@ -213,7 +196,9 @@ def producer(
             i_head = i_kv * GROUP + i_member
             term = i_batch * sizes.heads + i_head
             for i in range(high - low):
-                row, term_row = start + (high - 1 - i) * 64, terms + (high - 1 - i) * 64
+                row, term_row = start + (high - 1 - i) * 64, at.terms + (high - 1 - i) * 64
+                if sizes.q_offset is not None:
+                    row, term_row = row - sizes.q_offset, term_row - sizes.q_offset
                 load_queries(descs, i_batch, i_head, row, term, term_row, done, memory, STAGES)
                 done += 1
         i_round += 1
@@ -433,7 +418,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "kv_heads", "n_items", "s", "n_tiles"])
+@gluon.jit(do_not_specialize=["batch", "heads", "kv_heads", "n_items", "s", "n_tiles", "q_offset"])
 def s2_hopper_fused_kernel(
     d_q,
     d_k,
@@ -459,6 +444,7 @@ def s2_hopper_fused_kernel(
     n_items,
     s,
     n_tiles,
+    q_offset,
     scale,
     scale_log2,
     B: gl.constexpr,
@@ -496,7 +482,7 @@ def s2_hopper_fused_kernel(
         q_bufs, do_bufs, lse_bufs, delta_bufs, unit_bufs, q_ready, do_ready, free, k_bufs, v_bufs,
         notes, kv_ready, kv_free, ds_bufs, ds_ready, dq_bufs, out_bufs,
     )  # fmt: skip
-    sizes = Sizes(batch, heads, kv_heads, n_items, s, n_tiles, scale, scale_log2)
+    sizes = Sizes(batch, heads, kv_heads, n_items, s, n_tiles, q_offset, scale, scale_log2)
     work = Work(p_items, p_taken, p_table, p_partial)
     stores = Output(p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
@@ -527,6 +513,7 @@ def launch_hopper_fused(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
     *,
     deterministic: bool = False,
     longest: int | None = LONGEST,
@@ -552,11 +539,12 @@ def launch_hopper_fused(
         n_items, n_slots, n_tiles = len(items) * g, 0, len(items) * 2
         rows = term_rows(s, packing.n_seqs)
     else:
-        work = column_pairs(pattern, s, b, programs, q.device, longest)
+        work = column_pairs(pattern, s, b, programs, q.device, k.shape[1], q_offset, longest)
         slots, items, n_items, n_slots = None, work.items, len(work.items), work.n_slots
-        n_tiles, rows = -(-s // ROWS), -(-s // 4) * 4  # TMA asks for 16 bytes
+        n_tiles = -(-(q_offset % ROWS + s) // ROWS)
+        rows = -(-(term_lead(q_offset) + s) // 4) * 4  # TMA asks for 16 bytes
     sums, lse2, delta, unit = begin(
-        out, lse, dout, dlse, slots, n_tiles, rows, (k, v) if deterministic else None
+        out, lse, dout, dlse, slots, n_tiles, rows, q_offset, (k, v) if deterministic else None
     )
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
     s2_hopper_fused_kernel[(min(programs, n_items),)](
@@ -584,6 +572,7 @@ def launch_hopper_fused(
         n_items,
         s,
         n_tiles,
+        offset_or_none(q, k, q_offset),
         softmax_scale,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
@@ -594,7 +583,7 @@ def launch_hopper_fused(
         TERM_LAYOUT=TERM_LAYOUT,
         **OPTIONS,
     )
-    end(sums, dq, slots, softmax_scale, unit)
+    end(sums, dq, slots, q_offset, softmax_scale, unit)
     if n_slots:
         add_pieces(partial, dk, dv, work, ROWS)
     return dq, dk, dv

@@ -46,27 +46,28 @@ def as_registers(b_x):
 
 
 @triton.jit
-def place_of_tile(p_slots, i_tile, s, PACKED: tl.constexpr):
+def place_of_tile(p_slots, i_tile, s, q_offset, PACKED: tl.constexpr):
     """Of a head's i-th sum of dq: first row within its sequence, where that starts, its length,
-    and where its row terms start."""
+    and where its row terms start. The row is below 0 where the first query lies further on."""
     if PACKED:
         p_slot = p_slots + i_tile // 2 * 4
         row = tl.load(p_slot) * 128 + i_tile % 2 * 64
         return row, tl.load(p_slot + 1), tl.load(p_slot + 2), tl.load(p_slot + 3)
-    return i_tile * 64, i_tile * 0, i_tile * 0 + s, i_tile * 0
+    return i_tile * 64 - q_offset % 64, i_tile * 0, i_tile * 0 + s, i_tile * 0 + q_offset % 4
 
 
 @triton.jit
 def load_tile(p_x, strides, i_batch, i_head, o_row, length, BLOCK_D: tl.constexpr):
-    """Rows of a head [64, BLOCK_D] in float32, zeros past its length."""
+    """Rows of a head [64, BLOCK_D] in float32, zeros where it has none."""
     o_d = tl.arange(0, BLOCK_D)
     p_x += i_batch.to(tl.int64) * strides[0] + i_head.to(tl.int64) * strides[2]
-    mask = (o_row[1] < length)[:, None] & (o_d < strides[3])[None, :]
+    there = (o_row[1] >= 0) & (o_row[1] < length)
+    mask = there[:, None] & (o_d < strides[3])[None, :]
     p_rows = p_x + (o_row[0] + o_row[1]).to(tl.int64) * strides[1]
     return tl.load(p_rows[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["s", "rows", "heads", "group"])
+@triton.jit(do_not_specialize=["s", "rows", "q_offset", "heads", "group"])
 def s2_hopper_sums_begin_kernel(
     p_out,
     p_dout,
@@ -82,6 +83,7 @@ def s2_hopper_sums_begin_kernel(
     strides_dout,
     s,
     rows,
+    q_offset,
     heads,
     group,
     BLOCK_D: tl.constexpr,
@@ -95,20 +97,23 @@ def s2_hopper_sums_begin_kernel(
     o_sum = tl.arange(0, 64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * BLOCK_D)
     tl.store(p_sums + at + o_sum, tl.zeros([64, BLOCK_D], p_sums.dtype.element_ty))
-    row, start, length, terms = place_of_tile(p_slots, i_tile, s, PACKED)
+    row, start, length, terms = place_of_tile(p_slots, i_tile, s, q_offset, PACKED)
     o_row = row + tl.arange(0, 64)
     b_out = load_tile(p_out, strides_out, i_batch, i_head, (start, o_row), length, BLOCK_D)
     b_dout = load_tile(p_dout, strides_dout, i_batch, i_head, (start, o_row), length, BLOCK_D)
     b_delta = tl.sum(b_out * b_dout, 1)
     p_row = tl.program_id(1).to(tl.int64) * s + start + o_row
-    b_lse = tl.load(p_lse + p_row, mask=o_row < length, other=float("-inf"))
+    there = (o_row >= 0) & (o_row < length)
+    b_lse = tl.load(p_lse + p_row, mask=there, other=float("-inf"))
     if p_dlse is not None:
-        b_delta -= tl.load(p_dlse + p_row, mask=o_row < length, other=0.0)
+        b_delta -= tl.load(p_dlse + p_row, mask=there, other=0.0)
     sees = b_lse != float("-inf")
-    end = length if PACKED else rows
+    stored = there
+    if not PACKED:  # of rows that are not there, too: TMA reads some of them
+        stored = (terms + o_row >= 0) & (terms + o_row < rows)
     p_term = tl.program_id(1).to(tl.int64) * rows + terms + o_row
-    tl.store(p_delta + p_term, tl.where(sees, b_delta, 0.0), mask=o_row < end)
-    tl.store(p_lse2 + p_term, tl.where(sees, b_lse * LOG2E, float("inf")), mask=o_row < end)
+    tl.store(p_delta + p_term, tl.where(sees, b_delta, 0.0), mask=stored)
+    tl.store(p_lse2 + p_term, tl.where(sees, b_lse * LOG2E, float("inf")), mask=stored)
     if p_unit is not None:
         p_limit = p_limits + (i_batch * (heads // group) + i_head // group) * 2
         k_max, v_max = tl.load(p_limit), tl.load(p_limit + 1)
@@ -140,7 +145,7 @@ def s2_hopper_sums_limits_kernel(
     tl.atomic_max(p_limits + tl.program_id(1) * 2 + 1, v_bits, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["s", "rows", "heads"])
+@triton.jit(do_not_specialize=["s", "rows", "q_offset", "heads"])
 def s2_hopper_sums_end_kernel(
     p_sums,
     p_dq,
@@ -149,6 +154,7 @@ def s2_hopper_sums_end_kernel(
     strides_dq,
     s,
     rows,
+    q_offset,
     heads,
     scale,
     BLOCK_D: tl.constexpr,
@@ -156,10 +162,11 @@ def s2_hopper_sums_end_kernel(
 ):
     """dq of 64 rows out of their sums. Grid: (tiles, heads * batch)."""
     i_tile, i_batch, i_head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, start, length, terms = place_of_tile(p_slots, i_tile, s, PACKED)
+    row, start, length, terms = place_of_tile(p_slots, i_tile, s, q_offset, PACKED)
     if row < length:
         HALF: tl.constexpr = BLOCK_D // 2
         o_m, o_d = tl.arange(0, 64), tl.arange(0, BLOCK_D)
+        there = (row + o_m >= 0) & (row + o_m < length)
         # See as_registers: 16 rows a warp, of which a thread has two, 8 apart; pairs of columns.
         o_m_sum = o_m // 16 * 128 + o_m % 8 * 16 + o_m // 8 % 2 * 2
         o_d_sum = o_d // HALF * (64 * HALF) + o_d % HALF // 8 * 512 + o_d % 8 // 2 * 4 + o_d % 2
@@ -167,10 +174,10 @@ def s2_hopper_sums_end_kernel(
         b_sum = tl.load(p_sums + at + o_m_sum[:, None] + o_d_sum[None, :])
         if p_unit is not None:
             p_term = p_unit + tl.program_id(1).to(tl.int64) * rows + terms
-            b_sum /= tl.load(p_term + row + o_m, mask=row + o_m < length, other=1.0)[:, None]
+            b_sum /= tl.load(p_term + row + o_m, mask=there, other=1.0)[:, None]
         p_dq += i_batch.to(tl.int64) * strides_dq[0] + i_head.to(tl.int64) * strides_dq[2]
         p_rows = p_dq + (start + row + o_m).to(tl.int64) * strides_dq[1]
-        mask = (row + o_m < length)[:, None] & (o_d < strides_dq[3])[None, :]
+        mask = there[:, None] & (o_d < strides_dq[3])[None, :]
         b_dq = (b_sum * scale).to(p_dq.dtype.element_ty)
         tl.store(p_rows[:, None] + o_d[None, :], b_dq, mask=mask)
 
@@ -182,7 +189,7 @@ def sum_descriptor(sums: torch.Tensor) -> Descriptor:
     return Descriptor(sums, shape, [half, 1], [ROWS, half], HostLayout.of(TERM_LAYOUT))
 
 
-def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
+def begin(out, lse, dout, dlse, slots, n_tiles, rows, q_offset, kv=None):
     """Sums of 0 [b * h, n_tiles, 2, 64 * D / 2]; lse2, delta and unit, float32 [b, h, rows].
 
     Args:
@@ -222,6 +229,7 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
         strides_and_size(dout),
         s,
         rows,
+        q_offset,
         h,
         h // g,
         BLOCK_D=pad(d),
@@ -231,7 +239,7 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, kv=None):
     return sums, lse2, delta, unit
 
 
-def end(sums, dq, slots, scale, unit):
+def end(sums, dq, slots, q_offset, scale, unit):
     """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums; unit as `begin` gave it."""
     _, s, h, d, *_ = extents(dq)
     s2_hopper_sums_end_kernel[(sums.shape[1], sums.shape[0])](
@@ -242,6 +250,7 @@ def end(sums, dq, slots, scale, unit):
         strides_and_size(dq),
         s,
         0 if unit is None else unit.shape[-1],
+        q_offset,
         h,
         scale,
         BLOCK_D=pad(d),

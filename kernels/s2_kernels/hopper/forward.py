@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.compat import async_load
-from s2_kernels.hopper.lists import FAR, listed_row, query_list
+from s2_kernels.hopper.lists import FAR, listed_position, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
     Ring,
@@ -44,6 +44,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read_scalar,
@@ -80,7 +81,7 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an item lies: its sequence, head and first row; in memory, the sequence's first row."""
+    """Where an item lies in memory: of its `QueryItem` what who stores it must know."""
 
     batch: gl.tensor
     head: gl.tensor
@@ -90,12 +91,16 @@ class Place(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of heads, of query heads per KV head, of tiles of a head, of tokens; the scale."""
+    """Numbers of heads, of query heads per KV head, of tiles of a head, of queries; the scale.
+
+    q_offset: `offset_or_none`.
+    """
 
     heads: gl.tensor
     group: gl.tensor
     slots: gl.tensor
     s: gl.tensor
+    q_offset: gl.tensor
     scale_log2: gl.tensor
 
 
@@ -139,34 +144,29 @@ def producer(
     n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
     tile = 0
     for i_round in range(n_items):
-        item = item_at(i_round, tables, PACKED)
-        i_batch, i_head, row, start, length, terms = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, PACKED
-        )
-        rule = load_rule(tables.rules, i_head // sizes.group, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
+        item = query_item(item_at(i_round, tables, PACKED), tables, sizes, PACKED)
+        rule = load_rule(tables.rules, item.head // sizes.group, N_BANDS)
+        tiles = query_list(rule, item.position, B, N_BANDS)
         mbarrier.wait(q.free.index(0), i_round & 1 ^ 1)
-        write_item(
-            memory.notes, Place(i_batch, i_head, row, start, length), n_kept, n_edges, unseen
-        )
+        write_item(memory.notes, item, tiles)
         mbarrier.expect(q.ready.index(0), 2 * descs.q.block_type.nbytes)
         for w in gl.static_range(2):
-            q_row = start + row + w * 64
-            load_rows(descs.q, i_batch, i_head, q_row, q.ready.index(0), q.bufs.index(w))
-        i_kv = i_head // sizes.group
-        edge = gl.where(n_edges > 0, block_at(edges, 0, N_BANDS) * 64, FAR)
-        n_paired = 2 + n_kept // 2
-        for p in range(n_paired + n_kept % 2 + gl.maximum(n_edges - 1, 0)):
+            q_row = item.start + item.row + w * 64
+            load_rows(descs.q, item.batch, item.head, q_row, q.ready.index(0), q.bufs.index(w))
+        i_kv = item.head // sizes.group
+        edge = gl.where(tiles.n_edges > 0, block_at(tiles.edges, 0, N_BANDS) * 64, FAR)
+        n_paired = 2 + tiles.n_kept // 2
+        for p in range(n_paired + tiles.n_kept % 2 + gl.maximum(tiles.n_edges - 1, 0)):
             if p < 2:
-                row_0, row_1 = gl.where(p == 0, edge, row), row + p * 64
+                at_0, at_1 = gl.where(p == 0, edge, item.position), item.position + p * 64
             else:  # pairs, then what is left, one by one
                 half = gl.minimum(2 * p, n_paired + p) - 4
-                row_0 = listed_row(row, kept, edges, n_kept, n_edges, half, B, N_BANDS)
-                row_1 = listed_row(row, kept, edges, n_kept, n_edges, half + 1, B, N_BANDS)
-                row_1 = gl.where(p < n_paired, row_1, FAR)
-            rows = (start + row_0, start + row_1)
-            load_half_tiles(descs.k, i_batch, i_kv, rows, tile, k)
-            load_half_tiles(descs.v, i_batch, i_kv, rows, tile, v)
+                at_0 = listed_position(tiles, half, B, N_BANDS)
+                at_1 = listed_position(tiles, half + 1, B, N_BANDS)
+                at_1 = gl.where(p < n_paired, at_1, FAR)
+            rows = (item.start + at_0, item.start + at_1)
+            load_half_tiles(descs.k, item.batch, i_kv, rows, tile, k)
+            load_half_tiles(descs.v, item.batch, i_kv, rows, tile, v)
             tile += 1
 
 
@@ -180,11 +180,11 @@ def pass_over(low, high, ring):
 
 
 @gluon.jit
-def write_item(notes, where, n_kept, n_edges, unseen):
+def write_item(notes, item, tiles):
     """Notes of an item, for `read_item`."""
-    write_notes(notes, PLACE, where)
-    hidden_0 = gl.where(n_edges > 0, 0, 1)
-    write_notes(notes, KEPT, (n_kept, n_edges, 0, hidden_0, unseen))
+    write_notes(notes, PLACE, Place(item.batch, item.head, item.row, item.start, item.length))
+    hidden_0 = gl.where(tiles.n_edges > 0, 0, 1)
+    write_notes(notes, KEPT, (tiles.n_kept, tiles.n_edges, 0, hidden_0, tiles.unseen))
 
 
 @gluon.jit
@@ -265,13 +265,16 @@ def attend_tiles(
 
 
 @gluon.jit
-def store_tile(b_acc, b_m, b_l, where, s, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
     row = where.row + WARPGROUP * 64
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
-    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * s + where.start
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < where.length)
+    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * sizes.s + where.start
+    there = o_lse < where.length
+    if sizes.q_offset is not None:
+        there &= o_lse >= 0
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
     b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
     if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
@@ -349,14 +352,14 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
         )
         b_acc = warpgroup_mma_wait(1, deps=[t_acc])
         mbarrier.arrive(v.free.index(stage))
-        store_tile(b_acc, b_m, b_l, where, sizes.s, out, PACKED, WARPGROUP)
+        store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED, WARPGROUP)
         where = where_next
         b_s = warpgroup_mma_wait(0, deps=[t_s])
         mbarrier.arrive(q.free.index(0), pred=more)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
@@ -372,6 +375,7 @@ def s2_hopper_forward_kernel(
     group,
     n_slots,
     s,
+    q_offset,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
@@ -399,7 +403,7 @@ def s2_hopper_forward_kernel(
         q_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
@@ -419,12 +423,13 @@ def launch_hopper_forward(
     pattern: LayerPattern,
     softmax_scale: float,
     packing: Packing | None = None,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, packing)
+    work = query_items(pattern, q, packing, q_offset)
     s2_hopper_forward_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -440,6 +445,7 @@ def launch_hopper_forward(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

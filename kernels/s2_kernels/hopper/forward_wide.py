@@ -54,6 +54,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    offset_or_none,
     query_item,
     query_items,
     read,
@@ -113,14 +114,12 @@ def producer(
     q, k, v = memory.q, memory.k, memory.v
     done = 0
     for i_round in range(count_items(tables, sizes.heads * sizes.slots, False)):
-        item = item_at(i_round, tables, False)
-        i_batch, i_head, row, start, length, terms = query_item(
-            item, tables, sizes.heads, sizes.slots, sizes.s, False
-        )
-        i_kv = i_head // sizes.group
+        item = query_item(item_at(i_round, tables, False), tables, sizes, False)
+        i_kv = item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
-        kept, edges, n_kept, n_edges, unseen = query_list(rule, row, B, N_BANDS)
-        n_before = n_edges + n_kept
+        tiles = query_list(rule, item.position, B, N_BANDS)
+        n_edges, unseen = tiles.n_edges, tiles.unseen
+        n_before = n_edges + tiles.n_kept
         n = n_before + 2
         for w in gl.static_range(2):
             passes = gl.where(n_edges > 0, 1, 0) if w == 1 else 1
@@ -128,24 +127,25 @@ def producer(
             whole_from, whole_to = (n_edges - passes) * w, n_before + (1 - unseen - passes) * w
             write_notes(memory.q_notes, w * 4, (passes, n - passes, whole_from, whole_to))
             mbarrier.expect(q.ready.index(w), descs.q.block_type.nbytes)
-            load_rows(descs.q, i_batch, i_head, row + w * 64, q.ready.index(w), q.bufs.index(w))
+            q_row = item.row + w * 64
+            load_rows(descs.q, item.batch, item.head, q_row, q.ready.index(w), q.bufs.index(w))
         col = 0
         for p in range(n + 1):
             col_before = col
             if p < n:
-                i_half = off_diagonal(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
-                col = gl.where(p < n_before, i_half * 64, row + (p - n_before) * 64)
+                i_half = off_diagonal(tiles, p, B, N_BANDS)
+                col = gl.where(p < n_before, i_half * 64, item.position + (p - n_before) * 64)
                 tile = done + p
                 mbarrier.wait(k.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
                 hidden = (p < n_edges) | ((p == n_before) & (unseen > 0))
                 beyond = gl.where(p < n_before, 64, 0), gl.where(hidden, -64, (n - 1 - p) * 64)
                 write_notes(memory.k_notes, tile % NOTES * 2, beyond)
-                load_half_tile(descs.k, i_batch, i_kv, col, tile, k, STAGES)
+                load_half_tile(descs.k, item.batch, i_kv, col, tile, k, STAGES)
             if p > 0:
                 tile = done + p - 1
                 mbarrier.wait(v.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
-                load_half_tile(descs.v, i_batch, i_kv, col_before, tile, v, STAGES)
+                load_half_tile(descs.v, item.batch, i_kv, col_before, tile, v, STAGES)
         done += n
 
 
@@ -232,14 +232,15 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     layout: gl.constexpr = b_acc.type.layout
     HALF: gl.constexpr = out.bufs.shape[2]
     half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    i_batch, i_head, row, start, length, terms = query_item(
-        item, tables, sizes.heads, sizes.slots, sizes.s, False
-    )
+    item = query_item(item, tables, sizes, False)
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
-    row += WARPGROUP * 64
+    row = item.row + WARPGROUP * 64
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
-    p_lse = out.lse + (i_batch * sizes.heads + i_head).to(gl.int64) * sizes.s
-    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=o_lse < sizes.s)
+    p_lse = out.lse + (item.batch * sizes.heads + item.head).to(gl.int64) * sizes.s
+    there = o_lse < sizes.s
+    if sizes.q_offset is not None:
+        there &= o_lse >= 0
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_inverse = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, layout))
     out_buf = out.bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
@@ -248,7 +249,7 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
         tma.store_wait(0)  # of the half before
         out_buf.store(gl.convert_layout(halves[i], half_layout))
         fence_async_shared()
-        at = [i_batch, i_head, row, i * HALF]
+        at = [item.batch, item.head, row, i * HALF]
         async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
@@ -320,10 +321,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
 def s2_hopper_forward_wide_kernel(
     d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
-    heads, group, n_slots, s, scale_log2,
+    heads, group, n_slots, s, q_offset, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
@@ -348,7 +349,7 @@ def s2_hopper_forward_wide_kernel(
         k_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
     out = Output(d_out, p_lse, out_bufs)
     gl.warp_specialize(
         [
@@ -367,12 +368,13 @@ def launch_hopper_forward_wide(
     v: torch.Tensor,
     pattern: LayerPattern,
     softmax_scale: float,
+    q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, None)
+    work = query_items(pattern, q, None, q_offset)
     s2_hopper_forward_wide_kernel[(work.programs,)](
         descriptor(q),
         descriptor(k),
@@ -386,6 +388,7 @@ def launch_hopper_forward_wide(
         h // k.shape[-2],
         work.slots,
         s,
+        offset_or_none(q, k, q_offset),
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

@@ -1,7 +1,12 @@
 """Which KV half-tiles a query tile sees, and which columns are worked on together: arithmetic only.
 
-Plain Triton, so that the interpreter can run it (tests/test_hopper_lists.py); Gluon cannot.
+All of it counts in positions of the KV sequence: where a key or a query lies in memory is for who
+loads it (primitives.QueryItem). A half-tile of number i has the positions from 64 * i on.
+
+Plain Triton, so that the interpreter can run it (tests/kernels/test_hopper_lists.py); Gluon cannot.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,21 +14,36 @@ import triton.language as tl
 from s2_kernels.primitives import band_segments, block_at, count_blocks, lifetime
 
 FAR = tl.constexpr(1 << 30)
-"""A row beyond any sequence: TMA reads zeros there, and writes nothing."""
+"""A position, or row, beyond any sequence: TMA reads zeros there, and writes nothing."""
+
+
+class QueryList(NamedTuple):
+    """The KV half-tiles that a tile of 128 query rows sees, but for the two on its diagonal.
+
+    Attributes:
+        position: of the tile's first row, a multiple of 128.
+        kept: segments of blocks that both halves of the tile see (`kept_half` is their p-th
+            half-tile).
+        edges: segments of blocks that only the upper rows still keep (blocks of 64, then).
+        n_kept, n_edges: how many half-tiles each of them has.
+        unseen: 1 if the lower rows do not see the first half-tile on the diagonal (a window of one
+            block of 64), else 0.
+    """
+
+    position: tl.tensor
+    kept: tuple
+    edges: tuple
+    n_kept: tl.tensor
+    n_edges: tl.tensor
+    unseen: tl.tensor
 
 
 @triton.jit
-def query_list(rule, row, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The KV half-tiles that a tile of 128 query rows sees, but for the two on its diagonal.
-
-    Returns (kept, edges, n_kept, n_edges, unseen): segments of blocks that both halves of the tile
-    see (`kept_half` is their p-th half-tile), of those that only the upper rows still keep (blocks
-    of 64, then), how many half-tiles each list has, and 1 if the lower rows do not see the first
-    half-tile on the diagonal (a window of one block of 64), else 0.
-    """
-    first, last = row // B, (row + 127) // B
+def query_list(rule, position, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The `QueryList` of a tile that begins at a position, for the rule of its KV head."""
+    first, last = position // B, (position + 127) // B
     kept = band_segments(rule, last, last, first, False, N_BANDS)  # before first, seen by last
-    n_kept = count_blocks(kept, N_BANDS) * (B // 64) + row // 64 - first * (B // 64)
+    n_kept = count_blocks(kept, N_BANDS) * (B // 64) + position // 64 - first * (B // 64)
     edges = ()
     for j in tl.static_range(N_BANDS):  # what first is the last block to see
         reach = rule[1 + 2 * j]
@@ -34,53 +54,61 @@ def query_list(rule, row, B: tl.constexpr, N_BANDS: tl.constexpr):
             dropped &= reach != rule[3 + 2 * j]
         edges = edges + (block, 1, dropped.to(tl.int32))  # noqa: RUF005 - Triton has no (*a, b)
     unseen = ((first < last) & (lifetime(rule, first, N_BANDS) < 2)).to(tl.int32)
-    return kept, edges, n_kept, count_blocks(edges, N_BANDS), unseen
+    tiles = QueryList(position, kept, edges, n_kept, count_blocks(edges, N_BANDS), unseen)
+    return tiles
 
 
 @triton.jit
-def kept_half(row, kept, n_kept, p, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The p-th half-tile, in units of 64 rows: of the blocks, then of the diagonal's own block."""
-    block = block_at(kept, p // (B // 64), N_BANDS)
+def kept_half(tiles, p, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The p-th half-tile that both halves see: of the blocks, then of the diagonal's own block."""
+    block = block_at(tiles.kept, p // (B // 64), N_BANDS)
     i_half = block * (B // 64) + p % (B // 64)
-    before = row // 64 - n_kept + p  # the last ones stand right before the tile
-    return tl.where(before >= row // B * (B // 64), before, i_half)
+    before = tiles.position // 64 - tiles.n_kept + p  # the last ones stand right before the tile
+    return tl.where(before >= tiles.position // B * (B // 64), before, i_half)
 
 
 @triton.jit
-def listed_row(row, kept, edges, n_kept, n_edges, p, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """First row of the p-th half-tile after the diagonal: seen by both, other edges, then FAR.
+def listed_position(tiles, p, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """Where the p-th half-tile after the diagonal begins: seen by both, other edges, then FAR.
 
     As the forward kernel walks them, which has the first of the edges in the diagonal's tile.
     """
-    edge = p - n_kept + 1
+    edge = p - tiles.n_kept + 1
     i_half = tl.where(
-        p < n_kept, kept_half(row, kept, n_kept, p, B, N_BANDS), block_at(edges, edge, N_BANDS)
+        p < tiles.n_kept, kept_half(tiles, p, B, N_BANDS), block_at(tiles.edges, edge, N_BANDS)
     )
-    return tl.where((p < n_kept) | (edge < n_edges), i_half * 64, FAR)
+    return tl.where((p < tiles.n_kept) | (edge < tiles.n_edges), i_half * 64, FAR)
 
 
 @triton.jit
-def off_diagonal(row, kept, edges, n_kept, n_edges, p, B: tl.constexpr, N_BANDS: tl.constexpr):
+def off_diagonal(tiles, p, B: tl.constexpr, N_BANDS: tl.constexpr):
     """The p-th half-tile of a list that has the edges first, up to the diagonal."""
-    i_half = kept_half(row, kept, n_kept, p - n_edges, B, N_BANDS)
-    return tl.where(p < n_edges, block_at(edges, p, N_BANDS), i_half)
+    i_half = kept_half(tiles, p - tiles.n_edges, B, N_BANDS)
+    return tl.where(p < tiles.n_edges, block_at(tiles.edges, p, N_BANDS), i_half)
 
 
 @triton.jit
-def listed_half(row, kept, edges, n_kept, n_edges, p, B: tl.constexpr, N_BANDS: tl.constexpr):
+def listed_half(tiles, p, B: tl.constexpr, N_BANDS: tl.constexpr):
     """The p-th half-tile of such a list, with the two on the diagonal at its end."""
-    i_half = off_diagonal(row, kept, edges, n_kept, n_edges, p, B, N_BANDS)
-    return tl.where(p < n_edges + n_kept, i_half, row // 64 + p - n_edges - n_kept)
+    i_half = off_diagonal(tiles, p, B, N_BANDS)
+    diagonal = tiles.position // 64 + p - tiles.n_edges - tiles.n_kept
+    return tl.where(p < tiles.n_edges + tiles.n_kept, i_half, diagonal)
 
 
 @triton.jit
-def column_rows(rule, column, n_rows, B: tl.constexpr, N_BANDS: tl.constexpr):
-    """The query half-tiles [column, end) that see a column, a KV half-tile; none without one."""
+def column_rows(rule, column, first, n_rows, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """The query half-tiles [begin, end) that see a column, a KV half-tile; none without one.
+
+    There are query half-tiles from `first` to n_rows - 1. first None: from 0, one for each column.
+    """
     block = column // (B // 64)
     beyond = (n_rows - 1) // (B // 64) + 1  # keeps the product below inside int32
     end = tl.minimum(block + lifetime(rule, block, N_BANDS), beyond) * (B // 64)
     end = tl.where(column < 0, column, tl.minimum(end, n_rows))
-    return tl.maximum(end, column)
+    begin = column
+    if first is not None:
+        begin = tl.minimum(tl.maximum(column, first), n_rows)
+    return begin, tl.maximum(end, begin)
 
 
 @triton.jit

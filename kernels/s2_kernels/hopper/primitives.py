@@ -18,7 +18,7 @@ from s2_kernels.hopper.compat import async_load, async_store, thread_barrier
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.schedule import query_tiles
+from s2_kernels.schedule import count_query_tiles, query_tiles
 
 ROWS = 64
 """Rows of a half-tile."""
@@ -88,22 +88,50 @@ def next_item(p_taken, n_items):
     return gl.where(item < n_items, item, -1)
 
 
-@gluon.jit
-def query_item(item, tables, heads, n_slots, s, PACKED: gl.constexpr):
+class QueryItem(NamedTuple):
     """An item over queries: a tile of 128 rows of a head.
 
-    Returns (i_batch, i_head, row, start, length, terms): the tile's first row within its sequence,
-    where that sequence starts in memory, how long it is, and where its row terms start. n_slots:
-    tiles of a head (schedule.py).
+    Attributes:
+        batch, head: which; batch is 0 where sequences are packed.
+        position: of the tile's first row in the KV sequence, a multiple of 128: what lifetimes are
+            asked with.
+        row: of the tile's first row among the sequence's queries: what is loaded and stored. Below
+            0 where the first query is not the tile's first row: TMA reads zeros there, and writes
+            nothing.
+        start: where the sequence starts in memory, its queries and its keys.
+        length: how many queries the sequence has.
+        terms: where its row terms start: those of a row lie at terms + row (`term_lead`).
     """
-    i_head = item // n_slots
+
+    batch: gl.tensor
+    head: gl.tensor
+    position: gl.tensor
+    row: gl.tensor
+    start: gl.tensor
+    length: gl.tensor
+    terms: gl.tensor
+
+
+@gluon.jit
+def query_item(item, tables, sizes, PACKED: gl.constexpr):
+    """The `QueryItem` of this number.
+
+    sizes: heads, slots (tiles of a head, schedule.py), s, and q_offset (`offset_or_none`).
+    """
+    i_head = item // sizes.slots
     if PACKED:
-        p_slot = tables.items + item % n_slots * 4
+        p_slot = tables.items + item % sizes.slots * 4
         row, start, length = gl.load(p_slot) * 128, gl.load(p_slot + 1), gl.load(p_slot + 2)
-        return item * 0, i_head, row, start, length, gl.load(p_slot + 3)
+        terms = gl.load(p_slot + 3)
+        return QueryItem(item * 0, i_head, row, row, start, length, terms)
     else:
-        row, zero = (n_slots - 1 - item % n_slots) * 128, item * 0
-        return i_head // heads, i_head % heads, row, zero, s, zero
+        position, zero = (sizes.slots - 1 - item % sizes.slots) * 128, item * 0
+        i_batch, i_head = i_head // sizes.heads, i_head % sizes.heads
+        row, terms = position, zero
+        if sizes.q_offset is not None:
+            position += sizes.q_offset // 128 * 128
+            row, terms = position - sizes.q_offset, sizes.q_offset % 4
+        return QueryItem(i_batch, i_head, position, row, zero, sizes.s, terms)
 
 
 @gluon.jit
@@ -186,15 +214,35 @@ class QueryItems(NamedTuple):
     programs: int
 
 
-def query_items(pattern: LayerPattern, q: torch.Tensor, packing: Packing | None) -> QueryItems:
+def query_items(
+    pattern: LayerPattern, q: torch.Tensor, packing: Packing | None, q_offset: int = 0
+) -> QueryItems:
     """The query tiles of q [b, s, h, d], or of a packed batch [T, h, d]."""
     b, s, h, *_ = extents(q)
     programs = concurrent_programs(q.device, num_warps=8)
     if packing:
         slots = packed_slots(packing.cu_q, s)
         return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
-    dealt = query_tiles(pattern, s, b, programs, q.device)
-    return QueryItems(dealt.items, dealt.starts, -(-s // (2 * ROWS)), dealt.programs)
+    dealt = query_tiles(pattern, s, b, programs, q.device, q_offset)
+    return QueryItems(dealt.items, dealt.starts, count_query_tiles(s, q_offset), dealt.programs)
+
+
+def offset_or_none(q: torch.Tensor, k: torch.Tensor, q_offset: int) -> int | None:
+    """What a kernel takes as q_offset: None where every query stands at the position of its row.
+
+    That is compiled by itself, without the arithmetic for offsets. An offset of 0 is one, too,
+    where there are more keys than queries.
+    """
+    return q_offset if q_offset or q.shape[-3] != k.shape[-3] else None
+
+
+def term_lead(q_offset: int) -> int:
+    """Row terms that stand before those of the first query, which begins at this position.
+
+    TMA loads the terms of 64 positions from a multiple of 64 on, and wants their place in memory to
+    be a multiple of 16 bytes.
+    """
+    return q_offset % 4
 
 
 def extents(x: torch.Tensor) -> tuple[int, int, int, int, int, int, int]:

@@ -1,0 +1,148 @@
+"""How a run cuts its sequences among context-parallel ranks: does it fit, and what is exchanged."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s2_kernels import LayerPattern
+from s2_kernels.exchange import block_bytes, received_blocks, zigzag
+from s2megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextSplit:
+    """The sizes that the split depends on; `from_options` reads them off Megatron's options.
+
+    Attributes:
+        ranks: context_parallel_size.
+        tensor_ranks: tensor_model_parallel_size.
+        sequence_parallel: each rank's tokens are cut once more, among the tensor-parallel ranks.
+        seq_len: tokens.
+        batch: sequences in a micro-batch.
+        head_sizes: of K and V, added up.
+        element_bytes: of activations.
+        dense_by: who exchanges for dense layers where it is not this package, and how.
+    """
+
+    ranks: int
+    tensor_ranks: int
+    sequence_parallel: bool
+    seq_len: int
+    batch: int
+    head_sizes: int
+    element_bytes: int
+    dense_by: str | None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "ContextSplit":
+        """From a run file's `megatron:` section, or from all of Megatron's arguments (`vars`)."""
+        head = options.get("kv_channels")
+        head = head or options["hidden_size"] // options["num_attention_heads"]
+        half = options.get("bf16") or options.get("fp16")
+        te = options.get("transformer_impl") == "transformer_engine"
+        return cls(
+            ranks=options.get("context_parallel_size") or 1,
+            tensor_ranks=options.get("tensor_model_parallel_size") or 1,
+            sequence_parallel=bool(options.get("sequence_parallel")),
+            seq_len=options["seq_length"],
+            batch=options.get("micro_batch_size") or 1,
+            head_sizes=2 * head,
+            element_bytes=2 if half else 4,
+            dense_by=f"Transformer Engine, {', '.join(_comm_types(options))}" if te else None,
+        )
+
+    def check(self, patterns: Sequence[LayerPattern]) -> None:
+        """Does the sequence divide into whole blocks of every layer? Raises ConfigError."""
+        blocks = {p.block_size for p in patterns if not (self.dense_by and p.is_dense)}
+        inner = self.tensor_ranks if self.sequence_parallel else 1
+        check_length(self.seq_len, self.ranks, block=math.lcm(*blocks), inner=inner)
+
+    def received(self, pattern: LayerPattern) -> tuple[int, float]:
+        """What a layer's forward pass brings to the rank that receives most.
+
+        Returns:
+            Bytes of K and V per micro-batch, and their share of what the other ranks hold, which
+            is what an all-gather or a ring brings.
+        """
+        blocks = self.seq_len // pattern.block_size
+        chunks = zigzag(self.ranks, blocks)
+        best = 0, 0.0
+        for tensor_rank in range(self.tensor_ranks):
+            part = pattern.shard(tensor_rank, self.tensor_ranks)
+            size = block_bytes(part, batch=self.batch, head_sizes=self.head_sizes,
+                               element_bytes=self.element_bytes)  # fmt: skip
+            everything = part.kv_heads * blocks * (self.ranks - 1) // self.ranks
+            for rank in range(self.ranks):
+                count = received_blocks(part, chunks, rank)
+                best = max(best, (count * size, count / everything if everything else 0.0))
+        return best
+
+
+def check_length(seq_len: int, ranks: int, *, block: int = 1, inner: int = 1) -> None:
+    """Does a sequence divide into two chunks of whole blocks for every context-parallel rank?
+
+    Args:
+        seq_len: tokens.
+        block: tokens.
+        inner: tensor-parallel ranks that cut a rank's tokens once more, under sequence parallelism.
+
+    Raises:
+        ConfigError: names the lengths and the numbers of ranks that work.
+    """
+
+    def unit(ranks: int) -> int:
+        return 1 if ranks == 1 else ranks * math.lcm(2 * block, inner)
+
+    step = unit(ranks)
+    if seq_len % step == 0:
+        return
+    wanted = "two chunks a rank" + (f", blocks of {block} tokens" if block > 1 else "")
+    wanted += f", sequence_parallel over {inner} ranks" if inner > 1 else ""
+    nearest = {seq_len // step * step, -(-seq_len // step) * step} - {0}
+    fitting = [n for n in range(1, seq_len // (2 * block) + 2) if seq_len % unit(n) == 0]
+    raise ConfigError(
+        f"megatron.seq_length={seq_len}: with context_parallel_size={ranks} it must be a multiple "
+        f"of {step} ({wanted}), as {' or '.join(map(str, sorted(nearest)))}; or choose a "
+        f"context_parallel_size of {_some(fitting)}"
+    )
+
+
+def check_context_options(options: Mapping[str, Any]) -> None:
+    """Refuses, by name, what does not go with context parallelism.
+
+    Args:
+        options: as in `ContextSplit.from_options`.
+
+    Raises:
+        ConfigError: the first option refused.
+    """
+    ranks = options.get("context_parallel_size") or 1
+    if ranks == 1:
+        return
+    within = f"context_parallel_size={ranks}"
+    refused = [
+        ("dataloader_inter_document_masking", options.get("dataloader_inter_document_masking"),
+         f"does not go with {within}: documents and context-parallel chunks do not fit together in "
+         "Megatron 0.19; leave one of them out"),
+        ("hybrid_context_parallel", options.get("hybrid_context_parallel"),
+         f"cuts every sequence in another way; leave it out, {within} alone is enough"),
+        ("hierarchical_context_parallel_sizes", options.get("hierarchical_context_parallel_sizes"),
+         f"sparse layers exchange in one step; leave it out, {within} alone is enough"),
+        ("cp_comm_type", "a2a+p2p" in _comm_types(options),
+         "is hierarchical; choose p2p, all_gather or a2a for Transformer Engine's dense layers"),
+    ]  # fmt: skip
+    for name, asked_for, way_out in refused:
+        if asked_for:
+            raise ConfigError(f"megatron.{name}={options.get(name)!s}: {way_out}")
+
+
+def _comm_types(options: Mapping[str, Any]) -> list[str]:
+    kinds = options.get("cp_comm_type") or ["p2p"]
+    return list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+
+
+def _some(numbers: list[int]) -> str:
+    if len(numbers) > 8:
+        return f"{', '.join(map(str, numbers[:7]))}, ..., {numbers[-1]}"
+    return ", ".join(map(str, numbers))

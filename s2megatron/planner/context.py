@@ -1,0 +1,184 @@
+"""What context parallelism costs one layer: bytes between its ranks, their time, buffers, copies.
+
+With T bytes of K and V a token on one TP rank (2 * d * KV heads * width), N tokens and c ranks, the
+busiest rank receives in a forward pass
+
+    blocks by lifetimes   counted by s2_kernels.exchange (about T N (c - 1) / (c stride)): every S2
+                          layer, and dense ones without Transformer Engine
+    p2p, all_gather       T N (c - 1) / c
+    a2a (Ulysses)         (2 d heads width + T) N (c - 1) / c^2, with the heads of one TP rank
+
+and twice that in the backward pass (K and V again, dK and dV back), Ulysses once more.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from s2_kernels import LayerPattern
+from s2_kernels.exchange import Chunks, crossing_blocks, forever_before, near_start, zigzag
+from s2megatron.planner.constants import Machine
+from s2megatron.planner.layout import GATHER, RING, Layout, Model
+from s2megatron.planner.links import Transfer, all_to_all_seconds, gather_seconds, hop_seconds
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank."""
+
+    received: int
+    near: int
+    """Chunks and their halos."""
+    far: int
+
+
+@functools.lru_cache(maxsize=4096)
+def exchanged(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
+    """What crosses for these heads, in zigzag: the most that any rank receives, and holds."""
+    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)]
+    return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
+
+
+def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
+    whole = (range(n_blocks),)
+    own = crossing_blocks(pattern, chunks, chunks)
+    starts = [near_start(pattern, chunk) for chunk in chunks]
+    near = sum(chunk.stop - start for chunk, start in zip(chunks, starts, strict=True))
+    far = max(forever_before(rule, starts[-1]) for rule in pattern.rules)
+    return Blocks(
+        received=crossing_blocks(pattern, whole, chunks) - own,
+        near=near * pattern.kv_heads,
+        far=far * pattern.kv_heads,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def tp_shards(pattern: LayerPattern, tp: int) -> frozenset[LayerPattern]:
+    """The different patterns of the TP ranks."""
+    return frozenset(pattern.shard(rank, tp) for rank in range(tp))
+
+
+def layer_blocks(model: Model, layout: Layout, layer: int) -> Blocks:
+    """`exchanged` of a layer's busiest TP rank."""
+    pattern = model.patterns[layer]
+    n_blocks = -(-model.shape.seq_len // pattern.block_size)
+    shards = tp_shards(pattern, layout.tp)
+    return max((exchanged(s, n_blocks, layout.cp) for s in shards), key=lambda b: b.received)
+
+
+def kv_token_bytes(model: Model, layout: Layout) -> float:
+    """T: K and V of one token on one TP rank."""
+    groups = max(1, model.shape.kv_heads // layout.tp)
+    return 2 * model.shape.head_dim * groups * layout.width
+
+
+def query_token_bytes(model: Model, layout: Layout) -> float:
+    """Queries, or attention's output, of one token on one TP rank."""
+    return model.shape.head_dim * model.shape.heads / layout.tp * layout.width
+
+
+def received_bytes(model: Model, layout: Layout, layer: int) -> float:
+    """Of a forward pass of one layer and micro-batch, on the busiest rank."""
+    c = layout.cp
+    if layout.exchanges_blocks(model.patterns[layer]):
+        return layer_blocks(model, layout, layer).received * _row_bytes(model, layout, layer)
+    tokens = layout.local_tokens(model.shape)
+    if layout.cp_comm in (RING, GATHER):
+        return kv_token_bytes(model, layout) * tokens * (c - 1)
+    # q, k and v go in, the output comes back.
+    token = 2 * query_token_bytes(model, layout) + kv_token_bytes(model, layout)
+    return token * tokens * (c - 1) / c
+
+
+def context_traffic(
+    machine: Machine, model: Model, layout: Layout, layer: int, attention: tuple[float, float]
+) -> tuple[Transfer, Transfer]:
+    """A layer's exchange in its forward and in its backward pass.
+
+    Args:
+        attention: seconds of the layer's forward and backward kernels, behind which some hides.
+    """
+    if layout.cp == 1:
+        return Transfer(), Transfer()
+    size, forward, backward = received_bytes(model, layout, layer), *attention
+    if layout.exchanges_blocks(model.patterns[layer]):
+        once = _exchange(machine, layout, size, 1, forward)
+        return once, _exchange(machine, layout, size, 2, backward)
+    if layout.cp_comm == RING:
+        return _ring(machine, layout, size, forward), _ring(machine, layout, 2 * size, backward)
+    if layout.cp_comm == GATHER:
+        whole = size * layout.cp / (layout.cp - 1)
+        seconds, _ = gather_seconds(machine, whole, layout.cp, stride=layout.tp)
+        return Transfer.waited_for(size, seconds), Transfer.waited_for(2 * size, 2 * seconds)
+    # Two all-to-alls each way: q, k and v in, the output back.
+    seconds = 2 * all_to_all_seconds(machine, size / 2, layout.cp, stride=layout.tp)
+    once = Transfer.waited_for(size, seconds)
+    return once, once
+
+
+def _exchange(
+    machine: Machine, layout: Layout, size: float, times: int, attention: float
+) -> Transfer:
+    """All-to-alls of blocks, cut into groups of KV heads: the first group's is waited for, and the
+    others run behind the kernels of the group before."""
+    groups = machine.assumptions.exchange_groups
+    seconds = times * all_to_all_seconds(machine, size, layout.cp, stride=layout.tp)
+    longer = max(0.0, seconds - attention) * (groups - 1) / groups
+    return Transfer(times * size, seconds, seconds / groups + longer)
+
+
+def _ring(machine: Machine, layout: Layout, size: float, attention: float) -> Transfer:
+    """c - 1 hops, each behind one of c equal parts of attention."""
+    hops = layout.cp - 1
+    hop = hop_seconds(machine, size / hops, layout.cp, stride=layout.tp)
+    return Transfer(size, hops * hop, hops * max(0.0, hop - attention / layout.cp))
+
+
+def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float]:
+    """Memory traffic that the exchange of blocks adds, forward and backward.
+
+    As attention/context_parallel.py goes about it, counted in bf16 reads and writes (a float32 one
+    is two): forward, rows are picked and joined to be sent (4), far is cleared and filled (3), each
+    chunk is joined to its halo (2), and near's and far's outputs are merged in float32 (15) and
+    joined (2). Backward the same way for K and V; then the gradients of far are added up (7), those
+    of rows collected, sent and added (19), those of the rank's own tokens made float32 and back
+    (6), and dq's parts added (11) and joined (2).
+    """
+    pattern = model.patterns[layer]
+    if layout.cp == 1 or not layout.exchanges_blocks(pattern):
+        return 0.0, 0.0
+    blocks, row = layer_blocks(model, layout, layer), _row_bytes(model, layout, layer)
+    tokens = layout.local_tokens(model.shape)
+    queries = query_token_bytes(model, layout) * tokens
+    own = kv_token_bytes(model, layout) * tokens
+    moved = row * (4 * blocks.received + 3 * blocks.far + 2 * blocks.near)
+    gradients = row * (7 * blocks.far + 19 * blocks.received) + 6 * own
+    merged, added = (15, 11) if blocks.far else (0, 0)
+    return moved + (merged + 2) * queries, moved + gradients + (added + 2) * queries
+
+
+def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
+    """What attention holds while it runs backward, beside what was saved; 0 without CP.
+
+    Without CP another part of the layer (`memory._working`) holds more.
+    """
+    if layout.cp == 1:
+        return 0.0
+    tokens = layout.local_tokens(model.shape)
+    own = kv_token_bytes(model, layout) * tokens
+    queries = query_token_bytes(model, layout) * tokens
+    if layout.exchanges_blocks(model.patterns[layer]):
+        blocks, row = layer_blocks(model, layout, layer), _row_bytes(model, layout, layer)
+        # Rows and far, each with float32 gradients; one chunk's near with its gradients; one
+        # float32 sum, of dK or of dV; the gradients of the output and of q, one chunk's in float32.
+        return row * (3 * blocks.received + 3 * blocks.far + blocks.near) + own + 3 * queries
+    if layout.cp_comm == RING:
+        return 4 * own + 2 * queries  # K and V, dK and dV, each here and on its way
+    if layout.cp_comm == GATHER:
+        return 2 * own * layout.cp + 2 * queries  # all of K and V, and of their gradients
+    return 2 * (own + 2 * queries)  # what was sent beside what came
+
+
+def _row_bytes(model: Model, layout: Layout, layer: int) -> float:
+    """One block of K and V of one KV head."""
+    block = model.patterns[layer].block_size
+    return block * layout.micro_batch * 2 * model.shape.head_dim * layout.width

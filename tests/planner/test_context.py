@@ -1,0 +1,412 @@
+"""The planner's context parallelism: bytes by s2_kernels.exchange's plan, the rest by hand."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from planner_cases import SIMPLE, make_model
+
+from s2_kernels import dense, local_stride
+from s2_kernels.exchange import plan_rank, received_blocks, zigzag
+from s2_kernels.pattern import ranges, sliding_window
+from s2megatron.context_split import ContextSplit
+from s2megatron.errors import ConfigError
+from s2megatron.planner import context, memory
+from s2megatron.planner.constants import Attention, Link, load_machine
+from s2megatron.planner.costs import attention_seconds, layer_seconds
+from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model, candidates, layout_of
+from s2megatron.planner.report import lines
+from s2megatron.planner.search import search
+from s2megatron.planner.step import plan
+
+K, M = 2**10, 2**20
+
+
+def eight_groups(stride: int, seq_len: int) -> Model:
+    """One sparse layer and a dense one, 32 heads on 8 KV heads, window 16 blocks of 64."""
+    model = make_model(seq_len=seq_len, layers=2, heads=32, kv_heads=8)
+    heads = {"heads": 32, "kv_heads": 8, "block_size": 64}
+    sparse = local_stride(**heads, local_blocks=16, stride=stride, head_step=stride // 8)
+    return Model(model.shape, (sparse, dense(**heads)))
+
+
+# The design's table: tokens, c, MiB per layer and forward pass on the busiest rank of dense layers
+# by ring and all-gather and by Ulysses (None: heads do not divide), and of S2 with strides 16 and
+# 32; stride 16's ms over 250 and 45 GB/s.
+TABLE = [
+    (128 * K, 2, 256, 640, 19.5, 11.6, 0.08, 0.46),
+    (128 * K, 8, 448, 280, 33, 20, 0.14, 0.77),
+    (M, 8, 3584, 2240, 228, 116, 0.95, 5.3),
+    (M, 32, 3968, None, 252, 129, 1.1, 5.9),
+    (4 * M, 32, 15872, None, 996, 500, 4.2, 23),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]}-c{row[1]}")
+def test_the_designs_table_of_bytes(row):
+    tokens, c, ring, ulysses, stride16, stride32, nvlink, infiniband = row
+    layout = Layout(gpus=c, cp=c)
+    found = {}
+    for stride in (16, 32):
+        model = eight_groups(stride, tokens)
+        found[stride] = context.received_bytes(model, layout, 0)
+        for way in (RING, GATHER):
+            sent = context.received_bytes(model, replace(layout, cp_comm=way), 1)
+            assert sent == ring * 2**20
+    assert found[16] / 2**20 == pytest.approx(stride16, rel=0.02)
+    assert found[32] / 2**20 == pytest.approx(stride32, rel=0.02)
+    by_heads = replace(layout, cp_comm=ULYSSES)
+    if ulysses is None:
+        assert "cp_comm_type a2a does not divide the 32 heads" in by_heads.misfit(model)
+    else:
+        assert by_heads.misfit(model) == ""
+        assert context.received_bytes(model, by_heads, 1) == ulysses * 2**20
+    for gb_s, ms in ((250, nvlink), (45, infiniband)):
+        machine = SIMPLE.model_copy(update=dict.fromkeys(
+            ("node", "cluster"), Link(gb_s=gb_s, latency_us=0)))  # fmt: skip
+        forward, backward = context.context_traffic(machine, eight_groups(16, tokens), layout, 0,
+                                                    (1, 1))  # fmt: skip
+        assert forward.seconds * 1e3 == pytest.approx(ms, rel=0.07)  # two digits
+        assert backward.seconds == 2 * forward.seconds
+
+
+HEADS = {"heads": 8, "kv_heads": 4, "block_size": 16}
+PATTERNS = {
+    "stride": local_stride(**HEADS, local_blocks=4, stride=8, head_step=2),
+    "stride does not divide a chunk": local_stride(**HEADS, local_blocks=3, stride=8, head_step=3),
+    "window over chunks": local_stride(**HEADS, local_blocks=40, stride=4),
+    "ranges": ranges(**HEADS, bands=[(3, 1), (12, 2), (None, 8)]),
+    "window alone": sliding_window(**HEADS, local_blocks=37),
+    "mixed": local_stride(**HEADS, local_blocks=4, stride=[2, 4, 8, 8], dense_heads=1),
+    "dense without Transformer Engine": dense(**HEADS),
+}
+
+
+@pytest.mark.parametrize("tp,c,blocks", [(1, 2, 64), (2, 3, 60), (4, 4, 64), (8, 8, 128)])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_bytes_are_those_of_the_exchanges_plan(name, tp, c, blocks):
+    """The busiest TP and CP rank's blocks, K and V in bf16; all axes' sums of a step."""
+    pattern, micro_batch = PATTERNS[name], 3
+    sizes = {"layers": 2, "heads": 8, "kv_heads": 4, "head_dim": 32}
+    shape = make_model(seq_len=16 * blocks, **sizes).shape
+    model = Model(shape, (pattern, pattern))
+    layout = Layout(gpus=tp * c, tp=tp, cp=c, micro_batch=micro_batch, global_batch=2 * micro_batch,
+                    fused=False)  # fmt: skip
+    chunks = zigzag(c, blocks)
+    planned = max(
+        plan_rank(pattern.shard(t, tp), chunks, r).received_blocks
+        for t in range(tp) for r in range(c)
+    )  # fmt: skip
+    assert planned == max(
+        received_blocks(pattern.shard(t, tp), chunks, r) for t in range(tp) for r in range(c)
+    )
+    block = 16 * micro_batch * 2 * 32 * 2
+    assert context.received_bytes(model, layout, 0) == planned * block > 0
+    for recompute, keep, times in (
+        ("none", True, 3), ("core_attn", True, 4), ("full", True, 3), ("full", False, 4)
+    ):  # fmt: skip
+        if name.startswith("dense") and recompute == "full":
+            times = 4  # only sparse layers keep attention's output
+        run = replace(layout, recompute=recompute, keep_attention_output=keep)
+        axis = plan(SIMPLE, model, run).axes["CP"]
+        assert axis.size == c
+        assert axis.bytes == 2 * 2 * times * planned * block  # two micro-batches, two layers
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_buffers_are_those_of_the_exchanges_plan(name):
+    pattern, chunks = PATTERNS[name], zigzag(4, 64)
+    plans = [plan_rank(pattern, chunks, rank) for rank in range(4)]
+    found = context.exchanged(pattern, 64, 4)
+    assert found.near == max(sum(len(v.near) for v in p.chunks) for p in plans) * 4
+    assert found.far == max(p.far_blocks for p in plans) * 4
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_zigzag_spreads_attention_evenly(name):
+    """The model takes a rank's pairs to be the mean; windows alone are shorter at the start."""
+    pattern, blocks, c = PATTERNS[name], 512, 4
+
+    def until(block):
+        return pattern.kept_pairs(16 * block)
+
+    pairs = [
+        sum(until(chunk.stop) - until(chunk.start) for chunk in held) for held in zigzag(c, blocks)
+    ]
+    assert sum(pairs) == until(blocks)
+    assert max(pairs) <= 1.06 * sum(pairs) / c
+
+
+def test_a_single_rank_exchanges_nothing():
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=1)
+    assert context.received_bytes(model, layout, 0) == 0
+    assert context.exchanged(model.patterns[0], 2048, 1).far == 0
+    result = plan(SIMPLE, model, layout)
+    assert result.context == 0 and "CP" not in result.axes
+    assert context.copied_bytes(model, layout, 0) == (0, 0)
+    assert context.buffer_bytes(model, layout, 0) == 0
+
+
+def test_an_exchange_is_waited_for_or_hides_in_groups():
+    model, layout = eight_groups(16, M), Layout(gpus=8, cp=8)
+    size = context.received_bytes(model, layout, 0)
+    once = size / 1e9 + 3 * 7e-6  # 8 ranks: three doublings
+    for groups, attention, forward, backward in (
+        (1, 10.0, once, 2 * once),
+        (4, 10.0, once / 4, once / 2),
+        (4, once / 2, once / 4 + once / 2 * 3 / 4, once / 2 + 1.5 * once * 3 / 4),
+    ):
+        assumptions = SIMPLE.assumptions.model_copy(update={"exchange_groups": groups})
+        link = Link(gb_s=1, latency_us=7)
+        machine = SIMPLE.model_copy(update={"node": link, "assumptions": assumptions})
+        sent = context.context_traffic(machine, model, layout, 0, (attention, attention))
+        assert [t.exposed for t in sent] == pytest.approx([forward, backward])
+        assert [t.seconds for t in sent] == pytest.approx([once, 2 * once])
+        assert [t.bytes for t in sent] == [size, 2 * size]
+
+
+def test_dense_ways_by_hand():
+    """128k tokens on 4 ranks in two nodes of two: T = 2 * 128 * 8 * 2 bytes a token."""
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
+    machine = SIMPLE.model_copy(update={
+        "gpus_per_node": 2, "node": Link(gb_s=100, latency_us=1),
+        "cluster": Link(gb_s=10, latency_us=5)})  # fmt: skip
+    held = 4096 * 128 * K / 4
+    hop = held / 10e9 + 5e-6  # the ring's neighbours across nodes decide
+    attention = (4 * (hop - 0.002), 4 * (2 * hop + 1))
+    sent = context.context_traffic(machine, model, layout, 1, attention)
+    assert [t.bytes for t in sent] == [3 * held, 6 * held]
+    assert [t.seconds for t in sent] == pytest.approx([3 * hop, 3 * (2 * hop - 5e-6)])
+    assert [t.exposed for t in sent] == pytest.approx([3 * 0.002, 0])
+    gather = context.context_traffic(machine, model, replace(layout, cp_comm=GATHER), 1, attention)
+    once = 3 * held / 20e9 + 2 * 5e-6  # two adapters of a node
+    assert [t.exposed for t in gather] == pytest.approx([once, 2 * once])
+    assert [t.bytes for t in gather] == [3 * held, 6 * held]
+    heads = context.context_traffic(machine, model, replace(layout, cp_comm=ULYSSES), 1, attention)
+    size = (2 * 8192 + 4096) * 128 * K / 4 * 3 / 4
+    assert [t.bytes for t in heads] == [size, size]
+    assert [t.exposed for t in heads] == pytest.approx([size / 10e9 + 4 * 5e-6] * 2)
+    one_node = machine.model_copy(update={"gpus_per_node": 8})
+    near = context.context_traffic(one_node, model, layout, 1, (0, 0))
+    assert near[0].exposed == pytest.approx(3 * (held / 100e9 + 1e-6))
+
+
+def test_attention_is_a_ranks_share_at_the_rate_of_its_tokens():
+    rates = Attention(forward={32 * K: 100, 128 * K: 200}, backward={32 * K: 125, 128 * K: 250})
+    machine = SIMPLE.model_copy(update={"s2_attention": rates, "dense_attention": rates})
+    model = eight_groups(16, 128 * K)
+    one = [attention_seconds(machine, model, Layout(gpus=1), n) for n in (0, 1)]
+    for layer, way, slower in ((0, RING, 2), (0, ULYSSES, 2), (1, RING, 2), (1, GATHER, 1),
+                               (1, ULYSSES, 1)):  # fmt: skip
+        layout = Layout(gpus=4, cp=4, cp_comm=way)
+        times = attention_seconds(machine, model, layout, layer)
+        assert times == pytest.approx([slower * t / 4 for t in one[layer]]), (layer, way)
+
+
+def test_a_layer_shrinks_with_its_tokens_and_pays_for_copies():
+    machine = SIMPLE.model_copy(update={"memory_tb_s": 1})
+    model = eight_groups(16, 128 * K)
+    alone = layer_seconds(machine, model, Layout(gpus=1), 0, {})
+    shared = layer_seconds(machine, model, Layout(gpus=4, cp=4), 0, {})
+    copies = [size / 1e12 for size in context.copied_bytes(model, Layout(gpus=4, cp=4), 0)]
+    assert copies[1] > copies[0] > 0
+    accumulated = alone[1].memory - 2 * alone[0].memory
+    assert accumulated > 0
+    for way, extra in enumerate((0, accumulated)):  # of the weights: on every rank
+        assert shared[way].matmul == pytest.approx(alone[way].matmul / 4)
+        expected = (alone[way].memory - extra) / 4 + extra + copies[way]
+        assert shared[way].memory == pytest.approx(expected)
+
+
+def test_copies_by_hand():
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
+    blocks, row = context.exchanged(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
+    queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
+    keys = row * (4 * blocks.received + 3 * blocks.far + 2 * blocks.near)
+    gradients = row * (7 * blocks.far + 19 * blocks.received) + 6 * own
+    assert context.copied_bytes(model, layout, 0) == (
+        keys + 17 * queries, keys + gradients + 13 * queries)  # fmt: skip
+    window = Model(model.shape, (sliding_window(heads=32, kv_heads=8, local_blocks=16),) * 2)
+    blocks = context.exchanged(window.patterns[0], 2048, 4)
+    assert blocks.far == 0  # nothing to merge
+    keys = row * (4 * blocks.received + 2 * blocks.near)
+    assert context.copied_bytes(window, layout, 0)[0] == keys + 2 * queries
+    assert context.copied_bytes(model, layout, 1) == (0, 0)  # Transformer Engine's own
+    assert context.copied_bytes(model, replace(layout, fused=False), 1) > (0, 0)
+
+
+def test_buffers_by_hand():
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
+    blocks, row = context.exchanged(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
+    queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
+    assert context.buffer_bytes(model, layout, 0) == (
+        row * (3 * blocks.received + 3 * blocks.far + blocks.near) + own + 3 * queries
+    )
+    for way, expected in (
+        (RING, 4 * own + 2 * queries),
+        (GATHER, 2 * 4 * own + 2 * queries),
+        (ULYSSES, 2 * own + 4 * queries),
+    ):
+        assert context.buffer_bytes(model, replace(layout, cp_comm=way), 1) == expected
+
+
+def test_memory_holds_local_tokens_and_shards_the_optimizer_over_cp():
+    model = make_model(seq_len=128 * K)
+    alone = memory.peak(model, Layout(gpus=4, tp=4, sequence_parallel=True))
+    shared = memory.peak(model, Layout(gpus=16, tp=4, cp=4, sequence_parallel=True))
+    assert (shared.weights, shared.gradients) == (alone.weights, alone.gradients)
+    assert shared.optimizer == alone.optimizer / 4
+    assert shared.logits == alone.logits / 4
+    layout = Layout(gpus=4, cp=4, recompute="full")
+    held = memory.peak(model, layout)
+    tokens = 32 * K
+    inputs = 24 * tokens * (2048 * 2 + 16 * (2 * 128 + 4))
+    layer = memory.saved_per_layer(model.shape, layout, 0)
+    mlp = 2 * tokens * (3 * 5504 + 2 * 2048)
+    assert context.buffer_bytes(model, layout, 0) < mlp  # the MLP's gradients are more
+    assert held.activations == pytest.approx(inputs + max(0, layer + mlp - held.logits))
+
+
+def test_a_gathered_context_can_be_the_peak():
+    """All of K and V of 4M tokens outweigh what else a layer holds."""
+    model = make_model(seq_len=4 * M, dense_layers=24)
+    held = {
+        way: memory.peak(model, Layout(gpus=32, cp=32, recompute="full", cp_comm=way)).total
+        for way in (RING, GATHER)
+    }
+    assert held[GATHER] - held[RING] > 20 * 2**30
+
+
+def test_gradients_are_reduced_over_cp_too():
+    model = make_model(seq_len=128 * K)
+    axes = plan(SIMPLE, model, Layout(gpus=16, tp=2, cp=4, global_batch=2)).axes
+    parameters = memory.stage_parameters(model.shape, Layout(gpus=2, tp=2), 0)
+    assert axes["DP x CP"].size == 8 and "DP" not in axes
+    assert axes["DP x CP"].bytes == pytest.approx((4 + 2) * parameters * 7 / 8)
+    assert plan(SIMPLE, model, Layout(gpus=2, cp=2)).data > 0
+    moved = plan(SIMPLE, model, Layout(gpus=16, tp=2, cp=4, global_batch=2)).axes["TP"].bytes
+    whole = plan(SIMPLE, model, Layout(gpus=4, tp=2, global_batch=2)).axes["TP"].bytes
+    assert moved == whole / 4  # of a rank: a quarter of the tokens
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "said"),
+    [
+        (Layout(gpus=6, tp=2, cp=2), {}, "TP 2 x CP 2 x PP 1 does not divide 6 GPUs"),
+        (Layout(gpus=5, cp=5), {}, "CP 5 cuts 131072 tokens into 10 chunks, unevenly"),
+        (Layout(gpus=2048, cp=2048), {}, "chunks of 32 tokens, not of whole blocks (64)"),
+        (
+            Layout(gpus=3, cp=3),
+            {"seq_len": 6 * 96},
+            "chunks of 96 tokens, not of whole blocks (64)",
+        ),
+        (Layout(gpus=256, tp=16, cp=16, sequence_parallel=True), {"seq_len": 2 * K}, ""),
+        (
+            Layout(gpus=48, tp=16, cp=3, sequence_parallel=True),
+            {"seq_len": 6 * 64, "heads": 16},
+            "",
+        ),
+        (
+            Layout(gpus=36, tp=12, cp=3, sequence_parallel=True),
+            {"seq_len": 6 * 64, "heads": 12, "kv_heads": 12, "ffn": 1200, "vocab": 1200},
+            "TP 12 does not divide 384 tokens over CP 3",
+        ),
+        (Layout(gpus=8, cp=8, ep=16), {"experts": 16}, "EP 16 does not divide 16 experts and DP 1"),
+        (Layout(gpus=8, cp=8, ep=8), {"experts": 16}, ""),
+    ],
+    ids=str,
+)
+def test_what_does_not_divide_is_said(layout, sizes, said):
+    model = make_model(**{"seq_len": 128 * K} | sizes)
+    misfit = layout.misfit(model)
+    assert said in misfit and bool(said) == bool(misfit), misfit
+
+
+def test_ulysses_is_only_asked_for_heads_where_a_dense_layer_needs_it():
+    dense_one = eight_groups(16, 128 * K)
+    sparse = Model(dense_one.shape, dense_one.patterns[:1] * 2)
+    layout = Layout(gpus=32, tp=2, cp=16, cp_comm=ULYSSES)
+    assert "does not divide the 16 heads and 4 KV heads of a TP rank" in layout.misfit(dense_one)
+    assert layout.misfit(sparse) == ""
+    assert replace(layout, fused=False).misfit(dense_one) == ""  # blocks are exchanged
+    assert replace(layout, cp=4, gpus=8).misfit(dense_one) == ""
+    assert replace(layout, cp=8, gpus=16).misfit(dense_one)  # the heads divide, the KV heads not
+
+
+@pytest.mark.parametrize(
+    "tp,cp,tokens",
+    [(1, 1, 640), (1, 2, 640), (2, 2, 640), (1, 4, 512), (4, 3, 768), (12, 3, 384), (12, 3, 1152),
+     (8, 2, 100)],
+)  # fmt: skip
+def test_the_run_and_the_planner_agree_on_what_divides(tp, cp, tokens):
+    """`context_split` refuses at the start of a run; the planner's search passes over."""
+    sizes = {"heads": 24, "kv_heads": 24, "ffn": 1200, "vocab": 1200, "layers": 2}
+    model = make_model(seq_len=tokens, dense_layers=1, **sizes)
+    layout = Layout(gpus=tp * cp, tp=tp, cp=cp, sequence_parallel=tp > 1)
+    split = ContextSplit(
+        ranks=cp, tensor_ranks=tp, sequence_parallel=tp > 1, seq_len=tokens, batch=1,
+        head_sizes=256, element_bytes=2, dense_by="Transformer Engine, p2p",
+    )  # fmt: skip
+    try:
+        split.check(model.patterns)
+    except ConfigError:
+        assert layout.misfit(model)
+    else:
+        assert not layout.misfit(model)
+        received, _ = split.received(model.patterns[1])
+        assert received == context.received_bytes(model, layout, 1)  # the layer table's
+
+
+def arguments(**changed):
+    given = {
+        "recompute_granularity": None, "tensor_model_parallel_size": 2,
+        "context_parallel_size": 4, "cp_comm_type": ["p2p"], "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None, "expert_model_parallel_size": 1,
+        "sequence_parallel": True, "micro_batch_size": 1, "global_batch_size": 8,
+        "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True, "transformer_impl": "transformer_engine",
+        "gradient_accumulation_fusion": False, "bf16": True, "fp16": False,
+    }  # fmt: skip
+    return SimpleNamespace(**given | changed)
+
+
+def test_the_layout_of_a_run():
+    layout = layout_of(arguments(), 16)
+    assert (layout.tp, layout.cp, layout.dp, layout.cp_comm) == (2, 4, 2, RING)
+    assert str(layout) == "TP 2 + SP, CP 4, PP 1, DP 2, recompute none"
+    assert layout_of(arguments(cp_comm_type="a2a"), 16).cp_comm == ULYSSES
+    assert layout_of(arguments(cp_comm_type=["all_gather"] * 2), 16).cp_comm == GATHER
+    for kinds in (["p2p", "a2a"], ["a2a+p2p"]):
+        with pytest.raises(ConfigError, match=re.escape(f"megatron.cp_comm_type={kinds}")):
+            layout_of(arguments(cp_comm_type=kinds), 16)
+
+
+def test_a_search_takes_cp_where_it_helps():
+    """One sequence of 1M tokens on 32 GPUs: without CP only TP and PP could share it."""
+    model, machine = make_model(seq_len=M), load_machine("h100")
+    base = Layout(gpus=32, global_batch=1)
+    layouts = candidates(base, model, most_tp=8)
+    assert {layout.cp for layout in layouts} == {1, 2, 4, 8, 16, 32}
+    assert all(layout.misfit(model) == "" for layout in layouts)
+    best = search(machine, model, base, 3)
+    assert best[0].layout.cp > 1 and best[0].layout.dp == 1
+    without = [plan(machine, model, x) for x in layouts if x.cp == 1]
+    assert best[0].seconds < min((p.seconds for p in without if p.fits), default=float("inf"))
+
+
+def test_the_report_says_what_each_kind_of_layer_exchanges():
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
+    machine = load_machine("h100")
+    text = "\n".join(lines(machine, model, plan(machine, model, layout), 1e12))
+    mib = context.received_bytes(model, layout, 0) / 2**20
+    assert f"CP 4: 1 layers, 1/1 to 16 + 1/16, block 64, 8 KV heads: {mib:.1f} MiB forward" in text
+    assert "(blocks by lifetimes, waited for)" in text
+    assert "CP 4: 1 layers, dense, block 64: 384.0 MiB forward (cp_comm_type p2p)" in text
+    assert re.search(r"^CP 4 +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)
+    groups = machine.assumptions.model_copy(update={"exchange_groups": 4})
+    hidden = machine.model_copy(update={"assumptions": groups})
+    text = "\n".join(lines(hidden, model, plan(hidden, model, layout), 1e12))
+    assert "in 4 groups of heads, the first waited for" in text
+    alone = Layout(gpus=1)
+    assert "CP" not in "\n".join(lines(machine, model, plan(machine, model, alone), 1e12))

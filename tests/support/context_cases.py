@@ -1,0 +1,173 @@
+"""Ranks that hold a sequence in parts, against one that holds it all, in float64.
+
+`main` is what each rank runs. It finds the name of a result file in sys.argv, where rank 0 writes
+what every case gave (JSON). Groups of 1, 2 and 3 ranks are subgroups of the 4 that are started.
+"""
+
+import datetime
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from s2_kernels import LayerPattern, dense, local_stride, ranges, s2_attention, sliding_window
+from s2_kernels.exchange import block_bytes, merged, received_blocks, sent_blocks, zigzag
+from s2megatron.attention import context_parallel
+from s2megatron.attention.context_parallel import ContextAttention
+
+B, D, DV = 16, 8, 4
+
+
+def contiguous(ranks: int, n_blocks: int):
+    size = n_blocks // ranks
+    return tuple((range(rank * size, (rank + 1) * size),) for rank in range(ranks))
+
+
+def uneven(ranks: int, n_blocks: int):
+    """Chunks of all sizes, dealt out in turn; every rank has as many blocks."""
+    owners = [(k * k + k // 3) % ranks for k in range(n_blocks)]
+    for k, rank in enumerate(owners):  # even out
+        fewest = min(range(ranks), key=owners.count)
+        if owners.count(rank) > n_blocks // ranks:
+            owners[k] = fewest
+    return tuple(
+        merged([range(k, k + 1) for k, owner in enumerate(owners) if owner == rank])
+        for rank in range(ranks)
+    )
+
+
+@dataclass(frozen=True)
+class ContextCase:
+    pattern: LayerPattern
+    ranks: int
+    blocks: int
+    tp: int = 1
+    cut: object = zigzag
+
+
+def _ls(heads, kv_heads, local, stride, **more):
+    return local_stride(heads=heads, kv_heads=kv_heads, block_size=B, local_blocks=local,
+                        stride=stride, **more)  # fmt: skip
+
+
+CASES = {
+    "mha": ContextCase(_ls(4, 4, 3, 4), 2, 16),
+    "gqa": ContextCase(_ls(6, 2, 4, 8, head_step=2), 4, 32),
+    "v_not_dividing_a_chunk": ContextCase(_ls(4, 4, 3, 8, head_step=3), 4, 40),
+    "window_over_chunks": ContextCase(_ls(4, 2, 7, 4), 4, 16),
+    "stride_over_sequence": ContextCase(_ls(2, 2, 2, 64), 4, 16),
+    "ranges": ContextCase(
+        ranges(heads=4, kv_heads=2, block_size=B, bands=[(3, 1), (12, 2), (None, 8)]), 2, 32
+    ),
+    "short_ranges": ContextCase(
+        ranges(heads=2, block_size=B, bands=[(2, 1), (9, 3)]), 3, 24
+    ),
+    "mixed_strides": ContextCase(_ls(4, 4, 2, [2, 4, 8, 3]), 3, 24),
+    "dense_heads": ContextCase(_ls(8, 4, 2, [2, 4, 8, 8], dense_heads=1), 3, 24),
+    "sliding_window": ContextCase(
+        sliding_window(heads=4, kv_heads=2, block_size=B, local_blocks=5), 4, 24
+    ),
+    "dense": ContextCase(dense(heads=4, kv_heads=2, block_size=B), 4, 16),
+    "tp_over_kv_heads": ContextCase(_ls(8, 2, 3, 4), 2, 16, tp=4),
+    "tp": ContextCase(_ls(8, 4, 3, 4), 2, 16, tp=2),
+    "one_rank": ContextCase(_ls(4, 2, 3, 4), 1, 7),
+    "contiguous": ContextCase(_ls(4, 2, 3, 4), 3, 24, cut=contiguous),
+    "uneven_chunks": ContextCase(_ls(4, 2, 3, 4), 3, 24, cut=uneven),
+}  # fmt: skip
+
+
+def poisoned(buffers, count, dtype=None, *, plain=context_parallel._Buffers._blocks):
+    """Buffers in which NaN stands where nobody sent anything (sums start at 0 all the same)."""
+    blocks = plain(buffers, count, dtype)
+    return blocks if dtype else blocks.fill_(float("nan"))
+
+
+def _inputs(case: ContextCase):
+    g = torch.Generator().manual_seed(0)
+    tokens, p = case.blocks * B, case.pattern
+    shapes = (p.heads, D), (p.kv_heads, D), (p.kv_heads, DV), (p.heads, DV)
+    return [torch.randn(2, tokens, *shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
+def run_case(case: ContextCase, group) -> dict[str, float]:
+    """Largest differences from one rank's out, dq, dk, dv on this rank; bytes counted and due."""
+    q, k, v, dout = _inputs(case)
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = s2_attention(*whole, case.pattern, backend="reference")
+    expected = out, *torch.autograd.grad(out, whole, dout)
+
+    chunks = case.cut(case.ranks, case.blocks)
+    mine = torch.cat([torch.arange(c.start * B, c.stop * B) for c in chunks[group.rank()]])
+    got = [torch.zeros_like(x)[:, mine] for x in (dout, q, k, v)]
+    counted = due = 0
+    for tp in range(case.tp):  # one after the other: they do not meet
+        part = case.pattern.shard(tp, case.tp)
+        heads = range(tp * part.heads, (tp + 1) * part.heads)
+        first = tp * case.pattern.kv_heads // case.tp
+        kv_heads = range(first, first + part.kv_heads)
+        local = [x[:, mine][:, :, list(h)].requires_grad_()
+                 for x, h in ((q, heads), (k, kv_heads), (v, kv_heads))]  # fmt: skip
+        attention = ContextAttention(part, None, group, case.cut)
+        with mock.patch.object(context_parallel._Buffers, "_blocks", poisoned):
+            result = attention.attend(*local)
+            forward = attention.bytes_received
+            grads = torch.autograd.grad(result, local, dout[:, mine][:, :, list(heads)])
+        for total, x, h in zip(got, (result, *grads), (heads, heads, kv_heads, kv_heads),
+                               strict=True):  # fmt: skip
+            total[:, :, list(h)] += x
+        size = block_bytes(part, batch=2, head_sizes=D + DV, element_bytes=8)
+        received = received_blocks(part, chunks, group.rank()) * size
+        assert forward == received, (forward, received)
+        counted += attention.bytes_received
+        due += 2 * received + sent_blocks(part, chunks, group.rank()) * size
+    report = {
+        name: (x - y[:, mine]).detach().abs().max().item()
+        for name, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=True)
+    }
+    assert not any(x != x for x in report.values()), f"NaN: a rank read what nobody sent: {report}"
+    return report | {"bytes": counted, "due": due}
+
+
+def same_bits_twice(group) -> bool:
+    """bfloat16 gradients of two passes over the same inputs."""
+    case = CASES["dense_heads"]
+    q, k, v, dout = (x.bfloat16() for x in _inputs(case))
+    mine = slice(group.rank() * 8 * B, (group.rank() + 1) * 8 * B)
+    passes = []
+    for _ in range(2):
+        local = [x[:, mine].clone().requires_grad_() for x in (q, k, v)]
+        attention = ContextAttention(case.pattern, None, group, contiguous)
+        out = attention.attend(*local)
+        passes.append((out, *torch.autograd.grad(out, local, dout[:, mine])))
+    return all(torch.equal(x, y) for x, y in zip(*passes, strict=True))
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    world = dist.get_world_size()
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(1, world + 1)}
+    results = {}
+    for name, case in CASES.items():
+        if case.ranks <= world:
+            mine = None
+            if dist.get_rank() < case.ranks:
+                mine = run_case(case, groups[case.ranks])
+            results[name] = [None] * world
+            dist.all_gather_object(results[name], mine)
+    if world >= 3 and dist.get_rank() < 3:
+        results["same_bits"] = same_bits_twice(groups[3])
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main())

@@ -1,0 +1,79 @@
+"""A background writer of checkpoints that dies is noticed, whatever training waits for."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from s2megatron.training import writer_watch
+from s2megatron.training.writer_watch import WriterWatch, current_writer
+
+
+@pytest.fixture
+def writer():
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+class Watched:
+    """A watch, and what it told."""
+
+    def __init__(self, find, monkeypatch):
+        monkeypatch.setattr(writer_watch, "INTERVAL", 0.01)
+        self.told, self.heard = [], threading.Event()
+        self.watch = WriterWatch(self.fail, find)
+
+    def fail(self, reason: str) -> None:
+        self.told.append(reason)
+        self.heard.set()
+
+
+def test_killed_writer_is_told_once(writer, monkeypatch):
+    watched = Watched(lambda: writer, monkeypatch)
+    assert not watched.heard.wait(0.1)
+    os.kill(writer.pid, signal.SIGKILL)
+    assert watched.heard.wait(20)
+    time.sleep(0.05)
+    (reason,) = watched.told
+    assert f"process {writer.pid}) has ended, killed by SIGKILL (out of host memory?" in reason
+    watched.watch.close()
+
+
+@pytest.mark.parametrize(
+    "status, how",
+    [(1, "with exit status 1; its reason is above"), (-15, "killed by SIGTERM: nothing")],
+)
+def test_other_ways_to_end(status, how, monkeypatch):
+    watched = Watched(lambda: SimpleNamespace(pid=7, exitcode=status), monkeypatch)
+    assert watched.heard.wait(20) and how in watched.told[0]
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(pid=7, exitcode=0)])
+def test_no_writer_and_one_that_was_told_to_end(found, monkeypatch):
+    watched = Watched(lambda: found, monkeypatch)
+    assert not watched.heard.wait(0.1)
+    watched.watch.close()
+    assert not watched.watch._thread.is_alive()
+
+
+@pytest.mark.parametrize("name", ["_persistent_caller", "persistent_caller"])
+def test_writer_of_megatrons_queue_and_of_nvidias(name, monkeypatch):
+    saves = SimpleNamespace(_async_calls_queue=None)
+    megatron = SimpleNamespace(async_utils=saves)  # importing the real one takes seconds
+    monkeypatch.setitem(sys.modules, "megatron.training", megatron)
+    assert current_writer() is None
+    saves._async_calls_queue = SimpleNamespace(**{name: None})
+    assert current_writer() is None
+    setattr(saves._async_calls_queue, name, SimpleNamespace(process="the writer"))
+    assert current_writer() == "the writer"
+    saves._async_calls_queue = SimpleNamespace()
+    with pytest.raises(AttributeError):  # another version's: it is not left unwatched in silence
+        current_writer()
