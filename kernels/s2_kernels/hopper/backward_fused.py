@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from s2_kernels.backward_dkdv import add_pieces
 from s2_kernels.hopper.backward_dkdv import Output, Work, column_item
 from s2_kernels.hopper.compat import async_add, async_load
-from s2_kernels.hopper.dq_sums import as_registers, begin, end, sum_descriptor
+from s2_kernels.hopper.dq_sums import as_registers, begin_sums, round_sums, sum_descriptor
 from s2_kernels.hopper.lists import FAR, column_rows
 from s2_kernels.hopper.packed import packed_slots, term_rows
 from s2_kernels.hopper.primitives import (
@@ -313,9 +313,10 @@ def add_tiles(
     for i in range(n):
         stage, phase = (done + i) % STAGES, (done + i) // STAGES & 1
         q_buf, do_buf = memory.q.index(stage), memory.dout.index(stage)
-        # WARPGROUP, which no compiler can tell: the addresses of K and V, dozens of them, would be
-        # worked out before the loop, and spill.
-        k_buf, v_buf = memory.k.index(WARPGROUP + (i >> 30)), memory.v.index(WARPGROUP + (i >> 30))
+        # 0, which no compiler can tell: the addresses of K and V and the columns of the mask, dozens
+        # of numbers, would be worked out before the loop, and spill.
+        zero = i >> 30
+        k_buf, v_buf = memory.k.index(WARPGROUP + zero), memory.v.index(WARPGROUP + zero)
         zeros = gl.zeros([64, 64], gl.float32, s_layout)
         mbarrier.wait(memory.q_ready.index(stage), phase)
         t_s = warpgroup_mma(k_buf, q_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
@@ -328,7 +329,7 @@ def add_tiles(
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         if i >= n_whole:
             o_n = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-            o_m = gl.arange(0, 64, layout=term_layout)
+            o_m = gl.arange(0, 64, layout=term_layout) + zero
             b_s = gl.where(o_n[:, None] <= o_m[None, :], b_s, float("-inf"))
         b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
         b_p16 = gl.convert_layout(b_p.to(memory.dout.dtype), p_layout)
@@ -543,7 +544,7 @@ def launch_hopper_fused(
         slots, items, n_items, n_slots = None, work.items, len(work.items), work.n_slots
         n_tiles = -(-(q_offset % ROWS + s) // ROWS)
         rows = -(-(term_lead(q_offset) + s) // 4) * 4  # TMA asks for 16 bytes
-    sums, lse2, delta, unit = begin(
+    sums, lse2, delta, unit = begin_sums(
         out, lse, dout, dlse, slots, n_tiles, rows, q_offset, (k, v) if deterministic else None
     )
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
@@ -583,7 +584,7 @@ def launch_hopper_fused(
         TERM_LAYOUT=TERM_LAYOUT,
         **OPTIONS,
     )
-    end(sums, dq, slots, q_offset, softmax_scale, unit)
+    round_sums(sums, dq, slots, q_offset, softmax_scale, unit)
     if n_slots:
         add_pieces(partial, dk, dv, work, ROWS)
     return dq, dk, dv

@@ -121,7 +121,7 @@ def s2_hopper_sums_begin_kernel(
         # One power of two more than needed, for what P and dS are rounded to.
         b_unit = tl.exp2(tl.minimum(29 - tl.ceil(tl.log2(tl.maximum(b_limit, 1e-30))), 100.0))
         tl.store(
-            p_unit + p_term, tl.where(b_limit < float("inf"), b_unit, float("nan")), o_row < end
+            p_unit + p_term, tl.where(b_limit < float("inf"), b_unit, float("nan")), mask=stored
         )
 
 
@@ -189,7 +189,7 @@ def sum_descriptor(sums: torch.Tensor) -> Descriptor:
     return Descriptor(sums, shape, [half, 1], [ROWS, half], HostLayout.of(TERM_LAYOUT))
 
 
-def begin(out, lse, dout, dlse, slots, n_tiles, rows, q_offset, kv=None):
+def begin_sums(out, lse, dout, dlse, slots, n_tiles, rows, q_offset, kv=None):
     """Sums of 0 [b * h, n_tiles, 2, 64 * D / 2]; lse2, delta and unit, float32 [b, h, rows].
 
     Args:
@@ -239,8 +239,8 @@ def begin(out, lse, dout, dlse, slots, n_tiles, rows, q_offset, kv=None):
     return sums, lse2, delta, unit
 
 
-def end(sums, dq, slots, q_offset, scale, unit):
-    """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums; unit as `begin` gave it."""
+def round_sums(sums, dq, slots, q_offset, scale, unit):
+    """Writes dq, of [b, s, h, d] or packed [T, h, d], from its sums; unit: of begin_sums."""
     _, s, h, d, *_ = extents(dq)
     s2_hopper_sums_end_kernel[(sums.shape[1], sums.shape[0])](
         sums,
