@@ -75,8 +75,8 @@ def _read_binary(kernel, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def main_loops(kernel, shorter: int = 0) -> list[dict]:
-    """The innermost loops with tensor-core products, the two shortest after so many shorter ones.
+def main_loops(kernel, holding: str = "HGMMA") -> list[dict]:
+    """The innermost loops with tensor-core products, the two shortest that hold an instruction.
 
     Of each, how often it loads from and stores to the stack, and its `ops` in order: HGMMA (a
     product is issued), EX2, WAIT n (until at most n products are in flight), runs as one entry.
@@ -88,11 +88,11 @@ def main_loops(kernel, shorter: int = 0) -> list[dict]:
         target = re.search(r"BRA.*`\((\.L\w+)\)", line)
         if target and labels[target[1]] < end:
             body = "\n".join(lines[labels[target[1]] : end])
-            if "HGMMA" in body:
+            if "HGMMA" in body and holding in body:
                 loops.append(body)
     names = r"HGMMA|EX2|LDL|STL|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d"
     found = []
-    for body in sorted(loops, key=len)[shorter : shorter + 2]:
+    for body in sorted(loops, key=len)[:2]:
         ops = re.findall(names, body)
         ops = [op.replace("WARPGROUP.DEPBAR.LE gsb0, 0x", "WAIT ") for op in ops]
         order = itertools.groupby(op for op in ops if op not in ("LDL", "STL"))

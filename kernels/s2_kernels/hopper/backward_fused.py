@@ -313,8 +313,8 @@ def add_tiles(
     for i in range(n):
         stage, phase = (done + i) % STAGES, (done + i) // STAGES & 1
         q_buf, do_buf = memory.q.index(stage), memory.dout.index(stage)
-        # 0, which no compiler can tell: the addresses of K and V and the columns of the mask, dozens
-        # of numbers, would be worked out before the loop, and spill.
+        # 0, which no compiler can tell: the addresses of K and V and the columns of the mask, many
+        # numbers, would be worked out before the loop, and spill.
         zero = i >> 30
         k_buf, v_buf = memory.k.index(WARPGROUP + zero), memory.v.index(WARPGROUP + zero)
         zeros = gl.zeros([64, 64], gl.float32, s_layout)
