@@ -114,7 +114,7 @@ HOPPER = [
     (fused, dict(d=128, deterministic=True)),
 ]
 HOLDING = {"s2_hopper_fused_kernel": "EX2"}
-"""What the main loops hold: this kernel has others with products, of half-tiles seen by one column."""
+"""What a kernel's main loops hold, where it has other loops with products."""
 
 
 def name_of(launch, options: dict) -> str:
