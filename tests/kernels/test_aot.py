@@ -24,7 +24,7 @@ HOPPER = dict(
     s2_hopper_dq_wide_kernel=dict(stack=0, shared=225, loop=BACKWARD_LOOP),
     s2_hopper_dkdv_wide_kernel=dict(stack=8, shared=226, loop=None),  # two, see below
     s2_hopper_fused_kernel=dict(
-        stack=96,
+        stack=120,
         shared=227,
         loop=["HGMMA", "WAIT 1", "EX2", *2 * ["HGMMA", "WAIT 1"], "WAIT 0"],
     ),

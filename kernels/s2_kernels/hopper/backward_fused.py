@@ -290,8 +290,8 @@ def pass_over(n, done, tile, desc, memory, STAGES: gl.constexpr, WARPGROUP: gl.c
         hand_over(gl.zeros([64, 64], memory.ds.dtype, s_layout), done + i, memory, WARPGROUP)
         t_dq = dq_product(done + i, memory, WARPGROUP)
         b_dq = to_unit(warpgroup_mma_wait(0, deps=[t_dq]), stage, memory)
-        mbarrier.arrive(memory.free.index(stage))
         add_to_sum(b_dq, desc, tile - i, memory, WARPGROUP)
+        mbarrier.arrive(memory.free.index(stage))
     return done + n, tile - n
 
 
