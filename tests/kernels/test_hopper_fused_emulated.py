@@ -76,3 +76,9 @@ def test_whole_numbers_give_the_same_bits_and_pass_nan_on(use):
     assert first[0, 300, 1].isnan().all()
     first[0, 300, 1] = 0
     assert not first.isnan().any()
+
+
+def test_larger_heads_are_refused():
+    q = torch.zeros(1, 64, 2, 192)
+    with pytest.raises(ValueError, match="head size 192 is above 128"):
+        backward.launch_hopper_backward(q, q, q, q, q, q, None, _ls(2, 2, 64, 2, 3), 0.1)

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.backward_dkdv import add_pieces
+from s2_kernels.hopper import WIDEST
 from s2_kernels.hopper.backward_dkdv import Output, Work, column_item
 from s2_kernels.hopper.compat import async_add, async_load
 from s2_kernels.hopper.dq_sums import as_registers, begin_sums, round_sums, sum_descriptor
@@ -526,7 +527,12 @@ def launch_hopper_fused(
     Args:
         deterministic: adds dq up in whole numbers. Otherwise its last bits differ from run to run.
         longest: half-tiles of queries above which a column is cut, whatever balance needs.
+
+    Raises:
+        ValueError: the heads are larger.
     """
+    if q.shape[-1] > WIDEST:
+        raise ValueError(f"five products: head size {q.shape[-1]} is above {WIDEST}; take seven")
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
