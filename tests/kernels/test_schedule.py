@@ -40,7 +40,7 @@ def test_every_query_tile_once(pattern, n):
 @pytest.mark.parametrize("n", [64, 700, 5000])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_every_column_once_and_each_piece(pattern, n, programs, longest):
-    work = column_pairs(pattern, n, 2, programs, CPU, longest)
+    work = column_pairs(pattern, n, 2, programs, CPU, longest=longest)
     columns, slots = -(-n // 64), []
     seen = {}
     for head, first, second, piece, pieces, slot, sequence in work.items.tolist():
@@ -65,7 +65,9 @@ def test_every_column_once_and_each_piece(pattern, n, programs, longest):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_no_piece_is_longer_than_asked(pattern):
     n, rows, per_block = 5000, 79, pattern.block_size // 64
-    for head, *columns, _, pieces, _, _ in column_pairs(pattern, n, 1, 3, CPU, 7).items.tolist():
+    for head, *columns, _, pieces, _, _ in column_pairs(
+        pattern, n, 1, 3, CPU, longest=7
+    ).items.tolist():
         blocks = [column // per_block for column in columns if column >= 0]
         ends = [(block + pattern.lifetime(head, block)) * per_block for block in blocks]
         assert -(-(min(max(ends), rows) - columns[0]) // pieces) <= 7
