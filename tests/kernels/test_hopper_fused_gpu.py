@@ -10,7 +10,7 @@ import torch
 from attention_cases import make_inputs
 from test_triton_gpu import HALVES, REAL, check, check_sampled, needs_hopper
 
-from s2_kernels import hopper, local_stride, s2_attention
+from s2_kernels import hopper, local_stride, plans, s2_attention
 
 pytestmark = test_triton_gpu.pytestmark
 
@@ -35,6 +35,7 @@ def five_products(monkeypatch, request):
         backward_fused.launch_hopper_fused, deterministic=request.param, longest=16
     )
     monkeypatch.setattr(backward, "launch_hopper_backward", run)
+    monkeypatch.setattr(plans, "ON", False)  # or today's pass of such tensors is launched again
     return request.param
 
 
