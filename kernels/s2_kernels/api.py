@@ -49,7 +49,8 @@ def s2_attention(
             can, saying once where it cannot, and "triton". "triton": head sizes 32 to 256 in
             multiples of 16, bfloat16, float16 and float32, a contiguous last dimension, compute
             capability 8.0. "hopper": the kernels for compute capability 9.0 (head sizes 48 to 256,
-            blocks from 64 on, 16-bit types, q_offset 0, as many keys as queries).
+            blocks from 64 on, 16-bit types; no query past the last key, or with a dense pattern
+            all past a multiple of 64 keys; at least 128 queries where there are more keys).
             "blocked": PyTorch, any device. "reference": dense mask, for tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
             in an order that varies. The other backends, which always do, do not read it.

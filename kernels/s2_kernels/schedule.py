@@ -75,11 +75,13 @@ def query_tiles(
     programs: int,
     device: torch.device,
     q_offset: int = 0,
+    all_seen: int | None = None,
 ) -> Dealt:
     """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
 
     Items, int32 [n_items], count sequences, heads, and tiles from the last one back: programs work
     on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
+    all_seen: every query sees so many half-tiles of keys, wherever it stands (`hopper.all_seen`).
     """
     size, group = pattern.block_size, pattern.heads // pattern.kv_heads
     row = (np.arange(count_query_tiles(s, q_offset))[::-1] + q_offset // 128) * 128
@@ -94,6 +96,8 @@ def query_tiles(
         cost = kept + np.maximum(edges - 1, 0) + 2 + ITEM_OVERHEAD
         costs.append(np.repeat(cost[None], group, axis=0))
     cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
+    if all_seen is not None:
+        cost = np.full_like(cost, all_seen + ITEM_OVERHEAD)
     return deal(np.arange(len(cost)), cost, programs, device)
 
 

@@ -94,7 +94,8 @@ def test_hopper(case, dtype):
     q, k, v, *_ = make_inputs(case, dtype, "cuda")
     if hopper.why_not(q, k, v, case.pattern, None, case.q_offset):
         small = case.pattern.block_size < 64 or case.d < 48
-        assert small or case.q_offset or case.kv_len != case.s
+        past = case.q_offset + case.s > case.kv_len
+        assert small or past or case.s < min(128, case.kv_len)
         with pytest.raises(ValueError, match="backend='hopper' does not take"):
             s2_attention(q, k, v, case.pattern, q_offset=case.q_offset, backend="hopper")
         return
