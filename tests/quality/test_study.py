@@ -199,10 +199,10 @@ def test_from_a_source_tree_to_the_report(folder):
     env = os.environ | ON_CPU | {
         "STUDY": str(folder / "study"), "TREE": str(folder / "tree"), "HOLD_OUT": "0.4 2",
         "VOCABULARY": "600", "PYTHON": sys.executable, "BUNDLE": str(folder / "bundle.tgz"),
-        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1", "LIMIT": "290",
+        "RECIPE": "configs/quality/recipes/tiny.yaml", "OMP_NUM_THREADS": "1", "LIMIT": "600",
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts/quality/run.sh"), arm]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     result = json.loads((folder / f"study/results/{arm}--tiny.json").read_text())
     assert result["status"] == "done"
