@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from s2_kernels.launch import upload
 from s2_kernels.pattern import LayerPattern
 
 SHORTEST_PIECE = 32
@@ -75,11 +76,13 @@ def query_tiles(
     programs: int,
     device: torch.device,
     q_offset: int = 0,
+    all_seen: int | None = None,
 ) -> Dealt:
     """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
 
     Items, int32 [n_items], count sequences, heads, and tiles from the last one back: programs work
     on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
+    all_seen: every query sees so many half-tiles of keys, wherever it stands (`hopper.all_seen`).
     """
     size, group = pattern.block_size, pattern.heads // pattern.kv_heads
     row = (np.arange(count_query_tiles(s, q_offset))[::-1] + q_offset // 128) * 128
@@ -94,6 +97,8 @@ def query_tiles(
         cost = kept + np.maximum(edges - 1, 0) + 2 + ITEM_OVERHEAD
         costs.append(np.repeat(cost[None], group, axis=0))
     cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
+    if all_seen is not None:
+        cost = np.full_like(cost, all_seen + ITEM_OVERHEAD)
     return deal(np.arange(len(cost)), cost, programs, device)
 
 
@@ -150,7 +155,7 @@ def _slots(item, piece, pieces, is_cut, width: int = 1):
 
 
 def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+    return upload(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device)
 
 
 @functools.lru_cache(maxsize=256)

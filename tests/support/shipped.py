@@ -16,7 +16,7 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, decode, forward, local_stride, ranges
+from s2_kernels import backward, backward_dkdv, decode, dense, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
@@ -30,6 +30,7 @@ what the smallest of their kind have. The Hopper kernels are for 90 only."""
 PATTERN = local_stride(heads=4, local_blocks=4, stride=4)
 BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, stride=4)
 BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
+DENSE = dense(heads=4)
 THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
 
 
@@ -57,13 +58,18 @@ def sparse(arch, n, d):
     sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
 
 
-def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
+def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_offset=0):
+    """q_offset: the first of n tokens that are queries; n or more: all are, past the keys."""
     (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    if 0 < q_offset < n:
+        q, dout = q[:, q_offset:], dout[:, q_offset:]
+    if q_offset >= n:
+        k, v = k[:, : n // 64 * 64], v[:, : n // 64 * 64]
     if d > 128:
-        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1)
+        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1, q_offset)
     else:
-        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing)
-    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
+        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing, q_offset)
+    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, q_offset)
 
 
 def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
@@ -99,13 +105,15 @@ HOPPER = [
     *((hopper, dict(d=d, dtype=torch.float16)) for d in (128, 256)),
     (hopper, dict(d=128, pattern=BLOCKS_OF_128)),
     (hopper, dict(d=128, pattern=THREE_RANGES)),
+    *((hopper, dict(d=d, q_offset=1001)) for d in (64, 128, 256)),
+    *((hopper, dict(d=d, q_offset=10000, pattern=DENSE)) for d in (64, 128, 256)),
 ]
 
 
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    words += [key for key in ("packed", "fused", "pattern") if options.get(key)]
+    words += [key for key in ("packed", "fused", "pattern", "q_offset") if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
 
