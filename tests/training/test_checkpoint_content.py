@@ -292,3 +292,9 @@ def test_verify_command(folder, capsys):
     assert "1 of 3 checkpoints damaged" in said.err and said.out.count("as written, ") == 2
     assert main(["verify", str(iteration_dir(folder, 10))]) == 0
     assert main(["verify", str(folder.parent / "nowhere")]) == 2
+    converted = folder.parent / "converted"
+    iteration_dir(folder, 10).rename(converted.parent / "release")
+    converted.mkdir()
+    (converted.parent / "release").rename(converted / "release")
+    assert main(["verify", str(converted)]) == 0
+    assert f"{converted}/release: as written" in capsys.readouterr().out
