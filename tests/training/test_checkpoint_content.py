@@ -103,6 +103,19 @@ def test_no_byte_that_torch_would_read_differently_is_overlooked(written, tmp_pa
     assert seen > 400  # the rest is padding, and fields that nothing reads
 
 
+def test_everything_that_torch_writes_is_as_written(tmp_path):
+    """A tensor without elements has no sum behind it; a converted model holds some of these."""
+    state = {
+        "empty": torch.empty(0), "one": torch.tensor(1.0), "bf16": torch.ones(3).bfloat16(),
+        "bytes": torch.ones(7, dtype=torch.uint8), "object": {"a": [1, "é"]}, "none": None,
+        "mask": torch.ones(2, 2, dtype=torch.bool), "view": torch.arange(10.0)[::2],
+        "large": torch.zeros(1 << 20),
+    }  # fmt: skip
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    parts = stored_parts(tmp_path)
+    assert len(parts) == len(state) and damaged_parts(tmp_path, parts, 2) == []
+
+
 def test_damage_is_told_file_by_file(folder):
     checkpoint = iteration_dir(folder, 30)
     (checkpoint / FILE).rename(checkpoint / "elsewhere")
