@@ -271,12 +271,12 @@ def _show(options) -> None:
     if options.plot:
         _check_picture("--plot", options.plot)
     to_argv(run.megatron)  # says which option Megatron has not
-    options, split = canonical(run.megatron), None
-    if (options.get("context_parallel_size") or 1) > 1:
-        check_required(options)
-        split = ContextSplit.from_options(options)
+    megatron, split = canonical(run.megatron), None
+    if (megatron.get("context_parallel_size") or 1) > 1:
+        check_required(megatron)
+        split = ContextSplit.from_options(megatron)
         split.check(patterns)
-    print(layer_table(patterns, options["seq_length"], split=split))
+    print(layer_table(patterns, megatron["seq_length"], split=split))
     if options.plot:
         from s2megatron.plot import plot_masks
 

@@ -41,7 +41,7 @@ def layer_table(
     rows = [(*COLUMNS, *added)]
     for first, last, pattern, name in groups:
         layers = str(first) if first == last else f"{first}-{last}"
-        added = [_received(pattern, split)] * apart + [name] * bool(runs_as)
+        added = [*([_received(pattern, split)] if apart else []), *([name] if runs_as else [])]
         rows.append((layers, *_describe(pattern), *_figures(pattern, seq_len), *added))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
 from s2_kernels.exchange import Chunks, crossing_blocks, forever_before, near_start, zigzag
+from s2_kernels.pattern import FOREVER
 from s2megatron.planner.constants import Machine
 from s2megatron.planner.layout import GATHER, RING, Layout, Model
 from s2megatron.planner.links import Transfer, all_to_all_seconds, gather_seconds, hop_seconds
@@ -33,8 +34,15 @@ class Blocks:
 
 @functools.lru_cache(maxsize=4096)
 def exchanged(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
-    """What crosses for these heads, in zigzag: the most that any rank receives, and holds."""
-    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)]
+    """What crosses for these heads, in zigzag: the most that any rank receives, and holds.
+
+    A halo grows with the rank until it is as long as the window, and what lies far gets less with
+    every rank. So of many ranks only the first are looked at.
+    """
+    reaches = [band.reach for rule in pattern.rules for band in rule.bands]
+    window = max((reach for reach in reaches if reach != FOREVER), default=0)
+    ranks = max(16, 2 + 2 * cp * window // n_blocks)
+    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
     return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
 
 

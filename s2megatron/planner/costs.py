@@ -158,14 +158,18 @@ def layer_seconds(
 def _tensor_traffic(
     machine: Machine, shape: ModelShape, layout: Layout, matmul: float
 ) -> tuple[Transfer, Transfer]:
-    """Two gathers and two scatters each way; with SP the backward gathers saved inputs too."""
+    """Two gathers and two scatters each way; with SP the backward gathers saved inputs too.
+
+    Backward, what column-parallel products gather and scatter runs beside them. With SP the two
+    row-parallel ones need the gradients of their outputs gathered first: both wait for that.
+    """
     size = layout.local_tokens(shape) * shape.hidden * BF16
     once, sent = gather_seconds(machine, size, layout.tp, stride=1)
-    back = 6 if layout.sequence_parallel else 4
+    back, first = (6, 2) if layout.sequence_parallel else (4, 0)
     hidden = machine.assumptions.tp_backward_overlap * 2 * matmul
     return (
         Transfer.waited_for(4 * sent, 4 * once),
-        Transfer(back * sent, back * once, max(0.0, back * once - hidden)),
+        Transfer(back * sent, back * once, first * once + max(0.0, (back - first) * once - hidden)),
     )
 
 

@@ -219,16 +219,22 @@ RECOMPUTE = (("none", True), ("core_attn", True), ("full", True), ("full", False
 """What a search tries: recompute, and whether sparse layers keep attention's output under it."""
 
 
-def candidates(base: Layout, model: Model, *, most_tp: int) -> list[Layout]:
+def candidates(
+    base: Layout, model: Model, *, most_tp: int, most_cp: int | None = None
+) -> list[Layout]:
     """Every layout of `base.gpus` GPUs that the model and the global batch divide over.
 
     Micro-batches are of one sequence (long sequences fill a GPU).
+
+    Args:
+        most_tp, most_cp: the largest tensor- and context-parallel size tried (CP: None, any).
     """
     return [
         layout
         for tp in _divisors(base.gpus)
         if tp <= most_tp
         for cp in _divisors(base.gpus // tp)
+        if most_cp is None or cp <= most_cp
         for pp in _divisors(base.gpus // (tp * cp))
         for layout in _of_sizes(base, model, tp, cp, pp)
     ]

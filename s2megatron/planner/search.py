@@ -7,11 +7,19 @@ from s2megatron.planner.memory import Memory, peak
 from s2megatron.planner.step import Plan, fits, plan
 
 
-def search(machine: Machine, model: Model, base: Layout, best: int | None = None) -> list[Plan]:
+def search(
+    machine: Machine,
+    model: Model,
+    base: Layout,
+    best: int | None = None,
+    *,
+    most_cp: int | None = None,
+) -> list[Plan]:
     """Plans that fit, fastest first. TP leaves the node only where nothing else fits.
 
     Args:
-        base: GPUs, batch and what is not searched (optimizer, overlap, modules).
+        base: GPUs, batch and what is not searched (optimizer, overlap, modules, cp_comm).
+        most_cp: the largest context-parallel size tried; 1: none. None: any.
 
     Raises:
         ConfigError: no layout divides, or none fits; says how far the nearest is off.
@@ -20,7 +28,7 @@ def search(machine: Machine, model: Model, base: Layout, best: int | None = None
     fitting: list[Plan] = []
     most_tp = machine.gpus_per_node
     while not fitting and most_tp <= max(machine.gpus_per_node, model.shape.heads):
-        layouts = candidates(base, model, most_tp=most_tp)
+        layouts = candidates(base, model, most_tp=most_tp, most_cp=most_cp)
         found = [(layout, peak(model, layout)) for layout in layouts]
         plans = [plan(machine, model, layout) for layout, held in found if fits(machine, held)]
         fitting = sorted(plans, key=lambda p: p.seconds)

@@ -1,5 +1,7 @@
 """The planner's curves of docs/scaling.md: best layout from 8 to 16,384 GPUs, dense and S2.
 
+Without context parallelism, which scripts/bench/context_table.py is about.
+
 python scripts/bench/scaling_curves.py [--gpu h200] [--out docs/images] [--table TABLE.md]
 """
 
@@ -42,7 +44,8 @@ def kinds(model: Model) -> dict[str, Model]:
 def best_plan(machine, model: Model, base, gpus: int, batch: int):
     """The fastest layout that fits; None where none does."""
     try:
-        return search(machine, model, replace(base, gpus=gpus, global_batch=batch), 1)[0]
+        layout = replace(base, gpus=gpus, global_batch=batch)
+        return search(machine, model, layout, 1, most_cp=1)[0]
     except ConfigError:
         return None
 

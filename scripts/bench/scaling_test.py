@@ -53,6 +53,7 @@ class ScalingCase:
     layout: str
     gpus: int
     tp: int
+    cp: int
     pp: int
     global_batch: int
     recompute: str | None = None
@@ -70,13 +71,13 @@ class ScalingCase:
 
 
 def parse_layout(text: str) -> dict[str, int]:
-    """'tp2pp2' -> sizes. Raises ConfigError."""
+    """'tp2cp2' -> sizes. Raises ConfigError."""
     if text == "dp":
         return {}
-    found = re.findall(r"(tp|pp|dp)(\d+)", text)
+    found = re.findall(r"(tp|cp|pp|dp)(\d+)", text)
     if not found or "".join(a + n for a, n in found) != text:
         raise ConfigError(
-            f"--layouts {text}: must be dp, tpN, ppN, dpN or several joined, as tp2pp2"
+            f"--layouts {text}: must be dp, tpN, cpN, ppN, dpN or several joined, as tp2cp2"
         )
     return {axis: int(size) for axis, size in found}
 
@@ -90,15 +91,15 @@ def cases(options) -> tuple[list[ScalingCase], list[str]]:
         for gpus in sorted(options.gpus):
             for name in options.layouts:
                 sizes = parse_layout(name)
-                tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
-                dp = gpus // (tp * pp)
+                tp, cp, pp = (sizes.get(axis, 1) for axis in ("tp", "cp", "pp"))
+                dp = gpus // (tp * cp * pp)
                 total = batch * gpus // least if options.mode == "weak" else batch
-                if gpus % (tp * pp) or sizes.get("dp", dp) != dp or total % dp:
+                if gpus % (tp * cp * pp) or sizes.get("dp", dp) != dp or total % dp:
                     left_out.append(f"{name} on {gpus} GPUs with a batch of {total}")
                     continue
                 for recompute, attention in itertools.product(options.recompute, options.attention):
                     found.append(
-                        ScalingCase(attention, sequence, name, gpus, tp, pp, total, recompute)
+                        ScalingCase(attention, sequence, name, gpus, tp, cp, pp, total, recompute)
                     )
     if not found:
         raise ConfigError(f"nothing to run: {'; '.join(left_out)} do not divide")
@@ -132,6 +133,7 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         f"megatron.max_position_embeddings={case.sequence}",
         f"megatron.tensor_model_parallel_size={case.tp}",
         f"megatron.sequence_parallel={str(case.tp > 1).lower()}",
+        f"megatron.context_parallel_size={case.cp}",
         f"megatron.pipeline_model_parallel_size={case.pp}",
         f"megatron.global_batch_size={case.global_batch}",
         "megatron.micro_batch_size=1",
@@ -221,7 +223,7 @@ class Planner:
             heads = {"heads": shape.heads, "kv_heads": shape.kv_heads}
             patterns = (dense(**heads, block_size=patterns[0].block_size),) * len(patterns)
         layout: Layout = replace(
-            self.layout, gpus=case.gpus, tp=case.tp, pp=case.pp, vpp=1, micro_batch=1,
+            self.layout, gpus=case.gpus, tp=case.tp, cp=case.cp, pp=case.pp, vpp=1, micro_batch=1,
             sequence_parallel=case.tp > 1, global_batch=case.global_batch,
             recompute=case.recompute or self.layout.recompute,
         )  # fmt: skip

@@ -7,6 +7,12 @@ from planner_cases import SIMPLE, make_model
 
 from s2megatron.planner import memory
 from s2megatron.planner.constants import Link
+from s2megatron.planner.costs import (
+    layer_matmuls,
+    layer_rank_parameters,
+    layer_traffic,
+    output_seconds,
+)
 from s2megatron.planner.layout import Layout
 from s2megatron.planner.links import gather_seconds
 from s2megatron.planner.step import plan
@@ -133,6 +139,28 @@ def test_sends_between_stages_by_hand(vpp, sends, waits):
         assert axis.exposed == result.pipeline == pytest.approx(once * waits)
 
 
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallel_time_by_hand(sequence_parallel):
+    """Forward waits for four; backward, with SP, for two gathers before row-parallel products."""
+    model = make_model(seq_len=4096, layers=1, vocab=128)
+    layout = Layout(gpus=2, tp=2, sequence_parallel=sequence_parallel)
+    for gb_s, hides in ((1e3, True), (1, False)):
+        machine = slow(node=(gb_s, 5))
+        once = SIZE / 2 / (gb_s * 1e9) + 5e-6
+        matmul = sum(machine.matmul_seconds(*s) for s in layer_matmuls(model.shape, layout, 0))
+        hidden = machine.assumptions.tp_backward_overlap * 2 * matmul
+        back, first = (6, 2) if sequence_parallel else (4, 0)
+        late = (back - first) * once - hidden
+        assert (late < 0) == hides
+        axis = plan(machine, model, layout).axes["SP" if sequence_parallel else "TP"]
+        assert axis.bytes == (4 + back) * SIZE / 2
+        assert axis.seconds == pytest.approx((4 + back) * once)
+        assert axis.exposed == pytest.approx((4 + first) * once + max(0, late))
+        again = replace(layout, recompute="full")
+        more = plan(machine, model, again).axes["SP" if sequence_parallel else "TP"]
+        assert more.exposed == pytest.approx(axis.exposed + 4 * once)
+
+
 def test_without_a_pipeline_nothing_is_sent():
     result = plan(slow(node=(100, 5)), make_model(seq_len=4096), Layout(gpus=1))
     assert result.pipeline == 0 and "PP" not in result.axes
@@ -196,3 +224,72 @@ def test_mfu_is_a_share_of_all_gpus():
     result = plan(SIMPLE, make_model(seq_len=4096), Layout(gpus=4, global_batch=4))
     assert result.mfu(100) == pytest.approx(result.model_flops / result.seconds / 4e14)
     assert result.mfu(200) == result.mfu(100) / 2
+
+
+def test_the_hosts_launches_are_the_least_time_of_a_layer():
+    """Forward once, backward twice as long, and once more where the forward runs again."""
+    model = make_model(seq_len=256, layers=1)
+    slow_host = SIMPLE.model_copy(update={"host_layer_us": 1e6})
+    for recompute, seconds in (("none", 3), ("core_attn", 3), ("full", 4)):
+        layout = Layout(gpus=1, recompute=recompute)
+        layer = plan(slow_host, model, layout).seconds - sum(
+            part.total for part in output_seconds(SIMPLE, model, layout)
+        )
+        assert layer == pytest.approx(seconds, abs=1e-3)
+    quick = SIMPLE.model_copy(update={"host_layer_us": 1e-3})
+    assert plan(quick, model, Layout(gpus=1)).seconds == plan(SIMPLE, model, Layout(gpus=1)).seconds
+
+
+def test_elementwise_time_by_hand():
+    """Norms, residuals, RoPE, SwiGLU; gradients accumulated; the float32 cross entropy."""
+    machine = SIMPLE.model_copy(update={"memory_tb_s": 1})
+    model = make_model(seq_len=4096, layers=1)
+    heads, ffn = 128 * (16 + 16), 3 * 5504
+    for tp, sequence_parallel in ((1, False), (2, True), (2, False)):
+        layout = Layout(gpus=tp, tp=tp, sequence_parallel=sequence_parallel)
+        outer = 4096 / tp if sequence_parallel else 4096
+        traffic = 2 * (outer * 2048 * 10 + 4096 * (2 * heads + ffn) / tp)
+        assert layer_traffic(model.shape, layout, 0) == traffic
+        weights = layer_rank_parameters(model.shape, layout, 0)
+        logits = 4096 * 32000 / tp
+        for fused, passes in ((True, 1.0), (False, 1.6)):
+            for accumulated, size in ((False, 12), (True, 8)):
+                run = replace(layout, fused=fused, fused_accumulation=accumulated)
+                total = 3 * passes * traffic + size * weights + (40 + 14) * logits
+                assert plan(machine, model, run).elementwise == pytest.approx(total / 1e12)
+
+
+def test_what_fits_leaves_the_reserve():
+    model = make_model(seq_len=4096)
+    result = plan(SIMPLE, model, Layout(gpus=1))
+    gib = result.memory.total / 2**30 / (1 - SIMPLE.assumptions.memory_reserve)
+    for memory_gib, fit in ((gib * 1.001, True), (gib * 0.999, False)):
+        machine = SIMPLE.model_copy(update={"memory_gib": memory_gib})
+        assert plan(machine, model, Layout(gpus=1)).fits is fit
+
+
+def test_experts_time_by_hand():
+    """Two all-to-alls each way, through a rank's own adapter where they leave the node."""
+    model = make_model(seq_len=4096, layers=1, experts=8, experts_per_token=2, expert_ffn=1024)
+    machine = slow(node=(100, 1), cluster=(10, 5)).model_copy(update={"gpus_per_node": 2})
+    sent = 4096 / 2 * 2 * 2048 * 2 * 3 / 4
+    once = sent / 10e9 + 2 * 5e-6
+    layout = Layout(gpus=8, tp=2, ep=4, global_batch=4, sequence_parallel=True)
+    for recompute, times in (("none", 4), ("full", 6)):
+        axis = plan(machine, model, replace(layout, recompute=recompute)).axes["EP"]
+        assert axis.size == 4 and axis.bytes == times * sent
+        assert axis.seconds == axis.exposed == pytest.approx(times * once)
+
+
+def test_products_of_a_layer_with_experts():
+    """The rank's own experts over the tokens that EP ranks send it; a shared one over its own."""
+    model = make_model(seq_len=4096, layers=1, experts=8, experts_per_token=2, expert_ffn=1024,
+                       shared_expert_ffn=512)  # fmt: skip
+    layout = Layout(gpus=8, tp=2, ep=4, global_batch=4, sequence_parallel=True)
+    products = layer_matmuls(model.shape, layout, 0)
+    rows = 4096 * 2 / 8 * 4
+    assert products[2:] == [
+        *[(rows, 2 * 1024 / 2, 2048), (rows, 2048, 1024 / 2)] * 2,
+        (4096, 2 * 512 / 2, 2048),
+        (4096, 2048, 512 / 2),
+    ]

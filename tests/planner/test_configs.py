@@ -1,18 +1,22 @@
-"""The shipped run files fit the GPUs that their comments name, by the planner; no Megatron."""
+"""Run files fit the GPUs that their comments name, and pages say what the planner says."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 from launches import ROOT
-from planner_cases import PLAIN
+from planner_cases import PLAIN, make_model
 
 from s2megatron.accounting import ModelShape
 from s2megatron.config import load_config
 from s2megatron.planner import memory
 from s2megatron.planner.constants import load_machine
-from s2megatron.planner.layout import Layout, Model, layout_of
+from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model, layout_of
 from s2megatron.planner.step import plan
+
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+import context_table
 
 CONFIGS = sorted((ROOT / "configs").glob("llama_*.yaml"))
 MEGATRONS = {
@@ -83,3 +87,44 @@ def test_memory_in_a_run_files_comment_is_the_planners(path):
         found = getattr(held, {"Adam": "optimizer"}.get(name, name)) / 2**30
         assert f"{found:.1f}" == gib, name
     assert len(stated) >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "gpus"), [("7B", 2**20, 8), ("70B", 2**20, 64)], ids=str
+)
+def test_the_documented_table_is_the_planners(name, tokens, gpus):
+    """docs/scaling.md and scaling-context.md, made again: one row of each model."""
+    config = dict(context_table.MODELS)[name]
+    model, base = read(ROOT / "configs" / f"{config}.yaml", 8)
+    machine = load_machine("h200")
+    plans = context_table.best_plans(machine, model, base, tokens, gpus)
+    row = context_table.summary_row(tokens, gpus, plans)
+    assert row in (ROOT / "docs/scaling.md").read_text().splitlines(), row
+    whole = (ROOT / "docs/scaling-context.md").read_text().splitlines()
+    peak = max(machine.matmul_tflops.values())
+    for line in (row, *context_table.layout_rows(tokens, gpus, plans, peak)):
+        assert line in whole, line
+
+
+PREDICTED = re.compile(r"\| (H\d00) \| (\d+)([kM]) \|(.*)\|$")
+
+
+def test_what_is_to_be_measured_is_written_down_before():
+    """The four-GPU predictions of docs/scaling.md: ms and GiB, by the planner of today."""
+    rows = [PREDICTED.match(line) for line in (ROOT / "docs/scaling.md").read_text().splitlines()]
+    found = [row.groups() for row in rows if row]
+    assert len(found) == 4
+    tp = {"tp": 4, "sequence_parallel": True}
+    columns = [(0, {"cp": 4}), (0, tp), *((24, {"cp": 4, "cp_comm": way}) for way in
+               (RING, GATHER, ULYSSES)), (24, tp)]  # fmt: skip
+    for gpu, number, unit, cells in found:
+        tokens = int(number) * {"k": 2**10, "M": 2**20}[unit]
+        for cell, (dense_layers, sizes) in zip(cells.split("|"), columns, strict=True):
+            if not cell.strip():
+                continue
+            layout = Layout(gpus=4, recompute="full", overlap_grad_reduce=True,
+                            overlap_param_gather=True, **sizes)  # fmt: skip
+            model = make_model(seq_len=tokens, dense_layers=dense_layers)
+            result = plan(load_machine(gpu.lower()), model, layout)
+            expected = f"{result.seconds * 1e3:,.0f} ({result.memory.total / 2**30:.1f})"
+            assert cell.strip() == expected and result.fits

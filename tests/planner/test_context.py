@@ -124,6 +124,21 @@ def test_buffers_are_those_of_the_exchanges_plan(name):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
+def test_the_first_of_many_ranks_receives_most(name):
+    """`exchanged` looks at 16 ranks, or at as many as a window spans."""
+    pattern, chunks = PATTERNS[name], zigzag(40, 640)
+    found = max(received_blocks(pattern, chunks, rank) for rank in range(40))
+    assert context.exchanged(pattern, 640, 40).received == found
+
+
+def test_a_window_over_many_chunks_is_needed_most_by_a_late_rank():
+    pattern, chunks = sliding_window(**HEADS, local_blocks=201), zigzag(40, 640)
+    received = [received_blocks(pattern, chunks, rank) for rank in range(40)]
+    assert max(received) > max(received[:16])
+    assert context.exchanged(pattern, 640, 40).received == max(received)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
 def test_zigzag_spreads_attention_evenly(name):
     """The model takes a rank's pairs to be the mean; windows alone are shorter at the start."""
     pattern, blocks, c = PATTERNS[name], 512, 4
@@ -390,7 +405,10 @@ def test_a_search_takes_cp_where_it_helps():
     assert {layout.cp for layout in layouts} == {1, 2, 4, 8, 16, 32}
     assert all(layout.misfit(model) == "" for layout in layouts)
     best = search(machine, model, base, 3)
-    assert best[0].layout.cp > 1 and best[0].layout.dp == 1
+    assert len(best) == 3 and best[0].layout.cp > 1 and best[0].layout.dp == 1
+    few = candidates(base, model, most_tp=8, most_cp=2)
+    assert few == [layout for layout in layouts if layout.cp <= 2]
+    assert {p.layout.cp for p in search(machine, model, base, most_cp=2)} == {1, 2}
     without = [plan(machine, model, x) for x in layouts if x.cp == 1]
     assert best[0].seconds < min((p.seconds for p in without if p.fits), default=float("inf"))
 

@@ -165,6 +165,28 @@ def test_our_own_runs_set_no_constant(dense_layers, ms, gib):
     assert abs(held / gib - 1) < 0.1
 
 
+# Tokens, layers dense, ms, GiB: on four H100s without Transformer Engine, TP=4 + SP, full recompute
+# (docs/scaling.md). The machine was not calibrated.
+FOUR = [
+    (2**18, 0, 3058, 31.2),
+    (2**18, 24, 16910, None),
+    (2**19, 0, 7525, 56.6),
+    (2**19, 24, 65745, None),
+]
+
+
+@pytest.mark.parametrize("tokens,dense_layers,ms,gib", FOUR)
+def test_four_gpus_set_no_constant(tokens, dense_layers, ms, gib):
+    layout = Layout(gpus=4, tp=4, sequence_parallel=True, recompute="full", fused=False)
+    result = plan(
+        load_machine("h100"), make_model(seq_len=tokens, dense_layers=dense_layers), layout
+    )
+    held = result.memory.total / 2**30
+    print(f"predicted {result.seconds * 1e3:.0f} ms, {held:.1f} GiB; measured {ms} ms, {gib} GiB")
+    assert abs(result.seconds * 1e3 / ms - 1) < 0.15
+    assert gib is None or abs(held / gib - 1) < 0.1
+
+
 RECORDED = sorted((ROOT / "docs/benchmarks/raw").glob("scaling-h200x2-*.json"))
 
 

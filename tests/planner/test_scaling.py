@@ -8,8 +8,11 @@ import sys
 import pytest
 import yaml
 from launches import ON_CPU, ROOT, TINY, write_run_file
+from planner_cases import make_model
 
 from s2megatron.errors import ConfigError
+from s2megatron.planner.constants import load_machine
+from s2megatron.planner.layout import Layout
 from s2megatron.planner.measured import (
     MeasuredRun,
     as_json,
@@ -96,8 +99,28 @@ def test_cases_of_weak_and_strong_scaling():
     assert strong == [("dp2", 2, 1, 1, 4)]
     with pytest.raises(ConfigError, match="tp3 on 4 GPUs with a batch of 4 do not divide"):
         chosen("--gpus", "4", "--mode", "weak", "--layouts", "tp3")
-    with pytest.raises(ConfigError, match="--layouts tp2cp2: must be"):
-        chosen("--gpus", "4", "--mode", "weak", "--layouts", "tp2cp2")
+    with pytest.raises(ConfigError, match="--layouts tp2ep2: must be"):
+        chosen("--gpus", "4", "--mode", "weak", "--layouts", "tp2ep2")
+    with pytest.raises(ConfigError, match="cp4 on 2 GPUs with a batch of 2 do not divide"):
+        chosen("--gpus", "2", "--mode", "weak", "--layouts", "cp4")
+
+
+def test_cases_over_context_parallel_ranks():
+    options = scaling_test.parse(["x.yaml", "--sequence", "1024", "--gpus", "4", "--mode", "strong",
+                                  "--layouts", "cp4,tp2cp2,cp2", "--batch", "2"])  # fmt: skip
+    found, _ = scaling_test.cases(options)
+    assert [(c.layout, c.tp, c.cp) for c in found if c.attention == "s2"] == [
+        ("cp4", 1, 4), ("tp2cp2", 2, 2), ("cp2", 1, 2)]  # fmt: skip
+    words = scaling_test.overrides_of(found[0], options, ROOT)
+    assert "megatron.context_parallel_size=4" in words
+    assert "megatron.tensor_model_parallel_size=1" in words
+
+    class Read(scaling_test.Planner):
+        def __init__(self):  # without Megatron
+            self.machine, self.model = load_machine("h100"), make_model(seq_len=1024)
+            self.layout = Layout(gpus=1)
+
+    assert Read().predict(found[0]).layout == Layout(gpus=4, cp=4, global_batch=2)
 
 
 def test_recompute_is_an_axis_of_its_own():

@@ -3,8 +3,11 @@
 import io
 import random
 import shutil
+import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from s2megatron.training import checkpoint_choice, output
 from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_content import (
     CHECKSUMS,
+    checksums_at_the_end_of_a_save,
     damaged_parts,
     share,
     stored_parts,
@@ -119,6 +123,31 @@ def test_files_that_say_what_the_others_hold(folder, name):
     assert "does not hold what was written" in damage(checkpoint)
 
 
+def test_checksums_come_at_the_end_of_a_save(written, tmp_path, monkeypatch):
+    """Of what Megatron has written last; a folder that is no torch_dist checkpoint gets none."""
+    checkpoint, other = tmp_path / "iter_0000001", tmp_path / "other"
+    shutil.copytree(written, checkpoint)
+    (checkpoint / CHECKSUMS).unlink()
+    other.mkdir()
+    calls = []
+
+    def save_config(config, folder):
+        calls.append(config)
+        (Path(folder) / "metadata.json").write_text(config)
+
+    saving = SimpleNamespace(save_config=save_config)
+    module = SimpleNamespace(serialization=saving)
+    monkeypatch.setitem(sys.modules, "megatron.core.dist_checkpointing", module)
+    for _ in range(2):  # a process may run twice
+        checksums_at_the_end_of_a_save()
+    for folder in (checkpoint, other):
+        saving.save_config("{}", str(folder))
+    assert calls == ["{}", "{}"] and damage(checkpoint) == ""
+    assert (checkpoint / CHECKSUMS).exists() and not (other / CHECKSUMS).exists()
+    saving.save_config("{ }", str(checkpoint))  # saved again
+    assert damage(checkpoint) == ""
+
+
 def test_random_bytes_in_metadata_never_raise_anything_else(written, tmp_path):
     checkpoint = tmp_path / "one"
     shutil.copytree(written, checkpoint)
@@ -154,7 +183,9 @@ def on_ranks(folder, read_all: bool, ranks: int) -> list:
         except ConfigError as error:
             results[rank] = str(error)
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    threads = [
+        threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(ranks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -186,6 +217,21 @@ def test_every_rank_hears_that_nothing_is_undamaged(folder):
     assert len(set(refused)) == 1
     assert "no complete checkpoint is undamaged" in refused[0]
     assert all(f"iter_00000{number} is damaged" in refused[0] for number in (10, 20, 30))
+
+
+def test_what_one_rank_cannot_read_is_damage_to_all(folder, monkeypatch):
+    """As where a node does not see what the others do."""
+    whole = checkpoint_choice.stored_parts
+
+    def on_some_node(checkpoint):
+        if threading.current_thread().name == "rank 1" and checkpoint.name == "iter_0000030":
+            raise ValueError(".metadata cannot be read (it is not there)")
+        return whole(checkpoint)
+
+    monkeypatch.setattr(checkpoint_choice, "stored_parts", on_some_node)
+    (first, notes), other = on_ranks(folder, True, 2)
+    assert first == 20 and other == (20, [])
+    assert ".metadata cannot be read (it is not there) (as rank 1 on " in "".join(notes)
 
 
 def test_without_verify_only_sizes_count(folder):
