@@ -64,20 +64,20 @@ def s2_attention(
         RuntimeError: forward-mode AD, torch.func, or, but for "blocked", a second derivative:
             only "reference" has them all.
     """
-    _check(q, k, v, pattern, q_offset, dims=4)
-    backend = _choose(backend, q, k, v)
+    scale = check_scale(softmax_scale, q)
+    plan = None
+    if backend in ON_GPU and q.is_cuda and not torch.compiler.is_compiling():
+        # What ran before was checked before: the same shapes, strides, types and devices.
+        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        plan = ops.known_plan(q, k, v, problem)
+    if plan is None:
+        _check(q, k, v, pattern, q_offset, dims=4)
+        backend = _choose(backend, q, k, v)
     if backend != "reference":
         refuse_other_modes("s2_attention", q, k, v)
-    scale = check_scale(softmax_scale, q)
     if backend in ON_GPU:
-        problem = ops.Problem(
-            pattern=pattern.key,
-            softmax_scale=scale,
-            q_offset=q_offset,
-            deterministic=deterministic,
-            backend=backend,
-        )
-        out, lse = ops.attend(q, k, v, None, None, problem)
+        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        out, lse = ops.attend(q, k, v, None, None, problem, plan)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
@@ -129,15 +129,9 @@ def s2_attention_backward(
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    problem = ops.Problem(
-        pattern=pattern.key,
-        softmax_scale=scale,
-        q_offset=q_offset,
-        deterministic=deterministic,
-        backend=backend,
-    )
+    problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
     with torch.no_grad():
-        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *problem.fields)
+        return ops.gradients(q, k, v, out, lse, dout, None, None, None, problem)
 
 
 def s2_attention_varlen(

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.pattern import LayerPattern
-from s2_vllm.rules import HeldBlocks
+from s2_vllm.rules import HeldBlocks, places
 from s2_vllm.spec import S2Spec
 
 
@@ -249,7 +249,10 @@ class S2Attention(Attention):
             attn_backend=S2Backend,
         )
         self.pattern, self._pools_of = pattern, None
-        self.specs = tuple(self._spec(head, config.max_in_flight_tokens) for head in held)
+        self.specs = tuple(
+            self._spec(head, place, config.max_in_flight_tokens)
+            for head, place in zip(held, places(held), strict=True)
+        )
         name = stock.layer_name
         # In a tuple: as submodules they would appear in the state dict.
         self.other_heads = tuple(
@@ -257,7 +260,7 @@ class S2Attention(Attention):
             for head, spec in enumerate(self.specs[1:], 1)
         )
 
-    def _spec(self, held: HeldBlocks, in_flight: int) -> S2Spec:
+    def _spec(self, held: HeldBlocks, place: int, in_flight: int) -> S2Spec:
         return S2Spec(
             block_size=held.block_size,
             num_kv_heads=1,
@@ -265,6 +268,7 @@ class S2Attention(Attention):
             dtype=self.kv_cache_torch_dtype,
             rules=held.rules,
             in_flight=in_flight,
+            place=place,
         )
 
     def get_kv_cache_spec(self, vllm_config) -> S2Spec:

@@ -6,10 +6,13 @@ vLLM calls `check_and_set` with the whole configuration in the process that the 
 import logging
 
 import vllm
+import vllm.platforms
 
+from s2_kernels.api import TRITON_HEAD_SIZES
 from s2_kernels.cache import alive_pages
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.record import read_record
+from s2_kernels.versions import NO_TRITON
 from s2_vllm.rules import held_share
 from s2_vllm.versions import not_tried, too_old
 
@@ -52,6 +55,7 @@ def check_and_set(config) -> None:
             f"{', '.join(ARCHITECTURES)}"
         )
     patterns = _read_patterns(record, model.hf_text_config, where)
+    _check_kernels(vllm.platforms.current_platform, model.get_head_size(), where)
     _refuse_options(config, where)
     _check_parallel(config.parallel_config, patterns[0])
     _set_block_size(config.cache_config, patterns[0].block_size, where)
@@ -124,6 +128,25 @@ def _refuse_options(config, where: str) -> None:
             )
 
 
+def _check_kernels(platform, head_size: int, where: str) -> None:
+    """Raises ValueError where the kernels cannot run; on the CPU PyTorch computes, slowly."""
+    if platform.is_cpu():
+        return
+    if not platform.is_cuda():
+        raise ValueError(
+            f"{where} has an 's2' key, and the S2 kernels run on NVIDIA GPUs and, to try things "
+            f"out, on the CPU; this vLLM is for {platform.device_name}"
+        )
+    if NO_TRITON:
+        raise ValueError(f"{where} has an 's2' key, and the S2 kernels need Triton: {NO_TRITON}")
+    if head_size not in TRITON_HEAD_SIZES:
+        raise ValueError(
+            f"{where}: head_dim={head_size}: the S2 kernels take {TRITON_HEAD_SIZES[0]} to "
+            f"{TRITON_HEAD_SIZES[-1]} in multiples of 16; serve it with transformers "
+            "(s2megatron.hf.load)"
+        )
+
+
 def _check_parallel(parallel, pattern: LayerPattern) -> None:
     """Raises ValueError where heads do not divide over the tensor-parallel ranks."""
     size = parallel.tensor_parallel_size
@@ -162,7 +185,7 @@ def _tell(model, ranks: int, patterns: tuple[LayerPattern, ...]) -> None:
         "dense); %d of %d KV heads are dense", tokens, pages, full, size, full / pages, dense,
         sum(pattern.kv_heads for pattern in patterns),
     )  # fmt: skip
-    share = max(held_share(pattern, ranks, tokens) for pattern in patterns)
+    share = max(held_share(pattern, ranks, tokens) for pattern in set(patterns))
     if share > 1.05:
         logger.warning(
             "--tensor-parallel-size %d: the ranks' heads keep different blocks, and a page table "

@@ -97,6 +97,14 @@ def held_by_ranks(pattern: LayerPattern, ranks: int) -> tuple[HeldBlocks, ...]:
     )
 
 
+def places(held: tuple[HeldBlocks, ...]) -> list[int]:
+    """Per head of a layer, how many heads before it are equal; 0 for all that are dense."""
+    return [
+        0 if all(rule.is_dense for rule in one.rules) else held[:i].count(one)
+        for i, one in enumerate(held)
+    ]
+
+
 def _order(rule: HeadRule):
     return rule.bands, rule.shift
 

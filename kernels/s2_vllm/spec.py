@@ -135,10 +135,14 @@ class S2Spec(AttentionSpec):
     Attributes:
         rules: of the heads in this place on all tensor-parallel ranks (rules.HeldBlocks).
         in_flight: the most tokens that are scheduled and not yet computed, of all requests.
+        place: which of its layer's heads with these rules it is, from 0 on. So heads of a layer
+            that have equal rules come into groups of their own, and with it into one tensor: one
+            launch. Dense heads are all 0: of few dense layers, groups would be smaller than others.
     """
 
     rules: tuple[HeadRule, ...]
     in_flight: int
+    place: int = 0
 
     @property
     def held(self) -> HeldBlocks:

@@ -52,11 +52,11 @@ def test_query_tiles_that_see_all_keys_are_dealt_out_evenly():
     assert np.bincount(owners(dealt)).tolist() == [1] * 132
 
 
-@pytest.mark.parametrize("programs", [3, 132])
+@pytest.mark.parametrize("programs, longest", [(3, None), (132, None), (132, 7)])
 @pytest.mark.parametrize("s, t, q_offset", OFFSETS)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_every_column_once_and_each_piece(pattern, s, t, q_offset, programs):
-    work = column_pairs(pattern, s, 2, programs, CPU, t, q_offset)
+def test_every_column_once_and_each_piece(pattern, s, t, q_offset, programs, longest):
+    work = column_pairs(pattern, s, 2, programs, CPU, t, q_offset, longest)
     columns, slots = -(-t // 64), []
     seen = {}
     for head, first, second, piece, pieces, slot, sequence in work.items.tolist():
@@ -76,6 +76,17 @@ def test_every_column_once_and_each_piece(pattern, s, t, q_offset, programs):
     for (_, head, column), parts in seen.items():
         assert (len(parts) > 1) == ((head, column) in cut)
         assert len(parts) == cut.get((head, column), (0, 1))[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_no_piece_is_longer_than_asked(pattern):
+    n, rows, per_block = 5000, 79, pattern.block_size // 64
+    for head, *columns, _, pieces, _, _ in column_pairs(
+        pattern, n, 1, 3, CPU, longest=7
+    ).items.tolist():
+        blocks = [column // per_block for column in columns if column >= 0]
+        ends = [(block + pattern.lifetime(head, block)) * per_block for block in blocks]
+        assert -(-(min(max(ends), rows) - columns[0]) // pieces) <= 7
 
 
 @pytest.mark.parametrize("programs", [3, 132])

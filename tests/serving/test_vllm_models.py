@@ -15,6 +15,8 @@ from vllm_cases import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPARSITY = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}}
+# Both KV heads keep the same blocks, and have page tables of their own all the same: one launch.
+EQUAL_HEADS = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4, "homogeneous": True}}
 MODEL_LEN = dict(max_model_len=256)
 OTHERS = [name for name in MODELS if name != "llama"]  # which test_vllm.py serves at length
 PROMPTS = random_tokens(130, 21)
@@ -74,7 +76,9 @@ def folders(tmp_path_factory):
     # vLLM's CPU kernel takes experts in tiles of 32, gate and up by turns
     sizes = {"qwen3_moe": dict(moe_intermediate_size=64)}
     return {
-        name: make_folder(name, place, SPARSITY, **sizes.get(name, {}))
+        name: make_folder(
+            name, place, EQUAL_HEADS if name == "qwen2" else SPARSITY, **sizes.get(name, {})
+        )
         for name, place in places.items()
     }
 
@@ -120,6 +124,7 @@ def test_an_architecture_gives_the_tokens_of_transformers(name, folders, reports
     assert [len(new) for new in tokens] == [NEW] * len(PROMPTS)
     assert tokens == chosen_tokens(folders[name], PROMPTS, tokens)
     assert report["rounds"][0]["free_after"] == 399
+    assert report["layers_of_groups"] == [4, 4]
 
 
 @pytest.mark.parametrize("name", REFUSED)

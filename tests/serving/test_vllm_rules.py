@@ -1,12 +1,16 @@
 """What vLLM holds for a KV head, against lifetimes counted block by block. No vLLM is needed."""
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2_kernels import dense, local_stride, ranges
 from s2_kernels.pattern import FOREVER, Band, HeadRule
-from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share
+from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share, places
 from s2_vllm.versions import not_tried, too_old
 
 
@@ -96,6 +100,58 @@ def test_ranges_that_end_hold_no_more_at_any_length():
     pattern = ranges(heads=2, block_size=16, bands=[(2, 1), (8, 4)])
     (one, _) = held_by_ranks(pattern, 1)
     assert one.most(1 << 20, 16) == one.most(1 << 14, 16) < 8
+
+
+def test_equal_heads_of_a_layer_have_places_of_their_own():
+    pattern = local_stride(heads=8, block_size=16, local_blocks=2, stride=4, dense_heads=2)
+    assert places(held_by_ranks(pattern, 1)) == [0, 0, 0, 0, 1, 1, 0, 0]
+
+
+class Platform(SimpleNamespace):
+    device_name = "some TPU"
+
+    def is_cpu(self):
+        return self.kind == "cpu"
+
+    def is_cuda(self):
+        return self.kind == "cuda"
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """s2_vllm.checks, which asks vLLM for its version and platform and for nothing else."""
+    fake = SimpleNamespace(__version__="0.25.1")
+    for name in ("vllm", "vllm.platforms"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "s2_vllm.checks", raising=False)
+    yield importlib.import_module("s2_vllm.checks")
+    sys.modules.pop("s2_vllm.checks")
+
+
+def test_an_old_vllm_serves_what_has_no_key_and_refuses_the_rest(checks):
+    model = SimpleNamespace(model="my-model", hf_text_config=SimpleNamespace())
+    checks.check_and_set(SimpleNamespace(model_config=model))
+    model.hf_text_config.s2 = {}
+    with pytest.raises(ValueError, match=r"^my-model/config.json .* 0\.25\.1 .* vllm==0\.26\.0$"):
+        checks.check_and_set(SimpleNamespace(model_config=model))
+
+
+@pytest.mark.parametrize("kind, head_size, no_triton, message", [
+    ("cpu", 8, "triton is not installed", None),
+    ("cuda", 96, None, None),
+    ("cuda", 8, None, "head_dim=8: the S2 kernels take 32 to 256"),
+    ("cuda", 64, "triton is not installed", "need Triton: triton is not installed"),
+    ("tpu", 64, None, "this vLLM is for some TPU"),
+])  # fmt: skip
+def test_a_gpu_that_cannot_run_the_kernels(
+    checks, monkeypatch, kind, head_size, no_triton, message
+):
+    monkeypatch.setattr(checks, "NO_TRITON", no_triton)
+    case = (Platform(kind=kind), head_size, "config.json")
+    if message is None:
+        return checks._check_kernels(*case)
+    with pytest.raises(ValueError, match=message):
+        checks._check_kernels(*case)
 
 
 @pytest.mark.parametrize("version, old, said", [

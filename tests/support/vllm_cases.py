@@ -1,5 +1,6 @@
 """vLLM for tests: the environment that has it, models to serve, and a process that serves them."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,14 +18,20 @@ from s2_kernels.record import record
 from s2megatron.config import parse_config
 
 VLLM = Path(sys.prefix) / "vllm"
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two ranks want a NUMA node each
+    "TORCH_COMPILE_DISABLE": "1",  # compiling what samples takes 10 s
+    "OMP_NUM_THREADS": "1",
+}
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, changes=ON_CPU) -> dict[str, str]:
     """To run vLLM in: its packages beside ours, and the plugin's entry point as pip leaves it.
 
     Skips the test where vLLM is not installed.
     """
-    if not (VLLM / "vllm").exists():
+    if not (VLLM / "vllm").exists() and importlib.util.find_spec("vllm") is None:
         pytest.skip(f"no vLLM in {VLLM}: scripts/test.sh could not install it")
     project = tomllib.loads((ROOT / "kernels/pyproject.toml").read_text())["project"]
     info = folder / "s2_kernels-0.1.0.dist-info"
@@ -37,7 +44,10 @@ def environment(folder: Path) -> dict[str, str]:
         )
     )
     paths = [VLLM, ROOT / "kernels", folder]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    always = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    always["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**kept, **always, **changes}
 
 
 def make_folder(name: str, folder: Path, sparsity: dict, **changes) -> Path:
@@ -77,13 +87,17 @@ def chosen_tokens(folder: Path, prompts: list[list[int]], tokens: list[list[int]
     return out
 
 
-def serve(jobs: list[dict], folder: Path) -> list[dict]:
+def serve(jobs: list[dict], folder: Path, changes=ON_CPU) -> list[dict]:
     """Runs vllm_worker.py; a report per job."""
     files = [folder / "jobs.json", folder / "reports.json"]
     files[0].write_text(json.dumps(jobs))
     command = [sys.executable, str(ROOT / "tests/support/vllm_worker.py"), *map(str, files)]
     done = subprocess.run(
-        command, env=environment(folder / "site"), capture_output=True, text=True, timeout=600
+        command,
+        env=environment(folder / "site", changes),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder / "log.txt").write_text(done.stdout + done.stderr)

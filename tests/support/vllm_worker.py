@@ -12,17 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler can be looked at
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "INFO",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TORCH_COMPILE_DISABLE": "1",  # compiling what samples takes 10 s
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or two ranks want a NUMA node each
-}
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler can be looked at
 
 ALWAYS = dict(skip_tokenizer_init=True, enforce_eager=True, dtype="float32")
 

@@ -103,6 +103,19 @@ def test_no_byte_that_torch_would_read_differently_is_overlooked(written, tmp_pa
     assert seen > 400  # the rest is padding, and fields that nothing reads
 
 
+def test_everything_that_torch_writes_is_as_written(tmp_path):
+    """A tensor without elements has no sum behind it; a converted model holds some of these."""
+    state = {
+        "empty": torch.empty(0), "one": torch.tensor(1.0), "bf16": torch.ones(3).bfloat16(),
+        "bytes": torch.ones(7, dtype=torch.uint8), "object": {"a": [1, "é"]}, "none": None,
+        "mask": torch.ones(2, 2, dtype=torch.bool), "view": torch.arange(10.0)[::2],
+        "large": torch.zeros(1 << 20),
+    }  # fmt: skip
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    parts = stored_parts(tmp_path)
+    assert len(parts) == len(state) and damaged_parts(tmp_path, parts, 2) == []
+
+
 def test_damage_is_told_file_by_file(folder):
     checkpoint = iteration_dir(folder, 30)
     (checkpoint / FILE).rename(checkpoint / "elsewhere")
@@ -292,3 +305,9 @@ def test_verify_command(folder, capsys):
     assert "1 of 3 checkpoints damaged" in said.err and said.out.count("as written, ") == 2
     assert main(["verify", str(iteration_dir(folder, 10))]) == 0
     assert main(["verify", str(folder.parent / "nowhere")]) == 2
+    converted = folder.parent / "converted"
+    iteration_dir(folder, 10).rename(converted.parent / "release")
+    converted.mkdir()
+    (converted.parent / "release").rename(converted / "release")
+    assert main(["verify", str(converted)]) == 0
+    assert f"{converted}/release: as written" in capsys.readouterr().out

@@ -48,7 +48,7 @@ from s2_kernels.hopper.primitives import (
     term_lead,
     write_notes,
 )
-from s2_kernels.launch import Packing, device_table, pad
+from s2_kernels.launch import Packing, device_table, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
@@ -400,7 +400,7 @@ def launch_hopper_dq(
     rows = term_rows(s, packing.n_seqs) if packing else -(-(lead + s) // 4) * 4  # 16 bytes, for TMA
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
     work = query_items(pattern, q, packing, reach)
-    s2_hopper_dq_kernel[(work.programs,)](
+    on_grid(s2_hopper_dq_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),

@@ -54,7 +54,7 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write_notes,
 )
-from s2_kernels.launch import device_table
+from s2_kernels.launch import device_table, on_grid
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import head_offset, load_rule
 
@@ -314,7 +314,7 @@ def launch_hopper_dq_wide(
     b, s, h, d, *_ = extents(q)
     reach = reach_of(q, k, pattern, q_offset)
     work = query_items(pattern, q, None, reach)
-    s2_hopper_dq_wide_kernel[(work.programs,)](
+    on_grid(s2_hopper_dq_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),

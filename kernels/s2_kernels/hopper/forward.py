@@ -54,7 +54,7 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
-from s2_kernels.launch import Packing, device_table, empty_like, pad
+from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
 
@@ -451,7 +451,7 @@ def launch_hopper_forward(
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     reach = reach_of(q, k, pattern, q_offset)
     work = query_items(pattern, q, packing, reach)
-    s2_hopper_forward_kernel[(work.programs,)](
+    on_grid(s2_hopper_forward_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),

@@ -62,7 +62,7 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
-from s2_kernels.launch import device_table, empty_like
+from s2_kernels.launch import device_table, empty_like, on_grid
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, load_rule
 
@@ -382,7 +382,7 @@ def launch_hopper_forward_wide(
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     reach = reach_of(q, k, pattern, q_offset)
     work = query_items(pattern, q, None, reach)
-    s2_hopper_forward_wide_kernel[(work.programs,)](
+    on_grid(s2_hopper_forward_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
