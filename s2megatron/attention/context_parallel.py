@@ -30,8 +30,8 @@ Cut = Callable[[int, int], Sequence[Chunks]]
 class ContextAttention:
     """`s2_attention` of one layer, over all tokens of its context-parallel group.
 
-    A group of one is no special case: its one chunk is the sequence, and nothing is exchanged. Only
-    there may the sequence end within a block.
+    A group of one calls the kernels on what it has, and does nothing else. Only there may the
+    sequence end within a block.
 
     Args:
         pattern: for this tensor-parallel rank's heads.
@@ -62,10 +62,14 @@ class ContextAttention:
         Raises:
             ValueError: s does not divide into whole blocks on every rank.
         """
+        if self.group.size() == 1:
+            return s2_attention(q, k, v, self.pattern, softmax_scale=self.scale)
         return _Attend.apply(q, k, v, self)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out [b, s, h, dv] and lse [b, h, s], outside of autograd."""
+        if self.group.size() == 1:
+            return s2_attention(q, k, v, self.pattern, softmax_scale=self.scale, return_lse=True)
         plan = self._plan(q)
         buffers = _Buffers(plan, self._swap(plan, _pack(plan.send, k, v, self._block)), k, v)
         outs, lses = [], []
@@ -107,6 +111,8 @@ class ContextAttention:
         Near and far are each a part of one softmax: with its out and lse they give their parts of
         the gradients, which are added.
         """
+        if self.group.size() == 1:
+            return self._part((q, out, dout), lse, k, v, self.pattern, 0)
         plan = self._plan(q)
         buffers = _Buffers(plan, self._swap(plan, _pack(plan.send, k, v, self._block)), k, v)
         dqs, own = [], []
@@ -155,12 +161,12 @@ class ContextAttention:
 
     def _plan(self, q: Tensor) -> RankPlan:
         ranks, tokens = self.group.size(), q.shape[1]
-        if ranks > 1 and tokens % self._block:
+        if tokens % self._block:
             raise ValueError(
                 f"{tokens} tokens on a context-parallel rank: must be a multiple of the block of "
                 f"{self._block} tokens"
             )
-        blocks = -(-tokens // self._block) * ranks
+        blocks = tokens // self._block * ranks
         return _device_plan(self.pattern, self.cut, ranks, self.group.rank(), blocks, q.device)
 
     def _tokens(self, view: ChunkView) -> slice:
@@ -179,8 +185,6 @@ class ContextAttention:
         """Rows [R, b, B, d + dv] to the ranks that need them; gradients go `home`, the same way."""
         counts = [plan.send_counts, plan.receive_counts]
         leaving, coming = counts[::-1] if home else counts
-        if self.group.size() == 1:
-            return rows
         result = rows.new_empty(sum(coming), *rows.shape[1:])
         dist.all_to_all_single(result, rows, list(coming), list(leaving), group=self.group)
         from_others = sum(coming) - coming[plan.rank]
