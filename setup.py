@@ -1,4 +1,4 @@
-"""Two packages: s2_kernels (torch and triton only) and s2megatron (the Megatron Core plugin)."""
+"""Packages: s2_kernels (torch and triton only), s2_vllm (a vLLM plugin), s2megatron (Megatron)."""
 
 import tomllib
 from pathlib import Path
@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.12",
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
     packages=[*find_packages("kernels"), *find_packages(include=["s2megatron*"])],
-    package_dir={"s2_kernels": "kernels/s2_kernels"},
+    package_dir={name: f"kernels/{name}" for name in ("s2_kernels", "s2_vllm")},
     package_data={"s2megatron.planner": ["gpus/*.yaml"]},
     install_requires=[
         *KERNELS["dependencies"],
@@ -49,5 +49,11 @@ setup(
         # transformer-engine-torch builds from source; docs/install.md has the command
         "te": ["transformer-engine[pytorch]>=2.9"],
     },
-    entry_points={"console_scripts": ["s2megatron=s2megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["s2megatron=s2megatron.cli:main"],
+        **{
+            group: [f"{name}={value}" for name, value in points.items()]
+            for group, points in KERNELS["entry-points"].items()
+        },
+    },
 )

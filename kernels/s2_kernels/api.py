@@ -49,7 +49,8 @@ def s2_attention(
             can, saying once where it cannot, and "triton". "triton": head sizes 32 to 256 in
             multiples of 16, bfloat16, float16 and float32, a contiguous last dimension, compute
             capability 8.0. "hopper": the kernels for compute capability 9.0 (head sizes 48 to 256,
-            blocks from 64 on, 16-bit types, q_offset 0, as many keys as queries).
+            blocks from 64 on, 16-bit types; no query past the last key, or with a dense pattern
+            all past a multiple of 64 keys; at least 128 queries where there are more keys).
             "blocked": PyTorch, any device. "reference": dense mask, for tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
             in an order that varies. The other backends, which always do, do not read it.
@@ -63,20 +64,20 @@ def s2_attention(
         RuntimeError: forward-mode AD, torch.func, or, but for "blocked", a second derivative:
             only "reference" has them all.
     """
-    _check(q, k, v, pattern, q_offset, dims=4)
-    backend = _choose(backend, q, k, v)
+    scale = check_scale(softmax_scale, q)
+    plan = None
+    if backend in ON_GPU and q.is_cuda and not torch.compiler.is_compiling():
+        # What ran before was checked before: the same shapes, strides, types and devices.
+        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        plan = ops.known_plan(q, k, v, problem)
+    if plan is None:
+        _check(q, k, v, pattern, q_offset, dims=4)
+        backend = _choose(backend, q, k, v)
     if backend != "reference":
         refuse_other_modes("s2_attention", q, k, v)
-    scale = check_scale(softmax_scale, q)
     if backend in ON_GPU:
-        problem = ops.Problem(
-            pattern=pattern.key,
-            softmax_scale=scale,
-            q_offset=q_offset,
-            deterministic=deterministic,
-            backend=backend,
-        )
-        out, lse = ops.attend(q, k, v, None, None, problem)
+        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        out, lse = ops.attend(q, k, v, None, None, problem, plan)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
@@ -128,15 +129,9 @@ def s2_attention_backward(
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
         return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    problem = ops.Problem(
-        pattern=pattern.key,
-        softmax_scale=scale,
-        q_offset=q_offset,
-        deterministic=deterministic,
-        backend=backend,
-    )
+    problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
     with torch.no_grad():
-        return ops.attention_backward(q, k, v, out, lse, dout, None, None, None, *problem.fields)
+        return ops.gradients(q, k, v, out, lse, dout, None, None, None, problem)
 
 
 def s2_attention_varlen(

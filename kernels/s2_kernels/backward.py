@@ -18,9 +18,18 @@ import triton.language as tl
 from s2_kernels.backward_dkdv import launch_dkdv
 from s2_kernels.backward_dq import launch_dq
 from s2_kernels.configs import FUSED, TileConfig, backward_config, fit
-from s2_kernels.launch import Packing, capability, empty_like, head_major, pad, rows_and_heads
+from s2_kernels.launch import (
+    Packing,
+    capability,
+    empty_like,
+    head_major,
+    on_grid,
+    pad,
+    rows_and_heads,
+)
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, head_offset, load_rows
+from s2_kernels.recording import CannotRecordError, Operand
 
 TERM_ROWS = 64
 """Rows of a program of the row terms kernel."""
@@ -85,9 +94,8 @@ def row_terms(out, lse, dout, dlse, lead: int = 0) -> tuple[torch.Tensor, torch.
     out_heads, dout_heads = head_major(out), head_major(dout)
     b, h, s, dv = out_heads.shape
     rows = -(-(lead + s) // 4) * 4  # 16 bytes: what TMA asks of strides
-    delta = torch.empty((b, h, rows), dtype=torch.float32, device=out.device)
-    lse2 = torch.empty_like(delta)
-    s2_row_terms_kernel[(triton.cdiv(rows, TERM_ROWS), h * b)](
+    lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
+    on_grid(s2_row_terms_kernel, (triton.cdiv(rows, TERM_ROWS), h * b))(
         out,
         dout,
         lse,
@@ -157,6 +165,8 @@ def launch_backward(
         launch_dkdv(*inputs, dk, dv, *common, dkdv_config, precision, slots=slots)
         launch_dq(*inputs, dq, *common, dq_config, precision)
         return dq, dk, dv
+    if isinstance(q, Operand):
+        raise CannotRecordError("sums of dq in a buffer")
     b, _, s, d = head_major(q).shape
     for kv_heads, heads in _head_chunks(q, k, v):
         shape = (b, len(heads), s, d)

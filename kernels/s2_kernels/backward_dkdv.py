@@ -20,6 +20,7 @@ from s2_kernels.launch import (
     descriptor,
     device_table,
     head_major,
+    on_grid,
     pad,
     row_descriptor,
     rows_and_heads,
@@ -277,11 +278,11 @@ def launch_dkdv(
     )
     sizes = dict(D=d, DV=d_v, BLOCK_D=pad(d), BLOCK_DV=pad(d_v), N=config.block_n)
     shape = (work.n_slots * n_seqs, config.block_n, pad(d) + pad(d_v))
-    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    partial = lse2.new_empty(shape)
     # TMA cannot stop at the end of a packed sequence; what follows it may be NaN, and NaN * 0 too.
     tma = config.tma and not packing and takes_descriptor(q_heads) and takes_descriptor(dout_heads)
     tma_add = tma_add and dq_sum is not None and takes_descriptor(dq_sum)
-    s2_dkdv_kernel[(len(work.items) * n_seqs,)](
+    on_grid(s2_dkdv_kernel, (len(work.items) * n_seqs,))(
         q,
         k,
         v,
@@ -346,7 +347,7 @@ def add_pieces(
         return
     dk_heads, dv_heads = head_major(dk), head_major(dv)
     n_seqs = packing.n_seqs if packing else dk_heads.shape[0]
-    s2_add_pieces_kernel[(len(work.cut) * n_seqs,)](
+    on_grid(s2_add_pieces_kernel, (len(work.cut) * n_seqs,))(
         partial,
         dk,
         dv,

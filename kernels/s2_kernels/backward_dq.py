@@ -15,6 +15,7 @@ from s2_kernels.launch import (
     descriptor,
     device_table,
     head_major,
+    on_grid,
     pad,
     rows_and_heads,
     takes_descriptor,
@@ -132,7 +133,7 @@ def launch_dq(
     n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
     m = config.block_m
     n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
-    s2_dq_kernel[(n_tiles, h, n_seqs)](
+    on_grid(s2_dq_kernel, (n_tiles, h, n_seqs))(
         q,
         k,
         v,

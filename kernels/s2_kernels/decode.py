@@ -36,7 +36,7 @@ from s2_kernels.decode_lists import (
     share_of,
     tile_blocks,
 )
-from s2_kernels.launch import capability, device_table, pad
+from s2_kernels.launch import capability, device_table, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
 
@@ -425,8 +425,8 @@ def launch_decode(
         programs: how many share the work (default: as many as run at a time).
     """
     b, s, h, _ = q.shape
-    out = q.new_empty(b, s, h, v_pages.shape[-1])
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    out = q.new_empty((b, s, h, v_pages.shape[-1]))
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
     group = h // pattern.kv_heads
     m, tokens = _rows(s, group)
     # So many query tokens at once that no launch has more than MOST_UNITS units.
@@ -451,10 +451,10 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     programs = programs or config.per_sm * multiprocessors(q.device)
     n_tiles_q = triton.cdiv(s, tokens)
     units, rows = b * kv_heads * n_tiles_q, tokens * group
-    part = torch.empty((programs + units, rows, dv), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((programs + units, rows), dtype=torch.float32, device=q.device)
-    ends = torch.empty(units, dtype=torch.int32, device=q.device)
-    s2_decode_kernel[(programs,)](
+    part = lse.new_empty((programs + units, rows, dv))
+    part_lse = lse.new_empty((programs + units, rows))
+    ends = lengths.new_empty((units,))
+    on_grid(s2_decode_kernel, (programs,))(
         q,
         k_pages,
         v_pages,
@@ -497,7 +497,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         **({"launch_pdl": True} if pdl else {}),
     )
     merge_rows = 1 if rows <= 16 else 16
-    s2_merge_kernel[(units, triton.cdiv(rows, merge_rows))](
+    on_grid(s2_merge_kernel, (units, triton.cdiv(rows, merge_rows)))(
         out,
         lse,
         part,
@@ -538,7 +538,7 @@ def launch_write(
     (b, s, kv_heads, d), dv, size = k.shape, v.shape[-1], pattern.block_size
     rows = min(size, 32)
     groups = triton.cdiv(s - 1, rows) + 1
-    s2_write_kernel[(groups, kv_heads, b)](
+    on_grid(s2_write_kernel, (groups, kv_heads, b))(
         k,
         v,
         k_pages,

@@ -24,6 +24,7 @@ from s2_kernels.launch import (
     device_table,
     empty_like,
     head_major,
+    on_grid,
     pad,
     rows_and_heads,
     takes_descriptor,
@@ -163,13 +164,13 @@ def launch_forward(
     config = fit(config, pattern.block_size, gather=True)
     out = empty_like(q, dv)
     out_heads = head_major(out)
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
     # TMA cannot stop at the end of a packed sequence; what follows it may be NaN, and NaN * 0 too.
     tma = config.tma and not packing and takes_descriptor(k_heads) and takes_descriptor(v_heads)
     n_seqs, max_q = (packing.n_seqs, packing.max_q) if packing else (b, s)
     m = config.block_m
     n_tiles = (q_offset + max_q - 1) // m - q_offset // m + 1
-    s2_forward_kernel[(n_tiles, h, n_seqs)](
+    on_grid(s2_forward_kernel, (n_tiles, h, n_seqs))(
         q,
         k,
         v,

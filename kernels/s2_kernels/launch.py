@@ -4,9 +4,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from s2_kernels.pattern import LayerPattern
+from s2_kernels.recording import Operand, recorder_of
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,43 @@ class Packing:
         return len(self.cu_q) - 1
 
 
+def on_grid(kernel, grid: tuple[int, ...]):
+    """`kernel[grid]`: the function that launches it, or notes the launch where operands come in."""
+
+    def launch(*args, **constants) -> None:
+        recorder = recorder_of(args)
+        if recorder is None:
+            kernel[grid](*args, **constants)
+        else:
+            recorder.note(kernel, grid, args, constants)
+
+    return launch
+
+
 def pad(size: int) -> int:
     """The extent of a tile that holds `size` columns: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
 
 
+def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A list that the host made, on a device.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, which cannot hold such a copy.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "S2 attention meets these shapes for the first time while a CUDA graph is captured, "
+            "and its work lists would have to be copied to the GPU, which a graph cannot hold; "
+            "call it with such inputs, and its backward pass, once before the capture"
+        )
+    return x.to(device)
+
+
 @functools.lru_cache(maxsize=1024)
 def device_table(pattern: LayerPattern, device: torch.device) -> torch.Tensor:
     """`pattern.table()` on a device: all that a kernel knows of the pattern."""
-    return pattern.table().to(device)
+    return upload(pattern.table(), device)
 
 
 @functools.cache
@@ -61,7 +91,7 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    key = device, driver.active.get_current_stream(device.index)
     try:
         return _COUNTERS[key].pop()
     except (KeyError, IndexError):
@@ -69,6 +99,11 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
         rows = torch.zeros((256, 4), dtype=torch.int32, device=device)[:, :1].unbind()
         _COUNTERS[key] = list(rows)
         return _COUNTERS[key].pop()
+
+
+def counter_for(x: torch.Tensor) -> torch.Tensor:
+    """`fresh_counter` on the device of a tensor of the launch."""
+    return x.recorder.counter() if isinstance(x, Operand) else fresh_counter(x.device)
 
 
 def head_major(x: torch.Tensor) -> torch.Tensor:
@@ -120,6 +155,9 @@ def empty_like(x: torch.Tensor, size: int) -> torch.Tensor:
 
     So what enters as Megatron's [s, b, h, d] leaves as it: its reshape to [s, b, h * d] is a view.
     """
+    if isinstance(x, Operand):
+        like = empty_like(x.meta(), size)
+        return x.recorder.allocate(tuple(like.shape), like.stride(), x.dtype)
     if size == x.shape[-1]:
         return torch.empty_like(x)
     order = sorted(range(x.dim() - 1), key=lambda dim: x.stride(dim), reverse=True)

@@ -6,23 +6,27 @@ strides, and never look into launchers. The pattern goes in as a string (`LayerP
 Shapes as in forward.py; sequences are packed when cu_seqlens_q is given.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from s2_kernels import hopper
+from s2_kernels import hopper, plans
 from s2_kernels.autograd import once
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
-from s2_kernels.launch import Packing, capability, empty_like
+from s2_kernels.launch import Packing, capability, empty_like, takes_descriptor
 from s2_kernels.pattern import LayerPattern
+from s2_kernels.plans import Plan, Plans
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What to compute, beside the tensors: the operators take its `fields`, in this order.
+class Problem(NamedTuple):
+    """What to compute, beside the tensors: the operators take its fields, in this order.
+
+    A tuple: it is part of the key of a plan, and costs the host little to make and to compare.
 
     Attributes:
         pattern: `LayerPattern.key`. A string costs the dispatcher nothing; 160 numbers 0.2 ms.
@@ -41,21 +45,13 @@ class Problem:
     deterministic: bool = True
     backend: str = "auto"
 
-    @property
-    def fields(self) -> tuple[str, float, int, int, int, bool, str]:
-        return (
-            self.pattern,
-            self.softmax_scale,
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-            self.q_offset,
-            self.deterministic,
-            self.backend,
-        )
 
-
-def _packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k) -> Packing | None:
-    return None if cu_seqlens_q is None else Packing(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+def _packing(cu_seqlens_q, cu_seqlens_k, problem: Problem) -> Packing | None:
+    """How sequences are packed, if they are; k like q, where it has no offsets of its own."""
+    if cu_seqlens_q is None:
+        return None
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    return Packing(cu_seqlens_q, cu_seqlens_k, problem.max_seqlen_q, problem.max_seqlen_k)
 
 
 def _operator(function: Callable) -> Callable:
@@ -69,6 +65,107 @@ def _operator(function: Callable) -> Callable:
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "default", function)
     return getattr(torch.ops.s2_kernels, function.__name__).default
+
+
+_PLANS = Plans()
+
+
+def _layout(x: Tensor) -> tuple:
+    """What the launchers look at in a tensor, but for its address."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
+    """Of a forward pass, and part of that of a backward pass."""
+    key = (problem, *_layout(q), *_layout(k), *_layout(v))
+    return key if cu_seqlens_q is None else (*key, cu_seqlens_q.shape, cu_seqlens_k is None)
+
+
+def known_plan(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Plan | None:
+    """The plan of a forward pass that ran before: so its inputs need not be checked again."""
+    if not plans.ON or _are_seen(q, k, v):
+        return None
+    return _PLANS.get(_key(q, k, v, None, None, problem))
+
+
+def _own_offsets(cu_seqlens_q, cu_seqlens_k) -> Tensor | None:
+    """cu_seqlens_k where k is not packed like q: a plan knows tensors apart by their places."""
+    if cu_seqlens_q is None or cu_seqlens_k.data_ptr() == cu_seqlens_q.data_ptr():
+        return None
+    return cu_seqlens_k
+
+
+def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
+    """out and lse, by the plan of such a pass, or as `_launch_forward`."""
+    inputs = (q, k, v, cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
+    launcher = functools.partial(_launch_forward, problem=problem)
+    if not q.is_cuda:
+        return launcher(*inputs)
+    return _PLANS.run(_key(*inputs, problem), launcher, inputs, q.device)
+
+
+def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
+    rule = LayerPattern.from_key(problem.pattern)
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
+    scale, q_offset = problem.softmax_scale, problem.q_offset
+    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "forward"):
+        from s2_kernels.hopper import forward, forward_wide  # import Gluon
+
+        if q.shape[-1] > hopper.WIDEST:
+            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, scale, q_offset)
+        return forward.launch_hopper_forward(q, k, v, rule, scale, packing, q_offset)
+    return launch_forward(q, k, v, rule, scale, q_offset, packing=packing)
+
+
+def _backward(
+    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, by the plan of such a pass, or as `_launch_backward`."""
+    packing = (cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
+    inputs = (q, k, v, out, lse, dout, dlse, *packing)
+    launcher = functools.partial(_launch_backward, problem=problem)
+    if not q.is_cuda:
+        return launcher(*inputs)
+    key = _backward_key(*inputs, problem)
+    if _PLANS.get(key) is None:
+        # A plan has no copies, and gradients may come in any layout.
+        out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
+        lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+        inputs = (q, k, v, out, lse, dout, dlse, *packing)
+        key = _backward_key(*inputs, problem)
+    return _PLANS.run(key, launcher, inputs, q.device)
+
+
+def _backward_key(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
+    gradients = (
+        out.stride(),
+        lse.stride(),
+        dout.stride(),
+        dout.dtype,
+        None if dlse is None else dlse.stride(),
+    )
+    return gradients, *_key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem)
+
+
+def _launch_backward(
+    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    rule = LayerPattern.from_key(problem.pattern)
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
+    scale, q_offset = problem.softmax_scale, problem.q_offset
+    inputs = (q, k, v, out, lse, dout, dlse, rule, scale)
+    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "backward"):
+        from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
+
+        return launch_hopper_backward(*inputs, packing, q_offset)
+    return launch_backward(
+        *inputs,
+        q_offset,
+        packing=packing,
+        deterministic=problem.deterministic,
+        # Reductions through TMA are Hopper's; the interpreter has none.
+        tma_add=q.is_cuda and capability(q.device)[0] >= 9,
+    )
 
 
 @_operator
@@ -92,15 +189,9 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], or None for dense batches.
         pattern and what follows: the fields of a `Problem`.
     """
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = LayerPattern.from_key(pattern)
-    if hopper.takes(q, k, v, rule, packing, q_offset, backend, "forward"):
-        from s2_kernels.hopper import forward, forward_wide  # import Gluon
-
-        if q.shape[-1] > hopper.WIDEST:
-            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, softmax_scale, q_offset)
-        return forward.launch_hopper_forward(q, k, v, rule, softmax_scale, packing, q_offset)
-    return launch_forward(q, k, v, rule, softmax_scale, q_offset, packing=packing)
+    rest = (max_seqlen_q, max_seqlen_k, q_offset, deterministic, backend)
+    problem = Problem(pattern, softmax_scale, *rest)
+    return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem)
 
 
 @torch.library.register_fake("s2_kernels::attention")
@@ -130,30 +221,9 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out like q, k and v. Arguments as in `attention`, dlse like lse."""
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rule = LayerPattern.from_key(pattern)
-    if hopper.takes(q, k, v, rule, packing, q_offset, backend, "backward"):
-        from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
-
-        return launch_hopper_backward(
-            q, k, v, out, lse, dout, dlse, rule, softmax_scale, packing, q_offset
-        )
-    return launch_backward(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dout,
-        dlse,
-        rule,
-        softmax_scale,
-        q_offset,
-        packing=packing,
-        deterministic=deterministic,
-        # Reductions through TMA are Hopper's; the interpreter has none.
-        tma_add=q.is_cuda and capability(q.device)[0] >= 9,
-    )
+    rest = (max_seqlen_q, max_seqlen_k, q_offset, deterministic, backend)
+    problem = Problem(pattern, softmax_scale, *rest)
+    return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem)
 
 
 @torch.library.register_fake("s2_kernels::attention_backward")
@@ -161,35 +231,85 @@ def _(q, k, v, *rest):
     return tuple(empty_like(x, x.shape[-1]) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *fields = inputs
+def _save(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, problem, output):
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.fields = fields
+    ctx.problem = problem
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
+def _save_of_operator(ctx, inputs, output):
+    _save(ctx, *inputs[:5], Problem(*inputs[5:]), output)
+
+
+def _gradients(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = once(
-        attention_backward, q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.fields
-    )
-    return *grads, *(None,) * (len(ctx.fields) + 2)
+    inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+    return once(gradients, *inputs, ctx.problem)
 
 
-torch.library.register_autograd("s2_kernels::attention", _backward, setup_context=_save)
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward`, by the way that takes the host the least time."""
+    inputs = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+    if torch.compiler.is_compiling() or _are_seen(q, k, v, dout):
+        return attention_backward(*inputs, *problem)
+    return _backward(*inputs, problem)
+
+
+def _backward_of_operator(ctx, dout, dlse):
+    return *_gradients(ctx, dout, dlse), *(None,) * (len(Problem._fields) + 2)
+
+
+torch.library.register_autograd(
+    "s2_kernels::attention", _backward_of_operator, setup_context=_save_of_operator
+)
 
 
 class _Attention(torch.autograd.Function):
     """What `register_autograd` makes of `attention`, at a quarter of the host's time."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = attention(*inputs)
-        _save(ctx, inputs, output)
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan):
+        output = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan)
+        _save(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, problem, output)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return *_gradients(ctx, dout, dlse), None, None, None, None
+
+
+def _are_seen(*tensors: Tensor) -> bool:
+    """Whether somebody looks on: a dispatch mode (recompute, fake tensors) or a tensor's class.
+
+    Then the operators are called. Otherwise what they do is done at once, which is what the
+    dispatcher would come to.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(x) is not Tensor and type(x) is not Parameter for x in tensors)
+
+
+def _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan):
+    """out and lse, without a gradient; by the plan where there is one."""
+    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    made = None
+    if plan is not None:
+        made = plan.run(inputs, q.device)
+    elif _are_seen(q, k, v):
+        return attention(*inputs, *problem)
+    return _forward(*inputs, problem) if made is None else made
 
 
 def attend(
@@ -199,14 +319,19 @@ def attend(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     problem: Problem,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, by the way that takes the host the least time.
 
     torch.compile and export are given the operator with its gradient. Otherwise a plain
     `autograd.Function` calls the two operators, which dispatch modes (selective recompute, fake
-    tensors) see as well.
+    tensors) see as well, or what is beneath them, where nobody looks on.
+
+    Args:
+        plan: as `known_plan` found it.
     """
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    eager = needs_grad and not torch.compiler.is_compiling()
-    run = _Attention.apply if eager else attention
-    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *problem.fields)
+    if torch.compiler.is_compiling():
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *problem)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    run = _Attention.apply if needs_grad else _attention
+    return run(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan)

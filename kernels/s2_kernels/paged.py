@@ -17,6 +17,9 @@ from s2_kernels.versions import NO_TRITON
 
 if NO_TRITON is None:
     from s2_kernels.decode import launch_decode, launch_write
+    from s2_kernels.plans import Plans
+
+    _PLANS = Plans()
 
 BACKENDS = ("auto", "triton", "reference")
 _WAY_OUT = "backend='reference' (PyTorch, any device) takes it"
@@ -73,7 +76,9 @@ def paged_attention(
         if check:
             refuse_other_modes("paged_attention", q, k_pages, v_pages)
         with torch.no_grad():
-            out, lse = launch_decode(q, k_pages, v_pages, page_table, lengths, pattern, scale)
+            out, lse = _planned(
+                launch_decode, (q, k_pages, v_pages, page_table, lengths), pattern, scale
+            )
     else:
         out, lse = paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, scale)
     return (out, lse) if return_lse else out
@@ -110,10 +115,24 @@ def write_pages(
         _check_new_tokens(k, v, k_pages, v_pages, page_table)
         _check_backend(backend, k, k_pages, v_pages)
     if _on_triton(backend, k):
-        pages = (k_pages, v_pages, page_table, lengths, pattern)
-        launch_write(_last_contiguous(k), _last_contiguous(v), *pages, alive_only=alive_only)
+        new = (_last_contiguous(k), _last_contiguous(v))
+        pages = (k_pages, v_pages, page_table, lengths)
+        _planned(launch_write, (*new, *pages), pattern, alive_only=alive_only)
     else:
         write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, alive_only=alive_only)
+
+
+def _planned(launcher, tensors, pattern, *rest, **options):
+    """`launcher(*tensors, pattern, ...)`, prepared once for tensors of these layouts (plans.py)."""
+    if not tensors[0].is_cuda:
+        return launcher(*tensors, pattern, *rest, **options)
+    layouts = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+    key = (launcher.__name__, pattern.key, rest, *options.values(), tensors[0].device, layouts)
+
+    def launch(*operands):
+        return launcher(*operands, pattern, *rest, **options)
+
+    return _PLANS.run(key, launch, tensors, tensors[0].device)
 
 
 def _check_queries(q, k_pages, pattern) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from s2_kernels.launch import upload
 from s2_kernels.pattern import LayerPattern
 
 SHORTEST_PIECE = 32
@@ -75,11 +76,13 @@ def query_tiles(
     programs: int,
     device: torch.device,
     q_offset: int = 0,
+    all_seen: int | None = None,
 ) -> Dealt:
     """The query tiles of 128 rows of all heads and sequences, for the Hopper kernels over queries.
 
     Items, int32 [n_items], count sequences, heads, and tiles from the last one back: programs work
     on few heads at a time, whose shards stay in the cache, and each head's heavy tiles come first.
+    all_seen: every query sees so many half-tiles of keys, wherever it stands (`hopper.all_seen`).
     """
     size, group = pattern.block_size, pattern.heads // pattern.kv_heads
     row = (np.arange(count_query_tiles(s, q_offset))[::-1] + q_offset // 128) * 128
@@ -94,6 +97,8 @@ def query_tiles(
         cost = kept + np.maximum(edges - 1, 0) + 2 + ITEM_OVERHEAD
         costs.append(np.repeat(cost[None], group, axis=0))
     cost = np.tile(np.concatenate(costs).ravel(), n_seqs)
+    if all_seen is not None:
+        cost = np.full_like(cost, all_seen + ITEM_OVERHEAD)
     return deal(np.arange(len(cost)), cost, programs, device)
 
 
@@ -126,12 +131,14 @@ def column_costs(pattern, heads, s, t, q_offset, tile_m, tile_n) -> np.ndarray:
     return np.stack(costs) * (pattern.heads // pattern.kv_heads)
 
 
-def _cut(cost: np.ndarray, n_seqs: int, programs: int):
+def _cut(cost: np.ndarray, n_seqs: int, programs: int, longest: int | None = None):
     """Pieces of columns, heaviest first: (column, piece, number of pieces) each, and which are cut.
 
     Longest-first filling ends within one piece of perfect balance: half an even share is enough.
+    longest: the most that a piece may cost all the same.
     """
     limit = max(SHORTEST_PIECE, int(cost.sum()) * n_seqs // (2 * programs))
+    limit = min(limit, longest or limit)
     pieces = np.where(cost > limit, -(-cost // limit), 1)
     item = np.repeat(np.arange(len(cost)), pieces)
     piece = np.arange(len(item)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -150,7 +157,7 @@ def _slots(item, piece, pieces, is_cut, width: int = 1):
 
 
 def _on_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device)
+    return upload(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,6 +209,7 @@ def column_pairs(
     device: torch.device,
     t: int | None = None,
     q_offset: int = 0,
+    longest: int | None = None,
 ) -> ColumnWork:
     """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
 
@@ -210,7 +218,7 @@ def column_pairs(
     The two columns of a pair live equally long, and are neighbours among those that do. Items,
     int32 [n_items, 7]: KV head, its columns (the second may be -1), piece, number of pieces, slot
     of the first column's piece (the second's lies as many slots further as there are pieces),
-    sequence.
+    sequence. longest: half-tiles of a query head above which a pair is cut.
     """
     group, per_block = pattern.heads // pattern.kv_heads, pattern.block_size // 64
     column = np.arange(-(-(s if t is None else t) // 64))
@@ -229,7 +237,7 @@ def column_pairs(
             cost = np.where(second < 0, end[first] - begin[first], cost)
             parts.append(np.stack([np.full(len(first), head), first, second, cost * group], axis=1))
     head, first, second, cost = np.concatenate(parts).T
-    item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
+    item, piece, pieces, is_cut = _cut(cost, n_seqs, programs, longest and longest * group)
     slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut, width=2)
     items = np.stack([head[item], first[item], second[item], piece, pieces[item], slot], axis=1)
     cut = [

@@ -44,6 +44,11 @@ def installed_triton() -> str | None:
     return triton.__version__
 
 
+def prepares_launches(version: str | None) -> bool:
+    """Whether plans.py knows how this Triton starts a compiled kernel; else Triton is asked."""
+    return version is not None and release(version) == (3, 6)
+
+
 def why_no_triton(version: str | None) -> str | None:
     """What keeps a Triton, or None, from running the kernels; None where it runs them."""
     return "triton is not installed" if version is None else outside("triton", version, TRITON)

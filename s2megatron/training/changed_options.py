@@ -83,7 +83,7 @@ def _schedule(args) -> Facts:
     return facts
 
 
-_OPTIMIZER = _plain("optimizer", "bf16", "fp16")
+_OPTIMIZER = _plain("optimizer", "bf16", "fp16", "use_distributed_optimizer")
 """What decides which state an optimizer keeps."""
 
 TOLD: dict[str, str] = {

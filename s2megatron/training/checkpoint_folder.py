@@ -70,7 +70,7 @@ def _tracker_text(folder: Path) -> str | None:
     """What the tracker holds, whatever its bytes; None where there is none."""
     try:
         return (folder / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter is told when it is made
         return None
 
 

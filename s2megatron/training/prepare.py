@@ -90,6 +90,11 @@ def prepare(
             f"Megatron refuses these options: {str(error) or where.line}\n"
             f"({where.filename}:{where.lineno})"
         ) from error
+    except OSError as error:  # it has opened TensorBoard's files
+        raise ConfigError(
+            f"{error.filename or options.get('tensorboard_dir')}: {error.strerror}: make room, see "
+            "who may write there, or name another output.folder"
+        ) from error
     check_resumable(args, backends.fused_adam)
     args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
     model_config = gpt_config_from_args(args)

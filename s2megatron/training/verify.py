@@ -41,6 +41,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     if (folder / ".metadata").is_file():
         return [folder]
     for place in (folder / "checkpoints", folder):
-        if found := [iteration_dir(place, number) for number in iterations(place)]:
+        found = [iteration_dir(place, number) for number in iterations(place)]
+        found += [place / "release"] if (place / "release").is_dir() else []  # a converted model
+        if found:
             return found
-    raise ConfigError(f"{folder}: there is no checkpoint, neither iter_* nor .metadata")
+    raise ConfigError(f"{folder}: there is no checkpoint: no iter_*, no release, no .metadata")

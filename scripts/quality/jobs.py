@@ -1,7 +1,6 @@
 """What is to be trained: an arm with a recipe and a seed, and what it goes on from."""
 
 import functools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,11 @@ ROOT = HERE.parents[1]
 START = 40.0
 """Seconds from the start of an arm to its first step, its end included (H200, 2026-11-27)."""
 MEASURED_WITH = 3
-"""Arms a GPU, at which the recipes' us_per_token were measured; spread arms had theirs alone."""
+"""Arms a GPU, at which the recipes' us_per_token were measured; of recipes that are spread or alone
+they are those of one arm on one GPU."""
+READING = 2e-6
+"""Seconds a token of an examination, beside trainings: a guess. Plus EXAMINING seconds an arm."""
+EXAMINING = 5.0
 PER_TIMING = 45.0
 """Seconds to time one kernel for a phase with `train_seconds`."""
 
@@ -58,8 +61,8 @@ class Job:
 
     @property
     def alone(self) -> bool:
-        """Its time is compared: nothing else may run on its GPU."""
-        return any(phase.train_seconds for phase in self.recipe.phases)
+        """Nothing else may run on its GPU: it is large, or its time is compared."""
+        return self.recipe.alone or any(phase.train_seconds for phase in self.recipe.phases)
 
     def trained(self, arms: Path) -> bool:
         return (arms / self.name / TRAINED).is_file()
@@ -72,14 +75,22 @@ class Job:
     def seconds(self, gpus: int, arms_per_gpu: int) -> float:
         """What training it takes, by what was measured before; 0 where nothing is trained."""
         recipe, total = self.recipe, 0.0
+        share = 1.0 if self.alone else arms_per_gpu / MEASURED_WITH
+        share = 1 / gpus if recipe.spread else share
         for phase in recipe.phases:
-            share = 1 / gpus if recipe.spread else arms_per_gpu / MEASURED_WITH
             if phase.train_seconds:
                 timings = max(1, len(recipe.dense_kernels))
                 total += START + phase.train_seconds + timings * PER_TIMING
             else:
                 total += START + 1e-6 * phase.tokens * (phase.us_per_token or 0) * share
         return total
+
+    def examination_seconds(self, arms_per_gpu: int) -> float:
+        """What examining it takes; arms that train side by side end, and wait for it, together."""
+        plan, together = self.recipe.examination, self.recipe.phases and not self.alone
+        if plan is None:
+            return 0.0
+        return (EXAMINING + READING * plan.tokens) * (arms_per_gpu if together else 1)
 
     def command(self, a) -> list[str]:
         """Of train_arm.py, with the folders and options of study.py's command line."""
@@ -107,12 +118,3 @@ def with_what_comes_before(jobs: list[Job]) -> list[Job]:
             chain.insert(0, before)
         found |= dict.fromkeys(chain)
     return list(found)
-
-
-def known(folder: Path) -> set[str]:
-    """Names of the jobs whose results in a folder, of an earlier lease, are done."""
-    return {
-        path.stem
-        for path in folder.glob("*.json")
-        if json.loads(path.read_text()).get("status") == "done"
-    }

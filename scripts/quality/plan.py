@@ -62,13 +62,15 @@ def expand(names: list[str], parts: list[Part]) -> list[str]:
 
 def seconds(jobs: list[Job], gpus: int, arms_per_gpu: int) -> float:
     """About what training the jobs takes, examinations beside it."""
-    total, room = 0.0, 0.0
+    first, room, longest = 0.0, 0.0, 0.0
     for job in jobs:
         if job.recipe.spread:
-            total += job.seconds(gpus, arms_per_gpu)
+            first += job.seconds(gpus, arms_per_gpu)
         else:
-            room += job.seconds(1, arms_per_gpu) / (1 if job.alone else arms_per_gpu)
-    return total + room / gpus
+            took = job.seconds(1, arms_per_gpu)
+            room += took / (1 if job.alone else arms_per_gpu)
+            longest = max(longest, took)
+    return first + max(room / gpus, longest)
 
 
 def main() -> None:

@@ -117,6 +117,15 @@ class Examination(_Checked):
     loss_tokens: int = 2_000_000
     """Held-out tokens per length."""
 
+    @property
+    def tokens(self) -> int:
+        """That a model reads in all."""
+        documents = sum(
+            len(probe.tasks) * ((probe.documents or self.documents) + (probe.control or 0))
+            for probe in self.probes
+        )
+        return documents * sum(self.lengths) + self.loss_tokens * len(self.loss_lengths)
+
 
 class Recipe(_Checked):
     seed: int = 1
@@ -132,6 +141,8 @@ class Recipe(_Checked):
     """A Hugging Face folder under the data folder whose weights the first phase goes on from."""
     spread: bool = False
     """An arm takes all GPUs that there are: all else waits for it."""
+    alone: bool = False
+    """An arm has its GPU to itself, for its memory; where its time is compared it has anyway."""
     phases: list[Phase] = []
     """None: what was trained before is examined, and nothing is trained."""
     examination: Examination | None = None

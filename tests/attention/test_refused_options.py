@@ -58,8 +58,21 @@ def test_option_of_a_model(changes):
 
 @pytest.mark.parametrize("modules", [[], [CudaGraphModule.mlp, CudaGraphModule.attn]])
 def test_graphs_that_capture_attention(modules):
-    with pytest.raises(ConfigError, match=r"megatron\.cuda_graph_modules="):
-        check_model(cuda_graph_impl="transformer_engine", cuda_graph_modules=modules)
+    options = dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=modules)
+    with pytest.raises(ConfigError, match=r"megatron\.cuda_graph_modules=.*not been shown yet"):
+        check_model(**options)
+
+
+def test_a_capture_that_was_proven_is_allowed(monkeypatch):
+    """What a run of tests/training/test_cuda_graphs_gpu.py lifts, and what stays refused."""
+    monkeypatch.setattr(checks, "UNPROVEN_CAPTURES", frozenset({"local"}))
+    check_model(cuda_graph_impl="transformer_engine", cuda_graph_modules=[])
+    with pytest.raises(ConfigError, match=r"captures whole layers, .* not been shown yet"):
+        check_model(cuda_graph_impl="local")
+    monkeypatch.setattr(checks, "UNPROVEN_CAPTURES", frozenset())
+    check_model(cuda_graph_impl="local")
+    with pytest.raises(ConfigError, match="would see one iteration only"):
+        check_model(cuda_graph_impl="full_iteration")
 
 
 RUN = dict(

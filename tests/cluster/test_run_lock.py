@@ -116,6 +116,10 @@ def test_processes_of_this_host(file):
     for other in (started + 2.5, started - 2.5):
         leave(file, **ME, started=other)
         assert "the number is another process's now" in takes_over(file)
+    parent = psutil.Process(os.getppid())  # it is asked for, not this one
+    for held, time_ in ((True, parent.create_time()), (False, started + 1e4)):
+        leave(file, **ME | {"pid": parent.pid}, started=time_)
+        assert ("is in use" in refusal(file)) if held else "another process's" in takes_over(file)
     for gone in (0, -1):
         leave(file, host=ME["host"], pid=gone)
         assert takes_over(file) == f"process {gone} of this host is gone"

@@ -92,10 +92,28 @@ def test_fields_that_do_not_go_together(entry, told):
     assert told in str(error.value) and "sparsity" in str(error.value)
 
 
-@pytest.mark.parametrize("layers", ["every 0", "every 2 from 0", "0", "all but 1", "1-"])
+@pytest.mark.parametrize(
+    "layers", ["every 0", "every 2 from 0", "every 0 from 2", "all but 1", "1-", "2-1"]
+)
 def test_layers_that_are_not_understood(layers):
-    with pytest.raises(ConfigError, match=r"sparsity\.layers\[0\]"):
+    with pytest.raises(ConfigError, match=rf"sparsity\.layers\[0\].*{layers!r} is not understood"):
         pattern(LOCAL, {"layers": layers, "kind": "dense"})
+
+
+def test_layer_0_is_told():
+    with pytest.raises(ConfigError, match=r"sparsity\.layers\[0\]"):
+        pattern(LOCAL, {"layers": "0", "kind": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("layers", "dense_ones"),
+    [("every 1", [1, 2, 3, 4]), ("every 1 from 3", [3, 4]), ("every 2", [2, 4]),
+     ("every 2 from 1", [1, 3]), ("2-3", [2, 3]), ("all", [1, 2, 3, 4])],
+)  # fmt: skip
+def test_layers_by_words(layers, dense_ones):
+    tree = {"sparsity": {"default": LOCAL, "layers": [{"layers": layers, "kind": "dense"}]}}
+    found = parse_config(tree).sparsity.resolve(num_layers=4, **HEADS)
+    assert [number for number, one in enumerate(found, 1) if one.is_dense] == dense_ones
 
 
 def test_the_last_entry_that_names_a_layer_decides():

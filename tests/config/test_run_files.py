@@ -149,3 +149,9 @@ def test_what_megatron_has_no_default_for():
     for name in ("micro_batch_size", "num_layers", "seq_length"):
         with pytest.raises(ConfigError, match=rf"megatron\.{name}: is missing"):
             check_required(options | {name: None})
+
+
+def test_override_of_an_element_and_of_a_value_with_an_equals_sign(tmp_path):
+    text = "sparsity: {default: {kind: dense}}\ndata: {train: [a, b]}\n"
+    run = load(tmp_path, text, "data.train.1=c=d", "data.tokenizer=huggingface:x=y")
+    assert run.data.train == ["a", "c=d"] and run.data.tokenizer == "huggingface:x=y"

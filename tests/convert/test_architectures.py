@@ -139,13 +139,58 @@ def test_qwen3_moe_layers_without_experts():
         ("mistral", {"sliding_window": 64}, "sliding_window=64"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types=['sliding_attention']"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 4},
+            "layer_types=['sliding_attention']: only",
+        ),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map={'AutoModel': 'x.Y'}: models with"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config='...': quantized"),
+        ("llama", {"vocab_size": 0}, "vocab_size=0: must be a whole number of at least 1"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3: does not divide num_att"),
     ],
 )
 def test_fields_without_a_place_in_megatron(name, changes, field):
     with pytest.raises(ConfigError, match=r"config\.json: ") as error:
         hugging_face(name, **changes)
     assert field in str(error.value)
+
+
+def as_transformers_4_wrote_it(**fields):
+    """A Llama's config with `rope_scaling` beside `rope_theta`, read without transformers 5."""
+    plain = transformers.LlamaConfig(**SMALL).to_dict()
+    plain |= {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": None}
+    return from_hugging_face(Namespace(**plain | fields), "config.json")
+
+
+def test_rope_as_transformers_4_wrote_it():
+    assert as_transformers_4_wrote_it().rope_theta == 5e5
+    assert as_transformers_4_wrote_it(rope_scaling={"type": "default"}).llama3_factor is None
+    llama3 = {**LLAMA3, "rope_type": "llama3", "factor": 0.5}
+    model = as_transformers_4_wrote_it(rope_scaling=llama3)
+    assert (model.rope_theta, model.llama3_factor) == (5e5, 0.5)
+    assert type(as_transformers_4_wrote_it(head_dim=None).head_dim) is int
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type='yarn': only 'default' and"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.rope_type='linear': only"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor=2.0: rope of type 'default' has"),
+        ({"rope_theta": 0}, "rope_scaling.rope_theta=0: must be a number above 0"),
+        ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": "8"}},
+         "rope_scaling.factor='8': must be a number above 0"),
+        ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
+         "rope_scaling.low_freq_factor=2.0: Megatron's is fixed at 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1.0 is supported"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': not supported; one of llama, mistral"),
+    ],
+)  # fmt: skip
+def test_fields_that_transformers_4_wrote_and_megatron_has_no_place_for(fields, told):
+    with pytest.raises(ConfigError, match=r"config\.json: ") as error:
+        as_transformers_4_wrote_it(**fields)
+    assert told in str(error.value)
 
 
 ARGS = dict(

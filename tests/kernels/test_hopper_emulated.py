@@ -18,7 +18,7 @@ from attention_cases import (
     run_with_grads,
 )
 
-from s2_kernels import hopper, ranges, s2_attention, schedule, sliding_window
+from s2_kernels import dense, hopper, ranges, s2_attention, schedule, sliding_window
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="plain Triton beside it needs the interpreter"
@@ -52,6 +52,15 @@ OFFSETS = [  # further keys than the queries' own, offsets that no tile divides,
          q_offset=1281),
     Case("wide_more_keys", _ls(2, 1, 128, 1, 2), 100, t=391, d=192),
 ]  # fmt: skip
+ALL_SEEN = [  # every query stands past the keys, all of which it sees
+    Case("gqa", dense(heads=4, kv_heads=2), 201, t=320, d=128, q_offset=320),
+    Case("one_half_tile", dense(heads=2), 150, t=64, d=64, b=2, q_offset=1000),
+    Case("two_half_tiles", dense(heads=1, block_size=128), 129, t=128, d=96, q_offset=129),
+    Case("three_half_tiles", dense(heads=1), 300, t=192, d=128, q_offset=192),
+    Case("wide_gqa", dense(heads=4, kv_heads=2), 201, t=320, d=256, q_offset=321),
+    Case("wide_one_half_tile", dense(heads=1), 150, t=64, d=192, b=2, q_offset=1000),
+    Case("wide_two_half_tiles", dense(heads=1, block_size=256), 300, t=128, d=256, q_offset=130),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +95,11 @@ def test_as_the_reference(case):
 
 @pytest.mark.parametrize("case", OFFSETS, ids=str)
 def test_queries_at_an_offset(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", ALL_SEEN, ids=str)
+def test_queries_past_all_keys(case):
     check(case)
 
 

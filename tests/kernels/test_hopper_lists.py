@@ -58,7 +58,7 @@ def lists_kernel(
 
 @triton.jit
 def pairs_kernel(p_table, p_out, n_slots, length, i_kv, B: tl.constexpr, BANDS: tl.constexpr):
-    """Two columns of every slot of a sequence, and where the rows that see them end."""
+    """Two columns of every slot of a sequence, and where the queries that see them end."""
     rule = load_rule(p_table, i_kv, BANDS)
     for u in range(n_slots):
         column_0, column_1 = pair_of_sequence(rule, u, length, B, BANDS)
@@ -69,6 +69,18 @@ def pairs_kernel(p_table, p_out, n_slots, length, i_kv, B: tl.constexpr, BANDS: 
         _, end_1 = column_rows(rule, column_1, None, n_rows, B, BANDS)
         tl.store(p_out + u * 4 + 2, end_0)
         tl.store(p_out + u * 4 + 3, end_1)
+
+
+@triton.jit
+def rows_kernel(
+    p_table, p_out, first, n_rows, n_columns, i_kv, B: tl.constexpr, BANDS: tl.constexpr
+):
+    """Of each column the query half-tiles that see it, of those from first to n_rows - 1."""
+    rule = load_rule(p_table, i_kv, BANDS)
+    for column in range(n_columns):
+        begin, end = column_rows(rule, column, first, n_rows, B, BANDS)
+        tl.store(p_out + column * 2, begin)
+        tl.store(p_out + column * 2 + 1, end)
 
 
 def seen_by(pattern, head, half):
@@ -126,3 +138,15 @@ def test_every_column_of_a_packed_sequence_once(pattern, length):
                         if i * 64 // size - block < pattern.lifetime(head, block)]  # fmt: skip
                 assert list(range(column, end)) == rows
         assert sorted(seen) == list(range(columns))
+
+
+@pytest.mark.parametrize("first, n_rows", [(0, BLOCKS), (9, 17)])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_rows_of_a_column_where_queries_begin_later_or_end_before_the_keys(pattern, first, n_rows):
+    columns = BLOCKS + 5
+    for head in range(pattern.kv_heads):
+        out, size = torch.zeros(columns, 2, dtype=torch.int32), pattern.block_size
+        rows_kernel[(1,)](pattern.table(), out, first, n_rows, columns, head, size, pattern.n_bands)
+        for column, (begin, end) in enumerate(out.tolist()):
+            rows = [i for i in range(first, n_rows) if column in seen_by(pattern, head, i)]
+            assert list(range(begin, end)) == rows and first <= begin <= n_rows

@@ -34,6 +34,11 @@ def test_kernels_install_and_import_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path))
+    assert (tmp_path / "s2_vllm/plugin.py").exists()
+    (points,) = tmp_path.glob("s2_kernels-*.dist-info/entry_points.txt")
+    assert points.read_text().split("\n")[:2] == [
+        "[vllm.general_plugins]", "s2 = s2_vllm.plugin:register",
+    ]  # fmt: skip
 
 
 def container(path, **versions):

@@ -16,6 +16,7 @@ from s2_kernels import (
     hopper,
     local_stride,
     ops,
+    plans,
     s2_attention,
     s2_attention_varlen,
     sliding_window,
@@ -38,7 +39,7 @@ def tensors(*shape, heads=(4, 2, 2), d=32):
 
 def arguments(packed):
     """Of `ops.attention`: two sequences of 20 tokens, packed or as a batch in Megatron's layout."""
-    fields = PROBLEM.fields
+    fields = PROBLEM
     if packed:
         cu_seqlens = torch.tensor([0, 20, 40], dtype=torch.int32, device=DEVICE)
         return (*tensors(40), cu_seqlens, cu_seqlens, *fields)
@@ -107,6 +108,7 @@ def test_selective_recompute_sees_the_operators(keep, monkeypatch):
     An output that is kept is not computed again: launches are counted, since torch 2.14 asks for
     the policy in the first pass only.
     """
+    monkeypatch.setattr(plans, "ON", False)  # on a GPU a plan would not come to the launcher
     seen, launches, launch = [], [], ops.launch_forward
     monkeypatch.setattr(
         ops, "launch_forward", lambda *a, **options: launches.append(1) or launch(*a, **options)
@@ -255,20 +257,27 @@ class OnHopper(torch.Tensor):
 
 
 def test_what_the_hopper_kernels_leave_to_the_portable_ones():
-    """Columns that no query reaches would be left out of dk and dv: not with more keys."""
+    """Queries past the keys would see zeros; few queries of many keys are no work for a tile."""
     pattern = local_stride(heads=4, kv_heads=2, local_blocks=2, stride=3)
 
     def on_hopper(n, heads, d=128):
         return torch.zeros(1, n, heads, d).bfloat16().as_subclass(OnHopper)
 
-    def why(s, t, d=128, **options):
+    def why(s, t, d=128, pattern=pattern, **options):
         q, k = on_hopper(s, 4, d), on_hopper(t, 2, d)
         return hopper.why_not(q, k, k, pattern, None, **options)
 
     assert why(200, 200) is None and why(200, 200, d=256) is None
-    assert why(200, 328) == why(200, 100) == "more or fewer keys than queries"
-    assert why(200, 200, q_offset=64) == why(200, 200, q_offset=1) == "a q_offset other than 0"
+    assert why(200, 328) is None and why(128, 328, q_offset=200) is None and why(3, 3) is None
+    past = "queries at positions past the last key"
+    assert why(200, 199) == why(200, 200, q_offset=1) == why(127, 328, q_offset=202) == past
+    full = dense(heads=4, kv_heads=2)
+    assert why(200, 128, pattern=full, q_offset=128) is None
+    assert why(200, 128, pattern=full, q_offset=127) == past  # the first query sees 128 keys, too
+    assert why(200, 100, pattern=full, q_offset=128) == why(200, 128, q_offset=128) == past
+    few = "fewer than 128 queries of a longer sequence"
+    assert why(127, 328) == why(1, 328, q_offset=327) == why(1, 2) == few
     assert "48 to 256" in why(200, 200, d=32)
     q, k = on_hopper(200, 4), on_hopper(328, 2)
-    with pytest.raises(ValueError, match=r"more or fewer keys .*200.*328.*choose 'auto'"):
-        hopper.takes(q, k, k, pattern, None, 0, "hopper", "forward")
+    with pytest.raises(ValueError, match=r"past the last key.*200.*328.*129; choose 'auto'"):
+        hopper.takes(q, k, k, pattern, None, 129, "hopper", "forward")

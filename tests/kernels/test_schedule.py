@@ -7,7 +7,13 @@ from attention_cases import _ls
 
 from s2_kernels import dense, ranges
 from s2_kernels.launch import fresh_counter
-from s2_kernels.schedule import column_pairs, deal, query_tiles, single_columns
+from s2_kernels.schedule import (
+    column_pairs,
+    count_query_tiles,
+    deal,
+    query_tiles,
+    single_columns,
+)
 
 CPU = torch.device("cpu")
 PATTERNS = {
@@ -27,21 +33,31 @@ def owners(dealt):
     return np.repeat(np.arange(dealt.programs), np.diff(starts))
 
 
-@pytest.mark.parametrize("n", [64, 700, 5000])
+OFFSETS = [(64, 64, 0), (700, 700, 0), (5000, 5000, 0), (700, 5000, 3333), (100, 250, 127)]
+"""Queries, keys, position of the first query."""
+
+
+@pytest.mark.parametrize("s, t, q_offset", OFFSETS)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_every_query_tile_once(pattern, n):
-    tiles = -(-n // 128)
-    dealt = query_tiles(pattern, n, 2, 132, CPU)
+def test_every_query_tile_once(pattern, s, t, q_offset):
+    tiles = len({position // 128 for position in range(q_offset, q_offset + s)})
+    assert count_query_tiles(s, q_offset) == tiles
+    dealt = query_tiles(pattern, s, 2, 132, CPU, q_offset)
     owners(dealt)
     assert sorted(dealt.items.tolist()) == list(range(2 * pattern.heads * tiles))
 
 
-@pytest.mark.parametrize("programs", [3, 132])
-@pytest.mark.parametrize("n", [64, 700, 5000])
+def test_query_tiles_that_see_all_keys_are_dealt_out_evenly():
+    dealt = query_tiles(dense(heads=2), 66 * 128, 1, 132, CPU, 0, 5)
+    assert np.bincount(owners(dealt)).tolist() == [1] * 132
+
+
+@pytest.mark.parametrize("programs, longest", [(3, None), (132, None), (132, 7)])
+@pytest.mark.parametrize("s, t, q_offset", OFFSETS)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_every_column_once_and_each_piece(pattern, n, programs):
-    work = column_pairs(pattern, n, 2, programs, CPU)
-    columns, slots = -(-n // 64), []
+def test_every_column_once_and_each_piece(pattern, s, t, q_offset, programs, longest):
+    work = column_pairs(pattern, s, 2, programs, CPU, t, q_offset, longest)
+    columns, slots = -(-t // 64), []
     seen = {}
     for head, first, second, piece, pieces, slot, sequence in work.items.tolist():
         for w, column in enumerate((first, second)):
@@ -62,21 +78,48 @@ def test_every_column_once_and_each_piece(pattern, n, programs):
         assert len(parts) == cut.get((head, column), (0, 1))[1]
 
 
-@pytest.mark.parametrize("programs", [3, 132])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_every_single_column_once_and_each_piece(pattern, programs):
-    n = 5000
-    work = single_columns(pattern, n, 2, programs, CPU)
+def test_no_piece_is_longer_than_asked(pattern):
+    n, rows, per_block = 5000, 79, pattern.block_size // 64
+    for head, *columns, _, pieces, _, _ in column_pairs(
+        pattern, n, 1, 3, CPU, longest=7
+    ).items.tolist():
+        blocks = [column // per_block for column in columns if column >= 0]
+        ends = [(block + pattern.lifetime(head, block)) * per_block for block in blocks]
+        assert -(-(min(max(ends), rows) - columns[0]) // pieces) <= 7
+
+
+@pytest.mark.parametrize("programs", [3, 132])
+@pytest.mark.parametrize("s, t, q_offset", OFFSETS[2:4])
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_every_single_column_once_and_each_piece(pattern, s, t, q_offset, programs):
+    work = single_columns(pattern, s, 2, programs, CPU, t, q_offset)
     seen, slots = {}, []
     for head, column, piece, pieces, slot, sequence in work.items.tolist():
         seen.setdefault((sequence, head, column), []).append((piece, pieces))
         if slot >= 0:
             slots.append((sequence, slot))
-    assert len(seen) == 2 * pattern.kv_heads * -(-n // 64)
+    assert len(seen) == 2 * pattern.kv_heads * -(-t // 64)
     assert all(sorted(x) == [(i, len(x)) for i in range(len(x))] for x in seen.values())
     assert sorted(slots) == [(s, i) for s in range(2) for i in range(work.n_slots)]
     cut = {(head, column): pieces for head, column, _, pieces in work.cut.tolist()}
     assert {key[1:]: len(x) for key, x in seen.items() if len(x) > 1} == cut
+
+
+def test_pieces_at_an_offset_cover_what_the_queries_see():
+    """No pair of columns is longer than the rows from its first column, or the first query, on."""
+    pattern, s, t, q_offset = _ls(1, 1, 64, 4, 4), 8192, 32768, 8000
+    first_row, end_row = q_offset // 64, -(-(q_offset + s) // 64)
+    whole = column_pairs(pattern, q_offset + s, 1, 132, CPU)
+    work = column_pairs(pattern, s, 1, 132, CPU, t, q_offset)
+    pieces = {first: n for _, first, _, _, n, *_ in work.items.tolist()}
+    assert max(pieces.values()) > 1
+    # Before the window of the first query only the shard is seen, past the last query nothing is.
+    cut = {column for column, n in pieces.items() if n > 1}
+    assert all(column % 4 == 0 and column < end_row - 32 for column in cut)
+    assert set(range(0, first_row, 8)) <= cut  # every pair of the shard, as long
+    assert len({pieces[column] for column in range(0, first_row, 8)}) == 1
+    assert pieces[0] < {first: n for _, first, _, _, n, *_ in whole.items.tolist()}[0]
 
 
 def busiest_program(pattern, n: int, *, cut: bool) -> float:

@@ -131,11 +131,11 @@ def store(pointer, value, mask=None):
     pointer.memory[at[mask]] = value[mask].as_subclass(torch.Tensor)
 
 
-_one_at_a_time = threading.Lock()
+one_at_a_time = threading.Lock()
 
 
 def atomic_add(pointer, value, sem=None):
-    with _one_at_a_time:
+    with one_at_a_time:
         before = load(pointer)
         store(pointer, before + value)
         return before
@@ -187,6 +187,12 @@ def ignored(*arguments, **options):
     """A layout, or what orders the threads of a partition."""
 
 
+class NVMMASharedLayout:
+    """A layout in shared memory, ignored as all are."""
+
+    __init__ = get_default_for = staticmethod(ignored)
+
+
 FUNCTIONS = dict(
     DTYPES,
     static_range=static_range,
@@ -210,7 +216,7 @@ FUNCTIONS = dict(
     load=load,
     store=store,
     atomic_add=atomic_add,
-    NVMMASharedLayout=types.SimpleNamespace(get_default_for=ignored),
+    NVMMASharedLayout=NVMMASharedLayout,
     BlockedLayout=ignored,
     DotOperandLayout=ignored,
     NVMMADistributedLayout=ignored,

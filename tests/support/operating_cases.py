@@ -104,11 +104,23 @@ def samples(prefix: str, folder: str) -> dict:
 
 def what_prepare_says(config: str) -> str:
     """The refusal of a run file."""
-    from s2megatron.errors import ConfigError
     from s2megatron.training.prepare import prepare_without_launch
 
+    return refusal(prepare_without_launch, config, [])
+
+
+def what_a_start_says(config: str, folder: str) -> str:
+    """The refusal of a start in an output folder; Megatron opens its writers there."""
+    from s2megatron.training.prepare import prepare
+
+    return refusal(prepare, config, [f"output.folder={folder}"])
+
+
+def refusal(prepare, config: str, overrides: list[str]) -> str:
+    from s2megatron.errors import ConfigError
+
     try:
-        prepare_without_launch(config, [])
+        prepare(config, overrides)
     except ConfigError as error:
         return str(error)
     return ""

@@ -16,10 +16,11 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, decode, forward, local_stride, ranges
+from s2_kernels import backward, backward_dkdv, decode, dense, forward, local_stride, ranges
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
+from s2_kernels.hopper.backward_fused import launch_hopper_fused
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
 from s2_kernels.launch import Packing
@@ -30,6 +31,7 @@ what the smallest of their kind have. The Hopper kernels are for 90 only."""
 PATTERN = local_stride(heads=4, local_blocks=4, stride=4)
 BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, stride=4)
 BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
+DENSE = dense(heads=4)
 THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
 
 
@@ -57,13 +59,26 @@ def sparse(arch, n, d):
     sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
 
 
-def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False):
+def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_offset=0):
+    """q_offset: the first of n tokens that are queries; n or more: all are, past the keys."""
     (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    if 0 < q_offset < n:
+        q, dout = q[:, q_offset:], dout[:, q_offset:]
+    if q_offset >= n:
+        k, v = k[:, : n // 64 * 64], v[:, : n // 64 * 64]
     if d > 128:
-        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1)
+        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1, q_offset)
     else:
-        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing)
-    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing)
+        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing, q_offset)
+    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, q_offset)
+
+
+def fused(arch, n, d, packed=False, deterministic=False):
+    """The pass with five products, which nothing chooses by itself."""
+    (q, k, v, dout), packing = tensors(n, PATTERN, d, torch.bfloat16, packed)
+    lse = torch.zeros(*q.shape[:-3], PATTERN.heads, n)
+    inputs = (q, k, v, q, lse, dout, None, PATTERN, 0.1, packing)
+    launch_hopper_fused(*inputs, deterministic=deterministic)
 
 
 def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
@@ -99,13 +114,22 @@ HOPPER = [
     *((hopper, dict(d=d, dtype=torch.float16)) for d in (128, 256)),
     (hopper, dict(d=128, pattern=BLOCKS_OF_128)),
     (hopper, dict(d=128, pattern=THREE_RANGES)),
+    *((hopper, dict(d=d, q_offset=1001)) for d in (64, 128, 256)),
+    *((hopper, dict(d=d, q_offset=10000, pattern=DENSE)) for d in (64, 128, 256)),
+    (fused, dict(d=64)),
+    (fused, dict(d=128)),
+    (fused, dict(d=128, packed=True)),
+    (fused, dict(d=128, deterministic=True)),
 ]
+HOLDING = {"s2_hopper_fused_kernel": "EX2"}
+"""What a kernel's main loops hold, where it has other loops with products."""
 
 
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    words += [key for key in ("packed", "fused", "pattern") if options.get(key)]
+    keys = ("packed", "fused", "deterministic", "pattern", "q_offset")
+    words += [key for key in keys if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
 
@@ -124,7 +148,8 @@ def compile_all(arch: int) -> dict:
             case = name_of(launch, options)
             report["usage"] += [vars(usage(x)) | dict(arch=arch, case=case) for x in new.values()]
             names = [(x.metadata.name, x) for x in new.values()]
-            report["loops"] += [(n, main_loops(x)) for n, x in names if n.startswith("s2_hopper")]
+            names = [(n, x) for n, x in names if n.startswith("s2_hopper") and "sums" not in n]
+            report["loops"] += [(n, main_loops(x, HOLDING.get(n, "HGMMA"))) for n, x in names]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]
@@ -153,7 +178,7 @@ def assert_that_all_fit(report: dict) -> None:
     """Every kind of kernel was compiled for every architecture, within its shared memory."""
     kinds = {arch: {x["kernel"] for x in report["usage"] if x["arch"] == arch} for arch in SHARED}
     portable_kinds = {name for name in kinds[90] if not name.startswith(("s2_hopper", "s2_packed"))}
-    assert len(portable_kinds) >= 8 and len(kinds[90] - portable_kinds) == 7
+    assert len(portable_kinds) >= 8 and len(kinds[90] - portable_kinds) == 11
     assert kinds[80] == kinds[100] == portable_kinds
     for x in report["usage"]:
         assert x["shared"] <= SHARED[x["arch"]] * 1024, x

@@ -3,8 +3,11 @@
 import io
 import random
 import shutil
+import sys
 import threading
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from s2megatron.training import checkpoint_choice, output
 from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_content import (
     CHECKSUMS,
+    checksums_at_the_end_of_a_save,
     damaged_parts,
     share,
     stored_parts,
@@ -99,6 +103,19 @@ def test_no_byte_that_torch_would_read_differently_is_overlooked(written, tmp_pa
     assert seen > 400  # the rest is padding, and fields that nothing reads
 
 
+def test_everything_that_torch_writes_is_as_written(tmp_path):
+    """A tensor without elements has no sum behind it; a converted model holds some of these."""
+    state = {
+        "empty": torch.empty(0), "one": torch.tensor(1.0), "bf16": torch.ones(3).bfloat16(),
+        "bytes": torch.ones(7, dtype=torch.uint8), "object": {"a": [1, "é"]}, "none": None,
+        "mask": torch.ones(2, 2, dtype=torch.bool), "view": torch.arange(10.0)[::2],
+        "large": torch.zeros(1 << 20),
+    }  # fmt: skip
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    parts = stored_parts(tmp_path)
+    assert len(parts) == len(state) and damaged_parts(tmp_path, parts, 2) == []
+
+
 def test_damage_is_told_file_by_file(folder):
     checkpoint = iteration_dir(folder, 30)
     (checkpoint / FILE).rename(checkpoint / "elsewhere")
@@ -117,6 +134,31 @@ def test_files_that_say_what_the_others_hold(folder, name):
     assert damage(checkpoint) == f"{CHECKSUMS} cannot be read"
     (checkpoint / CHECKSUMS).write_text("[]")
     assert "does not hold what was written" in damage(checkpoint)
+
+
+def test_checksums_come_at_the_end_of_a_save(written, tmp_path, monkeypatch):
+    """Of what Megatron has written last; a folder that is no torch_dist checkpoint gets none."""
+    checkpoint, other = tmp_path / "iter_0000001", tmp_path / "other"
+    shutil.copytree(written, checkpoint)
+    (checkpoint / CHECKSUMS).unlink()
+    other.mkdir()
+    calls = []
+
+    def save_config(config, folder):
+        calls.append(config)
+        (Path(folder) / "metadata.json").write_text(config)
+
+    saving = SimpleNamespace(save_config=save_config)
+    module = SimpleNamespace(serialization=saving)
+    monkeypatch.setitem(sys.modules, "megatron.core.dist_checkpointing", module)
+    for _ in range(2):  # a process may run twice
+        checksums_at_the_end_of_a_save()
+    for folder in (checkpoint, other):
+        saving.save_config("{}", str(folder))
+    assert calls == ["{}", "{}"] and damage(checkpoint) == ""
+    assert (checkpoint / CHECKSUMS).exists() and not (other / CHECKSUMS).exists()
+    saving.save_config("{ }", str(checkpoint))  # saved again
+    assert damage(checkpoint) == ""
 
 
 def test_random_bytes_in_metadata_never_raise_anything_else(written, tmp_path):
@@ -154,7 +196,9 @@ def on_ranks(folder, read_all: bool, ranks: int) -> list:
         except ConfigError as error:
             results[rank] = str(error)
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    threads = [
+        threading.Thread(target=one, args=(rank,), name=f"rank {rank}") for rank in range(ranks)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -186,6 +230,21 @@ def test_every_rank_hears_that_nothing_is_undamaged(folder):
     assert len(set(refused)) == 1
     assert "no complete checkpoint is undamaged" in refused[0]
     assert all(f"iter_00000{number} is damaged" in refused[0] for number in (10, 20, 30))
+
+
+def test_what_one_rank_cannot_read_is_damage_to_all(folder, monkeypatch):
+    """As where a node does not see what the others do."""
+    whole = checkpoint_choice.stored_parts
+
+    def on_some_node(checkpoint):
+        if threading.current_thread().name == "rank 1" and checkpoint.name == "iter_0000030":
+            raise ValueError(".metadata cannot be read (it is not there)")
+        return whole(checkpoint)
+
+    monkeypatch.setattr(checkpoint_choice, "stored_parts", on_some_node)
+    (first, notes), other = on_ranks(folder, True, 2)
+    assert first == 20 and other == (20, [])
+    assert ".metadata cannot be read (it is not there) (as rank 1 on " in "".join(notes)
 
 
 def test_without_verify_only_sizes_count(folder):
@@ -246,3 +305,9 @@ def test_verify_command(folder, capsys):
     assert "1 of 3 checkpoints damaged" in said.err and said.out.count("as written, ") == 2
     assert main(["verify", str(iteration_dir(folder, 10))]) == 0
     assert main(["verify", str(folder.parent / "nowhere")]) == 2
+    converted = folder.parent / "converted"
+    iteration_dir(folder, 10).rename(converted.parent / "release")
+    converted.mkdir()
+    (converted.parent / "release").rename(converted / "release")
+    assert main(["verify", str(converted)]) == 0
+    assert f"{converted}/release: as written" in capsys.readouterr().out

@@ -202,6 +202,17 @@ def test_options_of_an_output_folder(tmp_path):
     assert output.resolve(OutputConfig(), {"save": "x"}) is None
 
 
+@pytest.mark.parametrize(("there", "strategy"), [(None, "mcore"), ("a spec", "nvrx")])
+def test_writer_of_nvidias_package_where_it_is_installed(tmp_path, monkeypatch, there, strategy):
+    asked = []
+    monkeypatch.setattr(
+        output.importlib.util, "find_spec", lambda name: asked.append(name) or there
+    )
+    assert resolve(tmp_path).options["async_strategy"] == strategy
+    assert asked == ["nvidia_resiliency_ext"]
+    assert resolve(tmp_path, async_strategy="mcore").options["async_strategy"] == "mcore"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("ckpt_format", "torch"), ("save", "elsewhere"), ("non_persistent_save_interval", 5)],
@@ -252,8 +263,9 @@ def test_the_way_back_leads_before_the_one_in_question(folder):
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
-    place = resolve(tmp_path / "run")
     (tmp_path / "run").write_text("a file")
+    place = resolve(tmp_path / "run")
+    assert choose_checkpoint(place.checkpoints, True, Ranks()) == (None, [])
     with pytest.raises(ConfigError, match=rf"{place.checkpoints} cannot be written: Not a dir"):
         output.make_ready(place)
 

@@ -92,6 +92,14 @@ def test_full_disk_at_start(tmp_path, monkeypatch):
         output.make_ready(place)
 
 
+def test_start_in_a_folder_that_cannot_be_made(tmp_path):
+    """TensorBoard's writer comes before the lock, and would end in a traceback."""
+    config = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
+    (tmp_path / "file").touch()
+    said = call("operating_cases", "what_a_start_says", str(config), str(tmp_path / "file" / "x"))
+    assert said.startswith(f"{tmp_path}/file") and "Not a directory: make room, see who may" in said
+
+
 # --- which options may have changed
 
 OPTIONS = {
@@ -102,7 +110,8 @@ OPTIONS = {
     "lr": 0.003, "min_lr": 0.0003, "train_iters": 20, "train_samples": None,
     "lr_decay_iters": None, "lr_warmup_iters": 2, "lr_decay_style": "cosine",
     "global_batch_size": 2, "micro_batch_size": 1, "start_weight_decay": 0.01,
-    "optimizer": "adam", "bf16": False, "fp16": False, "tensor_model_parallel_size": 1,
+    "optimizer": "adam", "bf16": False, "fp16": False, "use_distributed_optimizer": False,
+    "tensor_model_parallel_size": 1,
     "save_interval": 5, "train_data_path": ["a"],
     "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
 }  # fmt: skip
@@ -122,6 +131,7 @@ def changed(**now):
         ("num_query_groups", 1, "run of its own"),
         ("num_experts", 8, "run of its own"),
         ("bf16", True, "megatron.finetune=true"),
+        ("use_distributed_optimizer", True, "megatron.finetune=true"),
         ("lr", 0.002, "override_opt_param_scheduler=true"),
         ("train_iters", 40, "override_opt_param_scheduler=true"),
         ("lr_decay_iters", 30, "override_opt_param_scheduler=true"),

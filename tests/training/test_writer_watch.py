@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from s2megatron.training import writer_watch
-from s2megatron.training.writer_watch import WriterWatch, current_writer
+from s2megatron.training.writer_watch import WriterWatch, current_writer, end_rank
 
 
 @pytest.fixture
@@ -77,3 +77,15 @@ def test_writer_of_megatrons_queue_and_of_nvidias(name, monkeypatch):
     saves._async_calls_queue = SimpleNamespace()
     with pytest.raises(AttributeError):  # another version's: it is not left unwatched in silence
         current_writer()
+
+
+def test_rank_ends_with_the_reason_for_its_agent(tmp_path, monkeypatch, capfd):
+    """In the file that torchrun's agent reads, and on stderr; no cleaning up."""
+    error = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error))
+    monkeypatch.setattr(writer_watch, "end_children", lambda: None)
+    rank = multiprocessing.get_context("fork").Process(target=end_rank, args=("the reason",))
+    rank.start()
+    rank.join()
+    assert rank.exitcode == 1 and "RuntimeError: the reason" in error.read_text()
+    assert capfd.readouterr().err == "s2megatron: the reason\n"

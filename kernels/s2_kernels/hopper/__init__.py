@@ -14,8 +14,21 @@ from s2_kernels.pattern import LayerPattern
 
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
 
+FEWEST_QUERIES = 128
+"""Queries of a longer sequence below which the portable kernels run: a query tile would be mostly
+empty, and a work list would be made for every token that is decoded."""
 WIDEST = 128
 """Head size above which other kernels run: forward_wide, backward_dq_wide, backward_dkdv_wide."""
+
+
+def all_seen(pattern: LayerPattern, t: int, q_offset: int) -> int | None:
+    """KV half-tiles of 64 tokens, where every query sees every key; else None.
+
+    That is, all queries stand past the keys of a dense pattern: what a rank of context parallelism
+    sees of the blocks that live forever. A half-tile of which a part exists would need a mask.
+    """
+    past = q_offset >= t and t % 64 == 0 and pattern.is_dense
+    return t // 64 if past else None
 
 
 def why_not(
@@ -42,10 +55,13 @@ def why_not(
         return f"head sizes {q.shape[-1]} and {v.shape[-1]} (one size from 48 to 256 only)"
     if packing is not None and q.shape[-1] > WIDEST:
         return f"packed sequences with head size {q.shape[-1]} (up to {WIDEST})"
-    if q_offset:
-        return "a q_offset other than 0"
-    if packing is None and k.shape[1] != q.shape[1]:
-        return "more or fewer keys than queries"
+    if packing is not None and q_offset:
+        return "packed sequences at a q_offset other than 0"
+    past = packing is None and q_offset + q.shape[1] > k.shape[1]
+    if past and all_seen(pattern, k.shape[1], q_offset) is None:
+        return "queries at positions past the last key"
+    if packing is None and q.shape[1] < min(FEWEST_QUERIES, k.shape[1]):
+        return f"fewer than {FEWEST_QUERIES} queries of a longer sequence"
     if packing is not None and packing.cu_k.data_ptr() != packing.cu_q.data_ptr():
         return "packed sequences with cu_seqlens_k of their own"
     if not (takes_descriptor(q) and takes_descriptor(k) and takes_descriptor(v)):

@@ -8,7 +8,7 @@ sizes above 128 have kernels of their own, which take the row terms from the por
 import torch
 
 from s2_kernels.backward import row_terms
-from s2_kernels.hopper import WIDEST
+from s2_kernels.hopper import WIDEST, all_seen
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
@@ -32,6 +32,8 @@ def launch_hopper_backward(
     q_offset: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
+    if all_seen(pattern, k.shape[-3], q_offset) is not None:
+        q_offset = k.shape[-3]  # any position past the keys; here columns and rows begin together
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))

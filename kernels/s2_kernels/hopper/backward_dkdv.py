@@ -57,7 +57,14 @@ from s2_kernels.hopper.primitives import (
     term_descriptor,
     write_notes,
 )
-from s2_kernels.launch import Packing, concurrent_programs, device_table, fresh_counter, pad
+from s2_kernels.launch import (
+    Packing,
+    concurrent_programs,
+    counter_for,
+    device_table,
+    on_grid,
+    pad,
+)
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import load_rule
 from s2_kernels.schedule import column_pairs
@@ -487,7 +494,7 @@ def launch_hopper_dkdv(
         work = column_pairs(pattern, s, b, programs, q.device, k.shape[1], q_offset)
         items, n_items, n_slots = work.items, len(work.items), work.n_slots
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
-    s2_hopper_dkdv_kernel[(min(programs, n_items),)](
+    on_grid(s2_hopper_dkdv_kernel, (min(programs, n_items),))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -499,7 +506,7 @@ def launch_hopper_dkdv(
         dk,
         dv,
         items,
-        fresh_counter(q.device),
+        counter_for(q),
         device_table(pattern, q.device),
         partial,
         strides_and_size(dk),

@@ -63,8 +63,9 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import (
     concurrent_programs,
+    counter_for,
     device_table,
-    fresh_counter,
+    on_grid,
     pad,
 )
 from s2_kernels.pattern import LayerPattern
@@ -454,7 +455,7 @@ def launch_hopper_dkdv_wide(
     slots = concurrent_programs(q.device, num_warps=8)
     work = single_columns(pattern, s, b, slots, q.device, t, q_offset)
     partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
-    s2_hopper_dkdv_wide_kernel[(min(slots, len(work.items)),)](
+    on_grid(s2_hopper_dkdv_wide_kernel, (min(slots, len(work.items)),))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -466,7 +467,7 @@ def launch_hopper_dkdv_wide(
         strides_and_size(dk)[:3],
         strides_and_size(dv)[:3],
         work.items,
-        fresh_counter(q.device),
+        counter_for(q),
         device_table(pattern, q.device),
         partial,
         b,

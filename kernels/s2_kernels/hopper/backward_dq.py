@@ -38,9 +38,9 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    offset_or_none,
     query_item,
     query_items,
+    reach_of,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -48,7 +48,7 @@ from s2_kernels.hopper.primitives import (
     term_lead,
     write_notes,
 )
-from s2_kernels.launch import Packing, device_table, pad
+from s2_kernels.launch import Packing, device_table, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, load_rule
 
@@ -102,6 +102,7 @@ class Sizes(NamedTuple):
     slots: gl.tensor
     s: gl.tensor
     q_offset: gl.tensor
+    all_seen: gl.tensor
     rows: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
@@ -131,7 +132,10 @@ def producer(
         rule = load_rule(tables.rules, i_kv, N_BANDS)
         tiles = query_list(rule, item.position, B, N_BANDS)
         mbarrier.wait(memory.q_free.index(0), i_round & 1 ^ 1)
-        write_notes(memory.notes, 0, (tiles.n_edges, tiles.n_kept, tiles.unseen))
+        n, notes = tiles.n_edges + tiles.n_kept + 2, (tiles.n_edges, tiles.n_kept, tiles.unseen)
+        if sizes.all_seen is not None:
+            n, notes = sizes.all_seen, (0, sizes.all_seen, 0)
+        write_notes(memory.notes, 0, notes)
         ready = memory.q_ready.index(0)
         mbarrier.expect(ready, 2 * descs.q.block_type.nbytes + 4 * descs.dout.block_type.nbytes)
         for w in gl.static_range(2):
@@ -139,9 +143,11 @@ def producer(
             load_rows(descs.q, i_batch, i_head, first, ready, memory.q.index(w))
             load_rows(descs.dout, i_batch, i_head, first, ready, memory.dout.index(w))
             load_rows(descs.out, i_batch, i_head, first, ready, memory.dq.index(w))
-        for p in range(tiles.n_edges + tiles.n_kept + 2):
+        for p in range(n):
             stage, phase = done % STAGES, done // STAGES & 1
             column = item.start + listed_half(tiles, p, B, N_BANDS) * 64
+            if sizes.all_seen is not None:
+                column = p * 64
             mbarrier.wait(memory.kv_free.index(stage), phase ^ 1)
             ready = memory.k_ready.index(stage)
             mbarrier.expect(ready, descs.k.block_type.nbytes)
@@ -251,7 +257,11 @@ def consumer(
         diagonal = done + n_edges + n_kept + WARPGROUP
         end = diagonal - (read_scalar(memory.notes, UNSEEN) if WARPGROUP == 1 else 0)
         pass_over(done, begin, memory, STAGES)
-        done += n_edges + n_kept + 2
+        if sizes.all_seen is None:
+            done += n_edges + n_kept + 2
+        else:
+            done += n_kept
+            end = done
         for part in range(2):
             high = gl.where(part == 0, gl.minimum(begin + 1, end), end)
             for p in range(begin + part, high):
@@ -264,13 +274,14 @@ def consumer(
                 # By now dq of the item before has left.
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_free.index(0), pred=begin < end)
-        pass_over(end, diagonal, memory, STAGES)
-        b_dq = add_tile(
-            b_q, b_dout, b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, memory, STAGES,
-            True,
-        )  # fmt: skip
-        mbarrier.arrive(memory.q_free.index(0), pred=begin == end)
-        pass_over(diagonal + 1, done, memory, STAGES)
+        if sizes.all_seen is None:
+            pass_over(end, diagonal, memory, STAGES)
+            b_dq = add_tile(
+                b_q, b_dout, b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, memory, STAGES,
+                True,
+            )  # fmt: skip
+            mbarrier.arrive(memory.q_free.index(0), pred=begin == end)
+            pass_over(diagonal + 1, done, memory, STAGES)
         where = query_item(item, tables, sizes, PACKED)
         if i_round + 1 < n_items:
             item = item_at(i_round + 1, tables, PACKED)
@@ -298,7 +309,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen", "rows"])
 def s2_hopper_dq_kernel(
     d_q,
     d_k,
@@ -320,6 +331,7 @@ def s2_hopper_dq_kernel(
     n_slots,
     s,
     q_offset,
+    all_seen,
     rows,
     scale,
     scale_log2,
@@ -350,7 +362,7 @@ def s2_hopper_dq_kernel(
     )
     terms = Terms(p_lse, p_dlse, p_lse2, p_delta)
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2)
     store = Output(d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
@@ -383,11 +395,12 @@ def launch_hopper_dq(
     lse, dlse: [b, h, s], or [h, T] packed, contiguous.
     """
     b, s, h, d, *_ = extents(q)
-    lead = term_lead(q_offset)
+    reach = reach_of(q, k, pattern, q_offset)
+    lead = term_lead(reach.q_offset or 0)
     rows = term_rows(s, packing.n_seqs) if packing else -(-(lead + s) // 4) * 4  # 16 bytes, for TMA
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
-    work = query_items(pattern, q, packing, q_offset)
-    s2_hopper_dq_kernel[(work.programs,)](
+    work = query_items(pattern, q, packing, reach)
+    on_grid(s2_hopper_dq_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -407,7 +420,7 @@ def launch_hopper_dq(
         h // k.shape[-2],
         work.slots,
         s,
-        offset_or_none(q, k, q_offset),
+        *reach,
         rows,
         softmax_scale,
         softmax_scale * math.log2(math.e),

@@ -47,14 +47,14 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    offset_or_none,
     query_item,
     query_items,
+    reach_of,
     read_scalar,
     strides_and_size,
     write_notes,
 )
-from s2_kernels.launch import device_table
+from s2_kernels.launch import device_table, on_grid
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import head_offset, load_rule
 
@@ -111,16 +111,21 @@ def producer(
         i_batch, i_head, i_kv = item.batch, item.head, item.head // sizes.group
         rule = load_rule(tables.rules, i_kv, N_BANDS)
         tiles = query_list(rule, item.position, B, N_BANDS)
+        n, notes = tiles.n_edges + tiles.n_kept + 2, (tiles.n_edges, tiles.n_kept, tiles.unseen)
+        if sizes.all_seen is not None:
+            n, notes = sizes.all_seen, (0, sizes.all_seen, 0)
         for w in gl.static_range(2):
             ready = memory.q_ready.index(w)
             mbarrier.wait(memory.q_free.index(w), i_round & 1 ^ 1)
-            write_notes(memory.notes, w * 3, (tiles.n_edges, tiles.n_kept, tiles.unseen))
+            write_notes(memory.notes, w * 3, notes)
             mbarrier.expect(ready, descs.q.block_type.nbytes + descs.dout.block_type.nbytes)
             q_row = item.row + w * 64
             load_rows(descs.q, i_batch, i_head, q_row, ready, memory.q.index(w))
             load_rows(descs.dout, i_batch, i_head, q_row, ready, memory.dout.index(w))
-        for p in range(tiles.n_edges + tiles.n_kept + 2):
+        for p in range(n):
             column = listed_half(tiles, p, B, N_BANDS) * 64
+            if sizes.all_seen is not None:
+                column = p * 64
             stage, phase = done % K_STAGES, done // K_STAGES & 1
             mbarrier.wait(k.free.index(stage), phase ^ 1)
             mbarrier.expect(k.ready.index(stage), descs.k.block_type.nbytes)
@@ -223,18 +228,24 @@ def consumer(
         diagonal = done + n_edges + n_kept + WARPGROUP
         end = diagonal - (read_scalar(memory.notes, at + UNSEEN) if WARPGROUP == 1 else 0)
         pass_over(done, begin, memory)
-        done += n_edges + n_kept + 2
+        last = diagonal
+        if sizes.all_seen is None:
+            done += n_edges + n_kept + 2
+        else:
+            done += n_kept
+            end, last = done, done - 1
         for p in range(begin, end):
             b_dq = add_tile(
-                b_dq, b_lse2, b_delta, sizes.scale_log2, p, diagonal, memory, False,
+                b_dq, b_lse2, b_delta, sizes.scale_log2, p, last, memory, False,
                 WARPGROUP,
             )  # fmt: skip
-        pass_over(end, diagonal, memory)
-        b_dq = add_tile(
-            b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, diagonal, memory, True,
-            WARPGROUP,
-        )  # fmt: skip
-        pass_over(diagonal + 1, done, memory)
+        if sizes.all_seen is None:
+            pass_over(end, diagonal, memory)
+            b_dq = add_tile(
+                b_dq, b_lse2, b_delta, sizes.scale_log2, diagonal, diagonal, memory, True,
+                WARPGROUP,
+            )  # fmt: skip
+            pass_over(diagonal + 1, done, memory)
         where = query_item(item, tables, sizes, False)
         row = where.row + WARPGROUP * 64
         p_tile = out.base + head_offset(out.strides, where.batch, where.head, row)
@@ -243,10 +254,10 @@ def consumer(
         store_sum(p_tile, out.strides[1], first, sizes.s - row, b_dq16, D)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen", "rows"])
 def s2_hopper_dq_wide_kernel(
     d_q, d_k, d_v, d_dout, p_dq, p_lse2, p_delta, p_items, p_starts, p_table, strides_dq,
-    heads, group, n_slots, s, q_offset, rows, scale, scale_log2,
+    heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles.
@@ -274,7 +285,7 @@ def s2_hopper_dq_wide_kernel(
         make_notes(6),
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, rows, scale, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2)
     out, terms = Output(p_dq, strides_dq), Terms(p_lse2, p_delta)
     gl.warp_specialize(
         [
@@ -301,8 +312,9 @@ def launch_hopper_dq_wide(
 ) -> None:
     """Writes dq, as s2_kernels.backward_dq.launch_dq."""
     b, s, h, d, *_ = extents(q)
-    work = query_items(pattern, q, None, q_offset)
-    s2_hopper_dq_wide_kernel[(work.programs,)](
+    reach = reach_of(q, k, pattern, q_offset)
+    work = query_items(pattern, q, None, reach)
+    on_grid(s2_hopper_dq_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -318,7 +330,7 @@ def launch_hopper_dq_wide(
         h // k.shape[-2],
         work.slots,
         s,
-        offset_or_none(q, k, q_offset),
+        *reach,
         lse2.shape[-1],
         softmax_scale,
         softmax_scale * math.log2(math.e),

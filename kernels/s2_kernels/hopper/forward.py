@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.compat import async_load
-from s2_kernels.hopper.lists import FAR, listed_position, query_list
+from s2_kernels.hopper.lists import FAR, QueryList, listed_position, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
     Ring,
@@ -44,9 +44,9 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    offset_or_none,
     query_item,
     query_items,
+    reach_of,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -54,7 +54,7 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
-from s2_kernels.launch import Packing, device_table, empty_like, pad
+from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
 
@@ -93,7 +93,7 @@ class Place(NamedTuple):
 class Sizes(NamedTuple):
     """Numbers of heads, of query heads per KV head, of tiles of a head, of queries; the scale.
 
-    q_offset: `offset_or_none`.
+    q_offset, all_seen: `Reach`.
     """
 
     heads: gl.tensor
@@ -101,6 +101,7 @@ class Sizes(NamedTuple):
     slots: gl.tensor
     s: gl.tensor
     q_offset: gl.tensor
+    all_seen: gl.tensor
     scale_log2: gl.tensor
 
 
@@ -135,20 +136,35 @@ def load_half_tiles(desc, i_batch, i_kv, rows, tile, ring):
 
 
 @gluon.jit
+def full_list(n):
+    """The list of an item whose rows see all of n half-tiles, in place of a `QueryList`.
+
+    The first and the last of them are in both warpgroups' first tile.
+    """
+    n_first, n_kept = gl.where(n > 1, 1, 0), gl.maximum(n - 2, 0)
+    tiles = QueryList(n * 0, (1, 1, n_kept), (0, 1, n_first), n_kept, n_first, 1 - n_first)
+    return tiles
+
+
+@gluon.jit
 def producer(
     descs, memory, tables, sizes, B: gl.constexpr, N_BANDS: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     """Loads Q of every item and the K and V tiles of its list; notes how long the list is."""
     q, k, v = memory.q, memory.k, memory.v
+    BLOCK: gl.constexpr = B if sizes.all_seen is None else 64  # of the list's segments
     n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
     tile = 0
     for i_round in range(n_items):
         item = query_item(item_at(i_round, tables, PACKED), tables, sizes, PACKED)
         rule = load_rule(tables.rules, item.head // sizes.group, N_BANDS)
-        tiles = query_list(rule, item.position, B, N_BANDS)
+        if sizes.all_seen is None:
+            tiles = query_list(rule, item.position, B, N_BANDS)
+        else:
+            tiles = full_list(sizes.all_seen)
         mbarrier.wait(q.free.index(0), i_round & 1 ^ 1)
-        write_item(memory.notes, item, tiles)
+        write_item(memory.notes, item, tiles, 0 if sizes.all_seen is None else 64)
         mbarrier.expect(q.ready.index(0), 2 * descs.q.block_type.nbytes)
         for w in gl.static_range(2):
             q_row = item.start + item.row + w * 64
@@ -158,11 +174,14 @@ def producer(
         n_paired = 2 + tiles.n_kept // 2
         for p in range(n_paired + tiles.n_kept % 2 + gl.maximum(tiles.n_edges - 1, 0)):
             if p < 2:
-                at_0, at_1 = gl.where(p == 0, edge, item.position), item.position + p * 64
+                if sizes.all_seen is None:
+                    at_0, at_1 = gl.where(p == 0, edge, item.position), item.position + p * 64
+                else:
+                    at_0, at_1 = edge, (sizes.all_seen - 1) * 64
             else:  # pairs, then what is left, one by one
                 half = gl.minimum(2 * p, n_paired + p) - 4
-                at_0 = listed_position(tiles, half, B, N_BANDS)
-                at_1 = listed_position(tiles, half + 1, B, N_BANDS)
+                at_0 = listed_position(tiles, half, BLOCK, N_BANDS)
+                at_1 = listed_position(tiles, half + 1, BLOCK, N_BANDS)
                 at_1 = gl.where(p < n_paired, at_1, FAR)
             rows = (item.start + at_0, item.start + at_1)
             load_half_tiles(descs.k, item.batch, i_kv, rows, tile, k)
@@ -180,11 +199,11 @@ def pass_over(low, high, ring):
 
 
 @gluon.jit
-def write_item(notes, item, tiles):
-    """Notes of an item, for `read_item`."""
+def write_item(notes, item, tiles, diagonal):
+    """Notes of an item, for `read_item`. diagonal: see `mask_first`."""
     write_notes(notes, PLACE, Place(item.batch, item.head, item.row, item.start, item.length))
     hidden_0 = gl.where(tiles.n_edges > 0, 0, 1)
-    write_notes(notes, KEPT, (tiles.n_kept, tiles.n_edges, 0, hidden_0, tiles.unseen))
+    write_notes(notes, KEPT, (tiles.n_kept, tiles.n_edges, diagonal, hidden_0, tiles.unseen))
 
 
 @gluon.jit
@@ -208,9 +227,9 @@ def read_item(notes, WARPGROUP: gl.constexpr):
 def mask_first(b_s, masked):
     """Scores [64, 128] of an item's first tile: its second half lies on the diagonal.
 
-    There, row m sees the columns up to m + diagonal, which is always 0, but read from a note: of a
-    constant, the compiler would keep the whole mask in registers from item to item. The first half
-    may be hidden from all rows.
+    There, row m sees the columns up to m + diagonal: 0, or 64 where it is no diagonal. It is read
+    from a note: of a constant, the compiler would keep the whole mask in registers from item to
+    item. The first half may be hidden from all rows.
     """
     diagonal, hidden = masked
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -359,7 +378,7 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
@@ -376,6 +395,7 @@ def s2_hopper_forward_kernel(
     n_slots,
     s,
     q_offset,
+    all_seen,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
@@ -403,7 +423,7 @@ def s2_hopper_forward_kernel(
         q_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
@@ -429,8 +449,9 @@ def launch_hopper_forward(
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, packing, q_offset)
-    s2_hopper_forward_kernel[(work.programs,)](
+    reach = reach_of(q, k, pattern, q_offset)
+    work = query_items(pattern, q, packing, reach)
+    on_grid(s2_hopper_forward_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -445,7 +466,7 @@ def launch_hopper_forward(
         h // k.shape[-2],
         work.slots,
         s,
-        offset_or_none(q, k, q_offset),
+        *reach,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

@@ -54,15 +54,15 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    offset_or_none,
     query_item,
     query_items,
+    reach_of,
     read,
     read_scalar,
     write_notes,
 )
 from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
-from s2_kernels.launch import device_table, empty_like
+from s2_kernels.launch import device_table, empty_like, on_grid
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, load_rule
 
@@ -121,10 +121,14 @@ def producer(
         n_edges, unseen = tiles.n_edges, tiles.unseen
         n_before = n_edges + tiles.n_kept
         n = n_before + 2
+        if sizes.all_seen is not None:  # none of them on a diagonal
+            n_edges, unseen, n_before, n = n_edges * 0, unseen * 0, sizes.all_seen, sizes.all_seen
         for w in gl.static_range(2):
             passes = gl.where(n_edges > 0, 1, 0) if w == 1 else 1
             mbarrier.wait(q.free.index(w), i_round & 1 ^ 1)
             whole_from, whole_to = (n_edges - passes) * w, n_before + (1 - unseen - passes) * w
+            if sizes.all_seen is not None:
+                passes, whole_from, whole_to = n * 0, n * 0, n
             write_notes(memory.q_notes, w * 4, (passes, n - passes, whole_from, whole_to))
             mbarrier.expect(q.ready.index(w), descs.q.block_type.nbytes)
             q_row = item.row + w * 64
@@ -134,6 +138,8 @@ def producer(
             col_before = col
             if p < n:
                 i_half = off_diagonal(tiles, p, B, N_BANDS)
+                if sizes.all_seen is not None:
+                    i_half = p
                 col = gl.where(p < n_before, i_half * 64, item.position + (p - n_before) * 64)
                 tile = done + p
                 mbarrier.wait(k.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
@@ -321,10 +327,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset"])
+@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
 def s2_hopper_forward_wide_kernel(
     d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
-    heads, group, n_slots, s, q_offset, scale_log2,
+    heads, group, n_slots, s, q_offset, all_seen, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
@@ -349,7 +355,7 @@ def s2_hopper_forward_wide_kernel(
         k_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
     out = Output(d_out, p_lse, out_bufs)
     gl.warp_specialize(
         [
@@ -374,8 +380,9 @@ def launch_hopper_forward_wide(
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    work = query_items(pattern, q, None, q_offset)
-    s2_hopper_forward_wide_kernel[(work.programs,)](
+    reach = reach_of(q, k, pattern, q_offset)
+    work = query_items(pattern, q, None, reach)
+    on_grid(s2_hopper_forward_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
@@ -388,7 +395,7 @@ def launch_hopper_forward_wide(
         h // k.shape[-2],
         work.slots,
         s,
-        offset_or_none(q, k, q_offset),
+        *reach,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,

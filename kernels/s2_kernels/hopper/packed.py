@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.configs import FUSED
+from s2_kernels.launch import on_grid
 
 
 @triton.jit(do_not_specialize=["n_seqs", "n_slots"])
@@ -58,5 +59,7 @@ def packed_slots(cu_seqlens: torch.Tensor, tokens: int, extra: int = 0) -> torch
     n_slots = tokens // 128 + n_seqs * (1 + extra)
     slots = cu_seqlens.new_empty((n_slots, 4))
     grid = (triton.cdiv(n_slots, 64),)
-    s2_packed_slots_kernel[grid](cu_seqlens, slots, n_seqs, n_slots, EXTRA=extra, M=64, **FUSED)
+    on_grid(s2_packed_slots_kernel, grid)(
+        cu_seqlens, slots, n_seqs, n_slots, EXTRA=extra, M=64, **FUSED
+    )
     return slots

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.configs import FUSED
+from s2_kernels.hopper import all_seen
 from s2_kernels.hopper.compat import async_load, async_store, thread_barrier
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
@@ -116,7 +117,7 @@ class QueryItem(NamedTuple):
 def query_item(item, tables, sizes, PACKED: gl.constexpr):
     """The `QueryItem` of this number.
 
-    sizes: heads, slots (tiles of a head, schedule.py), s, and q_offset (`offset_or_none`).
+    sizes: heads, slots (tiles of a head, schedule.py), s, and q_offset (`Reach`).
     """
     i_head = item // sizes.slots
     if PACKED:
@@ -215,7 +216,7 @@ class QueryItems(NamedTuple):
 
 
 def query_items(
-    pattern: LayerPattern, q: torch.Tensor, packing: Packing | None, q_offset: int = 0
+    pattern: LayerPattern, q: torch.Tensor, packing: Packing | None, reach: "Reach"
 ) -> QueryItems:
     """The query tiles of q [b, s, h, d], or of a packed batch [T, h, d]."""
     b, s, h, *_ = extents(q)
@@ -223,15 +224,36 @@ def query_items(
     if packing:
         slots = packed_slots(packing.cu_q, s)
         return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
-    dealt = query_tiles(pattern, s, b, programs, q.device, q_offset)
+    q_offset = reach.q_offset or 0
+    dealt = query_tiles(pattern, s, b, programs, q.device, q_offset, reach.all_seen)
     return QueryItems(dealt.items, dealt.starts, count_query_tiles(s, q_offset), dealt.programs)
 
 
-def offset_or_none(q: torch.Tensor, k: torch.Tensor, q_offset: int) -> int | None:
-    """What a kernel takes as q_offset: None where every query stands at the position of its row.
+class Reach(NamedTuple):
+    """Where the queries stand among the keys, as the kernels over queries take it.
 
-    That is compiled by itself, without the arithmetic for offsets. An offset of 0 is one, too,
-    where there are more keys than queries.
+    None is compiled by itself, without the arithmetic for it.
+
+    Attributes:
+        q_offset: position of the first query; None where every query stands at the position of its
+            row, and there are as many keys.
+        all_seen: `hopper.all_seen`. Positions do not matter then, and q_offset is None.
+    """
+
+    q_offset: int | None
+    all_seen: int | None
+
+
+def reach_of(q: torch.Tensor, k: torch.Tensor, pattern: LayerPattern, q_offset: int) -> Reach:
+    """How far queries at an offset reach."""
+    seen = all_seen(pattern, k.shape[-3], q_offset)
+    return Reach(offset_or_none(q, k, q_offset) if seen is None else None, seen)
+
+
+def offset_or_none(q: torch.Tensor, k: torch.Tensor, q_offset: int) -> int | None:
+    """The q_offset that a kernel takes: None where it is 0, and there are as many keys as queries.
+
+    An offset of 0 counts as one where there are more keys.
     """
     return q_offset if q_offset or q.shape[-3] != k.shape[-3] else None
 

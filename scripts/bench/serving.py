@@ -1,0 +1,244 @@
+"""Times vLLM serving an S2 model against the same model dense, in the same vLLM, on one GPU.
+
+    python3 scripts/bench/serving.py --lengths 8192,32768,131072 --batches 1,16,64
+
+A model of Llama's shape with random weights (`--load-format dummy`); window 1,024 tokens, blocks of
+64. Each provider runs in a process of its own: "s2", and "dense", the folder without its `s2` key.
+Of every length and batch: how many sequences of that length the cache has room for, seconds from a
+prompt to its first token, and tokens a second while `batch` requests decode, or as many of them as
+run at a time. Every prompt is its own, and all are prefilled. Writes NAME.json and NAME.md.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from s2_kernels import dense, local_stride  # noqa: E402
+from s2_kernels.record import record  # noqa: E402
+from s2megatron import provenance  # noqa: E402
+
+PROVIDERS = ("s2", "dense")
+SHAPES = {  # layers, hidden, ffn, heads, KV heads
+    "1.3b": (24, 2048, 5504, 16, 16),
+    "8b": (32, 4096, 14336, 32, 8),
+    "tiny": (2, 128, 256, 4, 2),
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8b", choices=SHAPES)
+    parser.add_argument("--lengths", default="8192,32768,131072", help="tokens of a prompt")
+    parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--providers", default=",".join(PROVIDERS))
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--local-blocks", type=int, default=16)
+    parser.add_argument("--stride", type=int, default=16, help="in blocks")
+    parser.add_argument("--dense-layers", type=int, default=0, help="the first so many are dense")
+    parser.add_argument("--tokens", type=int, default=64, help="steps that are timed")
+    parser.add_argument("--chunk", type=int, default=8192, help="--max-num-batched-tokens")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--pages", type=int, help="in the cache, to try out; default: what fits")
+    parser.add_argument("--deadline", type=float, default=250, help="seconds of a provider")
+    parser.add_argument("--device", default="cuda", help="cpu only tries the script out")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
+    parser.add_argument("--name", help="of the files; default: serving-GPU-DATE")
+    parser.add_argument("--in-this-process", metavar="FILE", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def make_folder(a, provider: str, folder: Path) -> Path:
+    """A config.json, which is all that random weights need."""
+    layers, hidden, ffn, heads, kv_heads = SHAPES[a.shape]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
+        "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads, "max_position_embeddings": 1 << 20, "hidden_act": "silu",
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16" if a.device == "cuda" else "float32",
+    }  # fmt: skip
+    if provider == "s2":
+        shape = dict(heads=heads, kv_heads=kv_heads, block_size=a.block_size)
+        sparse = local_stride(**shape, local_blocks=a.local_blocks, stride=a.stride)
+        full = (dense(**shape),) * a.dense_layers
+        config["s2"] = record(full + (sparse,) * (layers - a.dense_layers))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tokens_to_ask_for(a, tokens: int, batch: int) -> int:
+    """So many that no request ends before the last prompt is through and the pace is timed.
+
+    A request that decodes gets a token with every chunk of the others' prompts.
+    """
+    return batch * -(-tokens // a.chunk) + a.tokens + 8
+
+
+def start(a, provider: str, folder: Path):
+    """vLLM's engine in this process, so that steps can be counted."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    from vllm import LLM
+
+    from s2_vllm.plugin import register
+
+    register()  # where the checkout is not installed, there is no entry point
+    tokens, batch = (max(map(int, x.split(","))) for x in (a.lengths, a.batches))
+    longest = tokens + tokens_to_ask_for(a, tokens, batch)
+    return LLM(
+        model=str(make_folder(a, provider, folder)),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=longest,
+        max_num_seqs=max(map(int, a.batches.split(","))),
+        max_num_batched_tokens=min(a.chunk, longest),
+        enforce_eager=a.eager or a.device == "cpu",
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=a.pages,
+    ).llm_engine
+
+
+def sequences_that_fit(engine, tokens: int) -> int:
+    """Sequences of so many tokens that the cache has pages for, all decoding."""
+    config = engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    pages = [
+        spec.held.most(tokens, 1) if hasattr(spec, "held") else -(-tokens // spec.block_size)
+        for spec in specs
+    ]
+    return (config.num_blocks - 1) // sum(pages)
+
+
+class Decoding:
+    """`batch` requests of `tokens` tokens each: the time to the first token, then the pace."""
+
+    def __init__(self, engine, a, tokens: int, batch: int):
+        from vllm import SamplingParams
+
+        self.engine, self.batch, self.timed = engine, batch, a.tokens
+        most = tokens_to_ask_for(a, tokens, batch)
+        params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
+        for i in range(batch):
+            ids = [(7919 * (i + 1) + 31 * k) % 31000 for k in range(tokens)]
+            engine.add_request(str(i), {"prompt_token_ids": ids}, params)
+
+    def run(self, deadline: float) -> dict:
+        """Steps that only decode are timed: all prompts are through that have room.
+
+        Then all requests are taken back.
+        """
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        began, first, counts, paces = time.perf_counter(), None, {}, {}
+        while self.engine.has_unfinished_requests():
+            timed = max(map(len, paces.values()), default=0)
+            if timed >= self.timed or time.time() > deadline:
+                self.engine.abort_request([str(i) for i in range(self.batch)])
+                continue
+            before, at = sum(counts.values()), time.perf_counter()
+            for out in self.engine.step():
+                counts[out.request_id] = len(out.outputs[0].token_ids)
+            took, new = time.perf_counter() - at, sum(counts.values()) - before
+            if new and first is None:
+                first = time.perf_counter() - began
+            running = len(scheduler.running)
+            if new == running > 0:
+                paces.setdefault(running, []).append(took)
+        while scheduler.has_requests():
+            self.engine.step()
+        row = dict(first_s=first)
+        if paces:
+            most = max(paces)
+            took = sorted(paces[most])
+            row |= dict(running=most, step_ms=1000 * took[len(took) // 2])
+            row["tokens_s"] = 1000 * most / row["step_ms"]
+        return row
+
+
+def measure(a, provider: str) -> dict:
+    began = time.time()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = start(a, provider, Path(folder))
+        warm = Decoding(engine, a, 64, 1)
+        warm.run(time.time() + a.deadline)
+        for tokens in map(int, a.lengths.split(",")):
+            fits = sequences_that_fit(engine, tokens + a.tokens)
+            for batch in map(int, a.batches.split(",")):
+                row = dict(provider=provider, tokens=tokens, batch=batch, fits=fits)
+                if time.time() - began > a.deadline:
+                    print(f"{provider}: out of time at {tokens} tokens, batch {batch}", flush=True)
+                    break
+                row |= Decoding(engine, a, tokens, batch).run(began + a.deadline)
+                rows.append(row)
+                print(line(row), flush=True)
+    import torch
+    import vllm
+
+    made = dict(device=provenance.machine(a.device), torch=torch.__version__)
+    return dict(**made, vllm=vllm.__version__, rows=rows)
+
+
+HEADING = (
+    "| tokens | batch | who | sequences that fit | first token s | run together | ms a step "
+    "| tokens/s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def line(row: dict) -> str:
+    first = "" if row["first_s"] is None else f"{row['first_s']:.2f}"
+    pace = " | | |"
+    if "running" in row:
+        pace = f" {row['running']} | {row['step_ms']:.2f} | {row['tokens_s']:,.0f} |"
+    case = f"| {row['tokens']:,} | {row['batch']} | {row['provider']} | {row['fits']} |"
+    return f"{case} {first} |{pace}"
+
+
+def write(results: list[dict], a) -> Path:
+    """NAME.json and NAME.md of the providers' results; returns the latter."""
+    device = results[0]["device"]
+    card = device.split()[1].lower() if " " in device else "cpu"
+    name = a.name or f"serving-{card}-{datetime.date.today()}"
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    layers, _, _, heads, kv_heads = SHAPES[a.shape]
+    command = " ".join(["python3 scripts/bench/serving.py", *sys.argv[1:]])
+    text = (
+        f"# vLLM serves a model of {a.shape}'s shape, S2 and dense: {device}\n\n"
+        f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}; {layers} layers, "
+        f"{heads} heads on {kv_heads} KV heads; S2: window {a.local_blocks * a.block_size:,} "
+        f"tokens, stride {a.stride}, {a.dense_layers} dense layers. Random weights; every prompt "
+        "is its own.\n\n"
+    )
+    rows = "\n".join(line(row) for result in results for row in result["rows"])
+    file = a.out / f"{name}.md"
+    file.write_text(f"{text}{HEADING}\n{rows}\n")
+    return file
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    a = parse(argv)
+    if a.in_this_process:
+        a.in_this_process.write_text(json.dumps(measure(a, a.providers)))
+        return
+    results = []
+    for provider in a.providers.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.json"
+            command = [sys.executable, __file__, *argv, "--providers", provider]
+            subprocess.run([*command, "--in-this-process", str(out)], check=True)
+            results.append(json.loads(out.read_text()))
+    print(write(results, a))
+
+
+if __name__ == "__main__":
+    main()

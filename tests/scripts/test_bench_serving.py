@@ -1,0 +1,51 @@
+"""The benchmark of serving, tried out with vLLM on the CPU: the rows and the page."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launches import ROOT
+from vllm_cases import environment
+
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+import serving as bench
+
+OPTIONS = (
+    "--device cpu --shape tiny --lengths 128,512 --batches 1,3 --tokens 6 --block-size 16 "
+    "--local-blocks 2 --stride 4 --chunk 64 --pages 120"
+)
+TINY = OPTIONS.split()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Of "s2" alone: another provider would start vLLM once more."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, str(ROOT / "scripts/bench/serving.py"), *TINY]
+    command += ["--providers", "s2", "--in-this-process", str(folder / "out.json")]
+    done = subprocess.run(command, env=environment(folder / "site"), text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_every_case_is_timed(result):
+    rows = result["rows"]
+    assert [(row["tokens"], row["batch"]) for row in rows] == [
+        (128, 1), (128, 3), (512, 1), (512, 3),
+    ]  # fmt: skip
+    assert [row["running"] for row in rows] == [1, 3, 1, 3]
+    assert all(row["step_ms"] > 0 and row["tokens_s"] > 0 and row["first_s"] > 0 for row in rows)
+    # 2 KV heads: window of 2 blocks and every 4th; 33 blocks of 512 + 6 tokens
+    assert rows[-1]["fits"] == 119 // (2 * (2 + 8) + 1)
+
+
+def test_the_page_has_a_row_for_each(result, tmp_path):
+    a = bench.parse([*TINY, "--out", str(tmp_path), "--name", "tried"])
+    out_of_time = dict(result["rows"][0], provider="dense", first_s=None)
+    for name in ("running", "step_ms", "tokens_s"):
+        del out_of_time[name]
+    page = bench.write([result, result | {"rows": [out_of_time]}], a).read_text()
+    assert page.count("| s2 |") == 4 and page.count("| dense |") == 1 and "vllm 0.26.0" in page
+    assert len(json.loads((tmp_path / "tried.json").read_text())) == 2

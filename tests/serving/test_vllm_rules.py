@@ -1,0 +1,164 @@
+"""What vLLM holds for a KV head, against lifetimes counted block by block. No vLLM is needed."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2_kernels import dense, local_stride, ranges
+from s2_kernels.pattern import FOREVER, Band, HeadRule
+from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share, places
+from s2_vllm.versions import not_tried, too_old
+
+
+@st.composite
+def rules(draw) -> HeadRule:
+    strides, reaches = [1], [draw(st.integers(1, 5))]
+    for _ in range(draw(st.integers(0, 2))):
+        strides.append(strides[-1] * draw(st.integers(2, 3)))
+        reaches.append(reaches[-1] + draw(st.integers(1, 9)))
+    if draw(st.booleans()):
+        reaches[-1] = FOREVER
+    bands = tuple(Band(*band) for band in zip(reaches, strides, strict=True))
+    return HeadRule(bands, draw(st.integers(0, 7)))
+
+
+held = st.lists(rules(), min_size=1, max_size=3, unique=True).map(
+    lambda found: HeldBlocks(16, tuple(found))
+)
+
+
+def alive_by_hand(held: HeldBlocks, blocks_written: int, query: int) -> list[int]:
+    return [k for k in range(blocks_written) if query - k < held.lifetime(k)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(held, st.integers(0, 640))
+def test_alive_is_what_a_later_query_needs(held, tokens):
+    assert held.alive(tokens) == alive_by_hand(held, -(-tokens // 16), tokens // 16)
+
+
+@settings(max_examples=150, deadline=None)
+@given(held, st.integers(1, 50))
+def test_dying_is_what_was_alive_and_no_longer_is(held, block):
+    before, after = (set(alive_by_hand(held, block, query)) for query in (block - 1, block))
+    assert sorted(before - after) == sorted(held.dying(block))
+
+
+@settings(max_examples=100, deadline=None)
+@given(held, st.integers(1, 700), st.integers(1, 200), st.data())
+def test_most_bounds_what_is_held_however_prompts_are_cut(held, tokens, in_flight, data):
+    """A step's blocks are all held, and those that died before the steps in flight are free."""
+    most, done, held_now = held.most(tokens, in_flight), 0, set()
+    while done < tokens:
+        step = min(tokens - done, data.draw(st.integers(1, in_flight)))
+        held_now &= set(held.alive(done))
+        held_now |= set(range(-(-done // 16), -(-(done + step) // 16)))
+        assert len(held_now) <= most <= -(-tokens // 16)
+        done += step
+
+
+@settings(max_examples=200, deadline=None)
+@given(held, st.integers(0, 40), st.data())
+def test_the_longest_hit_is_the_longest(held, blocks, data):
+    cached = data.draw(st.sets(st.integers(0, 40)))
+    asked = []
+
+    def is_cached(block):
+        asked.append(block)
+        return block in cached
+
+    hits = [n for n in range(blocks + 1) if set(held.alive(n * 16)) <= cached]
+    assert held.longest_hit(is_cached, blocks) == max(hits)
+    assert len(asked) == len(set(asked))
+
+
+def test_ranks_whose_shards_repeat_hold_what_they_keep():
+    pattern = local_stride(heads=8, block_size=16, local_blocks=2, stride=4)
+    assert [one.rules for one in held_by_ranks(pattern, 2)] == [(r,) for r in pattern.rules[:4]]
+    assert held_share(pattern, 2, 4096) == 1
+
+
+def test_other_ranks_hold_what_any_of_them_keeps():
+    pattern = local_stride(heads=8, block_size=16, local_blocks=2, stride=8)
+    for held, head in zip(held_by_ranks(pattern, 4), (0, 1), strict=True):
+        kept = {k for rank in range(4) for k in range(256)
+                if 255 - k < pattern.lifetime(2 * rank + head, k)}  # fmt: skip
+        assert held.alive(255 * 16 + 1) == sorted(kept)
+    assert 3 < held_share(pattern, 4, 16384) < 4
+
+
+def test_dense_heads_hold_everything():
+    (one,) = held_by_ranks(dense(heads=4, kv_heads=2), 4)
+    assert one.alive(1000) == list(range(16)) and one.most(1000, 1) == 16
+
+
+def test_ranges_that_end_hold_no_more_at_any_length():
+    pattern = ranges(heads=2, block_size=16, bands=[(2, 1), (8, 4)])
+    (one, _) = held_by_ranks(pattern, 1)
+    assert one.most(1 << 20, 16) == one.most(1 << 14, 16) < 8
+
+
+def test_equal_heads_of_a_layer_have_places_of_their_own():
+    pattern = local_stride(heads=8, block_size=16, local_blocks=2, stride=4, dense_heads=2)
+    assert places(held_by_ranks(pattern, 1)) == [0, 0, 0, 0, 1, 1, 0, 0]
+
+
+class Platform(SimpleNamespace):
+    device_name = "some TPU"
+
+    def is_cpu(self):
+        return self.kind == "cpu"
+
+    def is_cuda(self):
+        return self.kind == "cuda"
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """s2_vllm.checks, which asks vLLM for its version and platform and for nothing else."""
+    fake = SimpleNamespace(__version__="0.25.1")
+    for name in ("vllm", "vllm.platforms"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "s2_vllm.checks", raising=False)
+    yield importlib.import_module("s2_vllm.checks")
+    sys.modules.pop("s2_vllm.checks")
+
+
+def test_an_old_vllm_serves_what_has_no_key_and_refuses_the_rest(checks):
+    model = SimpleNamespace(model="my-model", hf_text_config=SimpleNamespace())
+    checks.check_and_set(SimpleNamespace(model_config=model))
+    model.hf_text_config.s2 = {}
+    with pytest.raises(ValueError, match=r"^my-model/config.json .* 0\.25\.1 .* vllm==0\.26\.0$"):
+        checks.check_and_set(SimpleNamespace(model_config=model))
+
+
+@pytest.mark.parametrize("kind, head_size, no_triton, message", [
+    ("cpu", 8, "triton is not installed", None),
+    ("cuda", 96, None, None),
+    ("cuda", 8, None, "head_dim=8: the S2 kernels take 32 to 256"),
+    ("cuda", 64, "triton is not installed", "need Triton: triton is not installed"),
+    ("tpu", 64, None, "this vLLM is for some TPU"),
+])  # fmt: skip
+def test_a_gpu_that_cannot_run_the_kernels(
+    checks, monkeypatch, kind, head_size, no_triton, message
+):
+    monkeypatch.setattr(checks, "NO_TRITON", no_triton)
+    case = (Platform(kind=kind), head_size, "config.json")
+    if message is None:
+        return checks._check_kernels(*case)
+    with pytest.raises(ValueError, match=message):
+        checks._check_kernels(*case)
+
+
+@pytest.mark.parametrize("version, old, said", [
+    ("0.25.1", True, True), ("0.26.0", False, False), ("0.26.3+cu130", False, False),
+    ("0.33.0", False, True),
+])  # fmt: skip
+def test_versions(version, old, said):
+    assert bool(too_old(version)) == old and bool(not_tried(version)) == said
+    for text in (too_old(version), not_tried(version)):
+        assert text is None or ("pip install vllm==0.26.0" in text and "\n" not in text)
