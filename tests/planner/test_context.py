@@ -251,7 +251,7 @@ def test_every_micro_batch_exchanges():
         plan(machine, eight_groups(16, 128 * K), Layout(gpus=4, cp=4, global_batch=batch))
         for batch in (1, 5)
     )
-    assert one.context == one.axes["CP"].exposed > 0
+    assert one.context == pytest.approx(one.axes["CP"].exposed) and one.context > 0
     assert five.context == pytest.approx(5 * one.context)
     assert one.parts()["CP"] == one.context and one.seconds > one.context
 
