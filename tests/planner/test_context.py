@@ -452,3 +452,17 @@ def test_the_report_says_what_each_kind_of_layer_exchanges():
     assert "in 4 groups of heads, the first waited for" in text
     alone = Layout(gpus=1)
     assert "CP" not in "\n".join(lines(machine, model, plan(machine, model, alone), 1e12))
+
+
+def test_bytes_of_a_token_on_one_tp_rank():
+    """With more TP ranks than KV heads every rank still holds one."""
+    model = eight_groups(16, 128 * K)
+    for tp, groups in ((1, 8), (4, 2), (8, 1), (16, 1)):
+        layout = Layout(gpus=tp, tp=tp)
+        assert context.kv_token_bytes(model, layout) == 2 * 128 * groups * 2
+        assert context.query_token_bytes(model, layout) == 128 * 32 / tp * 2
+
+
+def test_what_fits_nowhere_says_how_far_it_is_off():
+    with pytest.raises(ConfigError, match=r"comes nearest with \d{2,4}\.\d GiB"):
+        search(load_machine("h100"), make_model(seq_len=4 * M), Layout(gpus=2, global_batch=1))
