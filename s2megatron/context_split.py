@@ -22,7 +22,8 @@ class ContextSplit:
         batch: sequences in a micro-batch.
         head_sizes: of K and V, added up.
         element_bytes: of activations.
-        dense_by: who exchanges for dense layers where it is not this package, and how.
+        comm_types: how Transformer Engine exchanges for dense layers; empty where this package
+            does that, too.
     """
 
     ranks: int
@@ -32,7 +33,7 @@ class ContextSplit:
     batch: int
     head_sizes: int
     element_bytes: int
-    dense_by: str | None
+    comm_types: tuple[str, ...]
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ContextSplit":
@@ -49,14 +50,31 @@ class ContextSplit:
             batch=options.get("micro_batch_size") or 1,
             head_sizes=2 * head,
             element_bytes=2 if half else 4,
-            dense_by=f"Transformer Engine, {', '.join(_comm_types(options))}" if te else None,
+            comm_types=tuple(_comm_types(options)) if te else (),
         )
 
+    @property
+    def dense_by(self) -> str | None:
+        """Who exchanges for dense layers, where it is not this package."""
+        return f"Transformer Engine, {', '.join(self.comm_types)}" if self.comm_types else None
+
     def check(self, patterns: Sequence[LayerPattern]) -> None:
-        """Does the sequence divide into whole blocks of every layer? Raises ConfigError."""
+        """Do the sequences, and under a2a the heads of dense layers, divide among the ranks?
+
+        Raises:
+            ConfigError: names the value and the way out.
+        """
         blocks = {p.block_size for p in patterns if not (self.dense_by and p.is_dense)}
         inner = self.tensor_ranks if self.sequence_parallel else 1
         check_length(self.seq_len, self.ranks, block=math.lcm(*blocks), inner=inner)
+        for pattern in patterns:
+            over = self.ranks * self.tensor_ranks
+            if "a2a" in self.comm_types and pattern.is_dense and pattern.kv_heads % over:
+                raise ConfigError(
+                    f"megatron.cp_comm_type=a2a: gives every context-parallel rank heads of its "
+                    f"own, and dense layers have {pattern.kv_heads} KV heads for {over} ranks "
+                    f"(TP {self.tensor_ranks} x CP {self.ranks}); choose p2p or all_gather"
+                )
 
     def received(self, pattern: LayerPattern) -> tuple[int, float]:
         """What a layer's forward pass brings to the rank that receives most.
@@ -135,6 +153,24 @@ def check_context_options(options: Mapping[str, Any]) -> None:
     for name, asked_for, way_out in refused:
         if asked_for:
             raise ConfigError(f"megatron.{name}={options.get(name)!s}: {way_out}")
+
+
+def check_stock_loss(options: Mapping[str, Any]) -> None:
+    """Refuses a loss that Megatron's own script gets wrong under context parallelism.
+
+    It divides a rank's gradient by the tokens that count on this rank, and takes the mean of the
+    ranks. Where masks lie unevenly that is another loss than the sequence's. (This package's
+    launcher adds the tokens up first.)
+
+    Raises:
+        ConfigError: masks that may lie unevenly, without calculate_per_token_loss.
+    """
+    apart = (options.get("context_parallel_size") or 1) > 1
+    if apart and options.get("eod_mask_loss") and not options.get("calculate_per_token_loss"):
+        raise ConfigError(
+            "megatron.eod_mask_loss=True: the tokens that count lie unevenly on context-parallel "
+            "ranks, whose losses Megatron's script averages; give --calculate-per-token-loss, too"
+        )
 
 
 def _comm_types(options: Mapping[str, Any]) -> list[str]:

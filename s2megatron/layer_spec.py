@@ -15,6 +15,7 @@ try:
     import torch
 
     from s2megatron.config import load_config
+    from s2megatron.context_split import check_stock_loss
     from s2megatron.errors import ConfigError
     from s2megatron.training.attach import attach, layer_spec
 except ImportError as error:
@@ -48,5 +49,6 @@ def s2_layer_spec(config, vp_stage: int | None = None):
             f"s2megatron: sparsity from {path}; its megatron: and data: sections are not used "
             "under --spec, the command line decides"
         )
+        check_stock_loss(vars(args))
         attach(config, args, sparsity, on_gpu=torch.cuda.is_available())
     return layer_spec(sparsity)(config, vp_stage)

@@ -182,7 +182,7 @@ def add_model_check(config, patterns: tuple[LayerPattern, ...], args) -> None:
         check_built_model(models, patterns, split)
         if split.ranks > 1:
             group = mpu.get_context_parallel_group()
-            check_cut(group, split.seq_len)
+            check_cut(group, split.seq_len, torch.cuda.current_device())
             for model in models if not args.reset_position_ids else []:
                 watch_first_batch(model, group, split.seq_len)
         return models

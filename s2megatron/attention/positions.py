@@ -19,17 +19,18 @@ def local_positions(ranks: int, rank: int, seq_len: int) -> Tensor:
     return torch.cat([torch.arange(c.start, c.stop) for c in zigzag(ranks, seq_len)[rank]])
 
 
-def check_cut(group, seq_len: int) -> None:
+def check_cut(group, seq_len: int, device: torch.device) -> None:
     """Does Megatron hand out batches and rotary embeddings in this cut?
 
     Args:
         group: the context-parallel process group.
         seq_len: tokens per sequence.
+        device: where batches are.
 
     Raises:
         RuntimeError: it does not.
     """
-    everything = torch.arange(seq_len, device=torch.cuda.current_device())
+    everything = torch.arange(seq_len, device=device)
     batch = {"tokens": everything[None]}
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     rotary = get_pos_emb_on_this_cp_rank(everything.view(-1, 1), 0, group)
@@ -40,7 +41,7 @@ def check_cut(group, seq_len: int) -> None:
 def watch_first_batch(model: torch.nn.Module, group, seq_len: int) -> None:
     """Has the position ids of the model's first batch compared with this cut, and no later ones.
 
-    They are not, where positions begin again in every document (reset_position_ids).
+    Not for runs whose positions begin again in every document (reset_position_ids).
     """
     for module in model.modules():
         if isinstance(module, GPTModel):
@@ -49,7 +50,7 @@ def watch_first_batch(model: torch.nn.Module, group, seq_len: int) -> None:
 
 def _watch(model: GPTModel, group, seq_len: int) -> None:
     def look(_, args, kwargs):
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if positions is not None:
             _require_cut(positions[0].flatten(), group, seq_len, "the first batch is cut")
             handle.remove()

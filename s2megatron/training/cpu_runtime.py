@@ -99,9 +99,11 @@ _STATS = {
 def prepare_environment() -> None:
     """Before Megatron is imported: no compiler on this path."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # The default OpenMP pool of every rank takes all cores.
+    # The default OpenMP pool of every rank takes all cores. (torchrun sets OMP_NUM_THREADS to 1 for
+    # several ranks; for one it is what the user asked for, and torch has read it.)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, cores() // ranks))
+    if ranks > 1 or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // ranks))
 
 
 def install() -> None:

@@ -84,7 +84,14 @@ CASES = {
         ],
         ["megatron.seq_length=127", "tensor_model_parallel_size=2"],
     ),
-    "context_parallel": (["megatron.context_parallel_size=2"], ["context_parallel_size=2"]),
+    "context_parallel_blocks": (
+        ["megatron.context_parallel_size=8"],
+        ["megatron.seq_length=128", "a multiple of 256", "blocks of 16", "size of 1, 2, 4\n"],
+    ),
+    "context_parallel_chunks": (
+        ["megatron.context_parallel_size=2", "megatron.seq_length=126"],
+        ["megatron.seq_length=126", "a multiple of 4", "as 124 or 128"],
+    ),
     "packed_context_parallel": (
         ["megatron.dataloader_inter_document_masking=true", "megatron.context_parallel_size=2"],
         ["dataloader_inter_document_masking", "context_parallel_size=2"],
@@ -149,7 +156,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def refused():
     overrides = {name: overrides for name, (overrides, _) in CASES.items()}
-    return call("model_cases", "refusals", json.dumps(overrides | {"sound": []}))
+    sound = {"sound": [], "context": ["megatron.context_parallel_size=2"]}
+    return call("model_cases", "refusals", json.dumps(overrides | sound))
 
 
 def test_dry_run_prints_table_parameters_and_flops(refused):
@@ -157,6 +165,15 @@ def test_dry_run_prints_table_parameters_and_flops(refused):
     assert status == 0, err
     for words in ("2-4     local + stride", "parameters", "true model FLOPs", "TP 1"):
         assert words in out
+
+
+def test_dry_run_says_what_context_parallel_ranks_exchange(refused):
+    status, out, err = refused["context"]
+    assert status == 0, err
+    assert "CP 2, DP 1: 2 rank(s)" in out and "receives: K and V" in out
+    # Dense: half of 8 blocks of 16 tokens x 2 heads x 2 x 16 numbers of 4 bytes on the last rank.
+    row = next(line for line in out.splitlines() if line.startswith("1 "))
+    assert "0.01562 MiB, 100.0%" in row or "0.01172 MiB, 75.0%" in row, row
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -203,7 +220,6 @@ def test_broken_run_file_stops_the_stock_route(options):
         "apply_query_key_layer_scaling",
         "use_kitchen_attention",
         "heterogeneous_block_specs",
-        "context_parallel_size",
         "attention_dropout",
         "experimental_attention_variant",
         "cuda_graph_impl",

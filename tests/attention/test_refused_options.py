@@ -13,7 +13,7 @@ SPARSE = (local_stride(heads=4, local_blocks=2, stride=4),)
 DENSE = (dense(heads=4),)
 
 MODEL = dict(
-    context_parallel_size=1, kv_channels=64, mtp_num_layers=None, multi_latent_attention=False,
+    kv_channels=64, mtp_num_layers=None, multi_latent_attention=False,
     attention_backend=AttnBackend.auto, flash_decode=False, attention_dropout=0.0,
     softmax_type="vanilla", window_size=None, apply_query_key_layer_scaling=False,
     experimental_attention_variant=None, use_kitchen_attention=False,
@@ -21,7 +21,7 @@ MODEL = dict(
     cuda_graph_modules=[],
 )  # fmt: skip
 REFUSED_OF_MODEL = [
-    {"context_parallel_size": 2}, {"kv_channels": 24}, {"kv_channels": 272},
+    {"kv_channels": 24}, {"kv_channels": 272},
     {"mtp_num_layers": 0}, {"multi_latent_attention": True},
     {"attention_backend": AttnBackend.local}, {"flash_decode": True}, {"attention_dropout": 0.1},
     {"softmax_type": "learnable"}, {"window_size": (8, 0)}, {"qk_clip": True},
@@ -87,7 +87,11 @@ RUN = dict(
     overlap_moe_expert_parallel_comm=False, sequence_parallel=False, seq_length=128,
 )  # fmt: skip
 REFUSED_OF_RUN = {
-    "context_parallel_size": [{"context_parallel_size": 2}],
+    "hybrid_context_parallel": [{"context_parallel_size": 2, "hybrid_context_parallel": True}],
+    "hierarchical_context_parallel_sizes": [
+        {"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 2]}
+    ],
+    "cp_comm_type": [{"context_parallel_size": 2, "cp_comm_type": ["p2p", "a2a+p2p"]}],
     "dataloader_inter_document_masking": [
         {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
         {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2,
@@ -110,7 +114,10 @@ REFUSED_OF_RUN = {
     "heterogeneous_layers_config_path": [{"heterogeneous_layers_config_path": "x"}],
     "overlap_moe_expert_parallel_comm": [{"overlap_moe_expert_parallel_comm": True}],
     "seq_length": [
-        {"sequence_parallel": True, "tensor_model_parallel_size": 2, "seq_length": 129}
+        {"sequence_parallel": True, "tensor_model_parallel_size": 2, "seq_length": 129},
+        {"context_parallel_size": 4, "seq_length": 132},
+        {"context_parallel_size": 2, "seq_length": 132, "sequence_parallel": True,
+         "tensor_model_parallel_size": 4},
     ],
     "tensor_model_parallel_size": [
         {"tensor_model_parallel_size": 0},
@@ -135,6 +142,8 @@ def test_a_plain_run_passes(monkeypatch):
     check_run(tensor_model_parallel_size=4, group_query_attention=False, num_query_groups=3)
     check_run(seq_length=129)
     check_run(num_attention_heads=None, tensor_model_parallel_size=3)  # missing is told elsewhere
+    check_run(context_parallel_size=4, seq_length=136)
+    check_run(hierarchical_context_parallel_sizes=[1], cp_comm_type="a2a+p2p")  # of one rank
     check_run(fp8="hybrid")
     check_run(fp8="hybrid", fp8_recipe="tensorwise", save="runs/x")
     monkeypatch.setenv(checks.LOADS_PICKLES, "1")

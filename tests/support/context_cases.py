@@ -81,10 +81,15 @@ CASES = {
 }  # fmt: skip
 
 
-def poisoned(buffers, count, dtype=None, *, plain=context_parallel._Buffers._blocks):
-    """Buffers in which NaN stands where nobody sent anything (sums start at 0 all the same)."""
-    blocks = plain(buffers, count, dtype)
-    return blocks if dtype else blocks.fill_(float("nan"))
+def poison(value: float):
+    """Makes `value` stand in buffers where nobody sent anything. (Sums start at 0 all the same.)"""
+    plain = context_parallel._Buffers._blocks
+
+    def blocks(buffers, count, dtype=None):
+        made = plain(buffers, count, dtype)
+        return made if dtype else made.fill_(value)
+
+    return mock.patch.object(context_parallel._Buffers, "_blocks", blocks)
 
 
 def _inputs(case: ContextCase):
@@ -113,7 +118,7 @@ def run_case(case: ContextCase, group) -> dict[str, float]:
         local = [x[:, mine][:, :, list(h)].requires_grad_()
                  for x, h in ((q, heads), (k, kv_heads), (v, kv_heads))]  # fmt: skip
         attention = ContextAttention(part, None, group, case.cut)
-        with mock.patch.object(context_parallel._Buffers, "_blocks", poisoned):
+        with poison(float("nan")):
             result = attention.attend(*local)
             forward = attention.bytes_received
             grads = torch.autograd.grad(result, local, dout[:, mine][:, :, list(heads)])
@@ -147,9 +152,67 @@ def same_bits_twice(group) -> bool:
     return all(torch.equal(x, y) for x, y in zip(*passes, strict=True))
 
 
+GPU_CASES = {
+    "gqa": local_stride(heads=8, kv_heads=4, block_size=64, local_blocks=4, stride=8),
+    "dense_heads": local_stride(
+        heads=8, kv_heads=4, block_size=64, local_blocks=3, stride=[2, 4, 8, 8], dense_heads=1
+    ),
+    "ranges": ranges(heads=4, kv_heads=2, block_size=64, bands=[(3, 1), (9, 2), (None, 8)]),
+    "dense": dense(heads=4, kv_heads=2),
+}
+
+
+def run_on_gpu(pattern: LayerPattern, group, tokens: int = 8192) -> dict[str, float]:
+    """Errors in bfloat16 against one rank in float32, over those of one rank in bfloat16."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    g = torch.Generator().manual_seed(0)
+    heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads, pattern.heads)
+    inputs = [torch.randn(1, tokens, h, 128, generator=g).bfloat16().to(device) for h in heads]
+    chunks = zigzag(group.size(), tokens // 64)[group.rank()]
+    mine = torch.cat([torch.arange(c.start * 64, c.stop * 64) for c in chunks]).to(device)
+
+    def both_passes(attend, *x):
+        leaves = [t.clone().requires_grad_() for t in x[:3]]
+        out = attend(*leaves)
+        return out, *torch.autograd.grad(out, leaves, x[3])
+
+    def alone(*x):
+        return s2_attention(*x, pattern)
+
+    exact = both_passes(alone, *(x.float() for x in inputs))
+    plain = both_passes(alone, *inputs)
+    attention = ContextAttention(pattern, None, group)
+    with poison(1e4):  # not NaN: a tile may be loaded whole, and what nobody sees masked
+        got = both_passes(attention.attend, *(x[:, mine] for x in inputs))
+    ratios = {}
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        errors = [(t.detach().float() - z[:, mine].detach()).norm() for t in (x, y[:, mine])]
+        ratios[name] = (errors[0] / errors[1]).item()
+    return ratios
+
+
+def main_on_gpu() -> None:
+    """Under torchrun: every rank prints its name, case and ratios."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    for name, pattern in GPU_CASES.items():
+        ratios = run_on_gpu(pattern, dist.group.WORLD)
+        print(json.dumps({"rank": dist.get_rank(), "case": name, "ratios": ratios}), flush=True)
+    dist.destroy_process_group()
+
+
+def bench() -> int:
+    """scripts/bench/context_parallel.py, whose options are in sys.argv."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/bench"))
+    import context_parallel as script
+
+    script.main()
+    return 0
+
+
 def main() -> int:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     world = dist.get_world_size()
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(1, world + 1)}
     results = {}
@@ -170,4 +233,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())
+    main_on_gpu() if sys.argv[1:] == ["--gpu"] else os._exit(main())

@@ -75,7 +75,6 @@ def options_refused() -> dict:
         "apply_query_key_layer_scaling": True,
         "use_kitchen_attention": True,
         "heterogeneous_block_specs": True,
-        "context_parallel_size": 2,
         "attention_dropout": 0.1,
         "experimental_attention_variant": "dsa",
         "cuda_graph_impl": "local",

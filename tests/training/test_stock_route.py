@@ -20,7 +20,13 @@ NO_BACKENDS = Backends(
 )
 
 
-def stock(folder: Path, options: dict, config: Path | None, spec=("layer_spec", "s2_layer_spec")):
+def stock(
+    folder: Path,
+    options: dict,
+    config: Path | None,
+    spec=("layer_spec", "s2_layer_spec"),
+    ranks: int = 1,
+):
     """A launch with Megatron's own command line; returns the finished process."""
     options = options | {"tensorboard_dir": str(folder)}
     argv, _ = to_argv(options)
@@ -29,7 +35,7 @@ def stock(folder: Path, options: dict, config: Path | None, spec=("layer_spec", 
     if config:
         env["S2MEGATRON_CONFIG"] = str(config)
     arguments = [*argv, "--spec", f"s2megatron.{module}", function]
-    return zygote.run("stock_route:main", arguments, ranks=1, env=env)
+    return zygote.run("stock_route:main", arguments, ranks=ranks, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,9 @@ def test_stock_route_trains_as_the_launcher_does(route):
     assert "its megatron: and data: sections are not used" in done.stdout
     ours = losses(config, folder / "ours")
     assert dict(read_scalars(folder / "stock")["lm loss"]) == pytest.approx(ours, abs=1e-6)
+    apart = stock(folder / "cp2", options | {"context_parallel_size": 2}, config, ranks=2)
+    assert apart.returncode == 0, apart.stderr[-4000:]
+    assert dict(read_scalars(folder / "cp2")["lm loss"]) == pytest.approx(ours, abs=1e-5)
 
 
 def test_stock_route_without_a_run_file_stops(route):

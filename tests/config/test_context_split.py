@@ -1,0 +1,71 @@
+"""How sequences are cut among context-parallel ranks: what fits, and what is exchanged."""
+
+import pytest
+
+from s2_kernels import dense, local_stride
+from s2megatron.context_split import ContextSplit, check_length, check_stock_loss
+from s2megatron.errors import ConfigError
+from s2megatron.layer_table import layer_table
+
+OPTIONS = {"hidden_size": 4096, "num_attention_heads": 32, "seq_length": 131072, "bf16": True,
+           "micro_batch_size": 1, "context_parallel_size": 8}  # fmt: skip
+S2 = local_stride(heads=32, kv_heads=8, local_blocks=16, stride=16, head_step=2)
+DENSE = dense(heads=32, kv_heads=8)
+
+
+def test_bytes_of_a_layer():
+    """The figures of docs/configuration.md: 32 / 8 heads of 128, 128k tokens, eight ranks."""
+    split = ContextSplit.from_options(OPTIONS)
+    size, share = split.received(S2)
+    assert size / 2**20 == pytest.approx(33, rel=0.03) and share == pytest.approx(1 / 13, rel=0.1)
+    size, share = split.received(DENSE)
+    assert (size / 2**20, share) == (448, 1.0)
+    apart = ContextSplit.from_options(OPTIONS | {"tensor_model_parallel_size": 4})
+    assert apart.received(S2)[0] == pytest.approx(split.received(S2)[0] / 4, rel=0.05)
+    assert ContextSplit.from_options(OPTIONS | {"context_parallel_size": 1}).received(S2) == (0, 0)
+
+
+def test_layer_table_says_who_exchanges_for_dense_layers():
+    te = OPTIONS | {"transformer_impl": "transformer_engine", "cp_comm_type": ["p2p"]}
+    for options, words in ((te, "Transformer Engine, p2p"), (OPTIONS, "448 MiB, 100.0%")):
+        split = ContextSplit.from_options(options)
+        table = layer_table((DENSE, S2), split.seq_len, split=split)
+        assert "receives" in table.splitlines()[0] and words in table.splitlines()[1]
+        assert "MiB, 7." in table.splitlines()[2]
+        assert "busiest of 8 context-parallel ranks" in table
+    assert "receives" not in layer_table((DENSE, S2), 131072)
+
+
+def test_lengths_that_do_not_fit_are_told_with_those_that_do():
+    check_length(1024, 8, block=64)
+    check_length(1000, 1, block=64)  # one rank takes any
+    with pytest.raises(ConfigError) as error:
+        check_length(1000, 2, block=64)
+    assert "must be a multiple of 256" in str(error.value)
+    assert "as 768 or 1024; or choose a context_parallel_size of 1" in str(error.value)
+    with pytest.raises(ConfigError, match="context_parallel_size of 1, 2, 4"):
+        check_length(512, 8, block=64)
+    with pytest.raises(ConfigError, match=r"multiple of 12 .*sequence_parallel over 3"):
+        check_length(8, 2, inner=3)
+    split = ContextSplit.from_options(OPTIONS | {"seq_length": 1000, "context_parallel_size": 2})
+    with pytest.raises(ConfigError, match="blocks of 64 tokens"):
+        split.check([DENSE])
+    te = {"transformer_impl": "transformer_engine", "context_parallel_size": 2}
+    ContextSplit.from_options(OPTIONS | te | {"seq_length": 1000}).check([DENSE])
+
+
+def test_dense_layers_under_a2a_need_heads_for_all_ranks():
+    te = {"transformer_impl": "transformer_engine", "cp_comm_type": ["p2p", "a2a"]}
+    ContextSplit.from_options(OPTIONS | te).check([DENSE, S2])
+    split = ContextSplit.from_options(OPTIONS | te | {"tensor_model_parallel_size": 2})
+    split.check([S2])
+    with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
+        split.check([DENSE, S2])
+
+
+def test_losses_of_the_stock_script_under_uneven_masks():
+    options = {"context_parallel_size": 2, "eod_mask_loss": True}
+    with pytest.raises(ConfigError, match="calculate-per-token-loss"):
+        check_stock_loss(options)
+    check_stock_loss(options | {"calculate_per_token_loss": True})
+    check_stock_loss(options | {"context_parallel_size": 1})
