@@ -62,7 +62,7 @@ def all_to_all_seconds(machine: Machine, sent: float, ranks: int, *, stride: int
 def hop_seconds(machine: Machine, sent: float, ranks: int, *, stride: int) -> float:
     """One step of a ring of sends; the slowest neighbours' link decides."""
     link = machine.node if _together(machine, ranks, stride) == ranks else machine.cluster
-    return sent / (min(machine.node.gb_s, link.gb_s) * 1e9) + link.latency_us * 1e-6
+    return sent / (link.gb_s * 1e9) + link.latency_us * 1e-6
 
 
 def _together(machine: Machine, ranks: int, stride: int) -> int:

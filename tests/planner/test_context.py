@@ -234,6 +234,28 @@ def test_a_layer_shrinks_with_its_tokens_and_pays_for_copies():
         assert shared[way].memory == pytest.approx(expected)
 
 
+def test_a_recomputed_attention_exchanges_and_copies_again():
+    machine = SIMPLE.model_copy(update={"memory_tb_s": 1, "node": Link(gb_s=1, latency_us=0)})
+    model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
+    forward, backward = layer_seconds(machine, model, layout, 0, {})
+    again = replace(layout, recompute="core_attn")
+    more = layer_seconds(machine, model, again, 0, {})[1]
+    copies = context.copied_bytes(model, layout, 0)[0] / 1e12
+    assert more.memory - backward.memory == pytest.approx(copies)
+    assert more.context - backward.context == pytest.approx(forward.context) and copies > 0
+
+
+def test_every_micro_batch_exchanges():
+    machine = SIMPLE.model_copy(update={"node": Link(gb_s=1, latency_us=0)})
+    one, five = (
+        plan(machine, eight_groups(16, 128 * K), Layout(gpus=4, cp=4, global_batch=batch))
+        for batch in (1, 5)
+    )
+    assert one.context == pytest.approx(one.axes["CP"].exposed) and one.context > 0
+    assert five.context == pytest.approx(5 * one.context)
+    assert one.parts()["CP"] == one.context and one.seconds > one.context
+
+
 def test_copies_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
     blocks, row = context.exchanged(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
@@ -300,6 +322,8 @@ def test_gradients_are_reduced_over_cp_too():
     assert axes["DP x CP"].size == 8 and "DP" not in axes
     assert axes["DP x CP"].bytes == pytest.approx((4 + 2) * parameters * 7 / 8)
     assert plan(SIMPLE, model, Layout(gpus=2, cp=2)).data > 0
+    updates = [plan(SIMPLE, model, Layout(gpus=2 * c, tp=2, cp=c)).optimizer for c in (1, 4)]
+    assert updates[0] == pytest.approx(4 * updates[1])  # a rank updates its share
     moved = plan(SIMPLE, model, Layout(gpus=16, tp=2, cp=4, global_batch=2)).axes["TP"].bytes
     whole = plan(SIMPLE, model, Layout(gpus=4, tp=2, global_batch=2)).axes["TP"].bytes
     assert moved == whole / 4  # of a rank: a quarter of the tokens
@@ -428,3 +452,17 @@ def test_the_report_says_what_each_kind_of_layer_exchanges():
     assert "in 4 groups of heads, the first waited for" in text
     alone = Layout(gpus=1)
     assert "CP" not in "\n".join(lines(machine, model, plan(machine, model, alone), 1e12))
+
+
+def test_bytes_of_a_token_on_one_tp_rank():
+    """With more TP ranks than KV heads every rank still holds one."""
+    model = eight_groups(16, 128 * K)
+    for tp, groups in ((1, 8), (4, 2), (8, 1), (16, 1)):
+        layout = Layout(gpus=tp, tp=tp)
+        assert context.kv_token_bytes(model, layout) == 2 * 128 * groups * 2
+        assert context.query_token_bytes(model, layout) == 128 * 32 / tp * 2
+
+
+def test_what_fits_nowhere_says_how_far_it_is_off():
+    with pytest.raises(ConfigError, match=r"comes nearest with \d{2,4}\.\d GiB"):
+        search(load_machine("h100"), make_model(seq_len=4 * M), Layout(gpus=2, global_batch=1))
