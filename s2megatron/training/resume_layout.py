@@ -1,4 +1,4 @@
-"""Can a run's checkpoints be resumed: by its optimizer at all, and at this TP and PP?"""
+"""Can a run's checkpoints be resumed: by its optimizer at all, and at this TP, PP and EP?"""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ from s2megatron.errors import ConfigError
 
 
 def check_layout(args, common: dict, folder: Path) -> None:
-    """Refuses another TP or PP where the optimizer's state was saved by bucket.
+    """Refuses EP that comes or goes, and another TP or PP of optimizer state saved by bucket.
+
+    Megatron has one optimizer where each rank holds all experts, and a second one for the experts
+    where they are spread over ranks; the states of the two are not told apart.
 
     Args:
         common: the checkpoint's common state.
@@ -14,9 +17,20 @@ def check_layout(args, common: dict, folder: Path) -> None:
     Raises:
         ConfigError: names both layouts and the ways out.
     """
+    if args.no_load_optim or args.finetune:
+        return
+    saved = getattr(common["args"], "expert_model_parallel_size", 1)
+    wanted = args.expert_model_parallel_size
+    if (saved == 1) != (wanted == 1):
+        raise ConfigError(
+            f"megatron.expert_model_parallel_size={wanted}: checkpoint {folder} was saved at "
+            f"{saved}, and Megatron cannot read the optimizer's state of one rank's experts where "
+            f"they are spread over ranks, or the other way round; go on at {saved}"
+            f"{' or another value above 1' if saved > 1 else ''}, or {_anew(folder)}"
+        )
     metadata = common.get("content_metadata") or {}
     by_bucket = metadata.get("distrib_optim_sharding_type") == "dp_reshardable"
-    if not by_bucket or args.no_load_optim or args.finetune or not args.use_distributed_optimizer:
+    if not by_bucket or not args.use_distributed_optimizer:
         return
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         saved, wanted = getattr(common["args"], name), getattr(args, name)
@@ -26,8 +40,16 @@ def check_layout(args, common: dict, folder: Path) -> None:
                 "distributed optimizer's state by bucket (dist_ckpt_optim_fully_reshardable=false)"
                 f", which only another data-parallel size can read; go on at {saved} until a "
                 "checkpoint is saved with megatron.dist_ckpt_optim_fully_reshardable=true, or "
-                "leave the optimizer's state behind with megatron.no_load_optim=true"
+                f"{_anew(folder)}"
             )
+
+
+def _anew(folder: Path) -> str:
+    """The way out that leaves the optimizer's state behind: `no_load_optim` is for first starts."""
+    return (
+        "start a new output.folder from these weights with "
+        f"megatron.load={folder.parent} megatron.finetune=true"
+    )
 
 
 def check_resumable(args, fused_adam: str | None) -> None:

@@ -385,7 +385,7 @@ def test_the_run_and_the_planner_agree_on_what_divides(tp, cp, tokens):
     layout = Layout(gpus=tp * cp, tp=tp, cp=cp, sequence_parallel=tp > 1)
     split = ContextSplit(
         ranks=cp, tensor_ranks=tp, sequence_parallel=tp > 1, seq_len=tokens, batch=1,
-        head_sizes=256, element_bytes=2, dense_by="Transformer Engine, p2p",
+        head_sizes=256, element_bytes=2, comm_types=("p2p",),
     )  # fmt: skip
     try:
         split.check(model.patterns)

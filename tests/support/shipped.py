@@ -121,6 +121,13 @@ HOPPER = [
     (fused, dict(d=128, packed=True)),
     (fused, dict(d=128, deterministic=True)),
 ]
+ONCE = [
+    (portable, dict(d=128)),
+    (portable, dict(d=128, fused=True, dtype=torch.float32)),
+    (sparse, dict(d=128)),
+    (paged, dict(d=128)),
+]
+"""Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
 HOLDING = {"s2_hopper_fused_kernel": "EX2"}
 """What a kernel's main loops hold, where it has other loops with products."""
 
@@ -133,11 +140,10 @@ def name_of(launch, options: dict) -> str:
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
 
-def compile_all(arch: int) -> dict:
+def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
     for module in (forward, backward, sparse_kernels, decode):
         module.capability = lambda *_: divmod(arch, 10)
-    cases = PORTABLE + (HOPPER if arch == 90 else [])
     report = dict(usage=[], loops=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
         seen = set()
@@ -160,7 +166,8 @@ def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
     """What this program prints, run where kernels can be compiled.
 
     Args:
-        triton: a folder with another Triton than the environment's.
+        triton: a folder with another Triton than the environment's, which compiles all
+            configurations for Hopper, and for the others each kernel once.
     """
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -168,7 +175,10 @@ def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment
+        [sys.executable, __file__, *(["once"] if triton else [])],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -186,6 +196,7 @@ def assert_that_all_fit(report: dict) -> None:
 
 if __name__ == "__main__":
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
-    reports = [compile_all(arch) for arch in SHARED]
+    others = ONCE if "once" in sys.argv else PORTABLE
+    reports = [compile_all(arch, PORTABLE + HOPPER if arch == 90 else others) for arch in SHARED]
     whole = {key: [x for report in reports for x in report[key]] for key in reports[0]}
     print(json.dumps(whole | dict(triton=triton.__version__)))

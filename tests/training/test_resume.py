@@ -183,6 +183,7 @@ def run_options(**options) -> SimpleNamespace:
         "ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "no_load_optim": None,
         "dist_ckpt_optim_fully_reshardable": True, "finetune": False,
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
     } | options)  # fmt: skip
 
 
@@ -210,10 +211,24 @@ def test_what_can_be_resumed_starts():
 def test_state_by_bucket_is_refused_at_another_tp_with_both_ways_out():
     saved = {"args": run_options(tensor_model_parallel_size=2),
              "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}  # fmt: skip
-    words = "tensor_model_parallel_size=1: .* saved at 2.*fully_reshardable=true.*no_load_optim"
+    words = "parallel_size=1: .* saved at 2.*fully_reshardable=true.*load=runs .*finetune=true"
     with pytest.raises(ConfigError, match=words):
-        check_layout(run_options(), saved, Path("iter_0000003"))
-    check_layout(run_options(tensor_model_parallel_size=2), saved, Path("iter_0000003"))
-    check_layout(run_options(no_load_optim=True), saved, Path("iter_0000003"))
+        check_layout(run_options(), saved, Path("runs/iter_0000003"))
+    check_layout(run_options(tensor_model_parallel_size=2), saved, Path("runs/iter_0000003"))
+    check_layout(run_options(no_load_optim=True), saved, Path("runs/iter_0000003"))
     saved["content_metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
-    check_layout(run_options(), saved, Path("iter_0000003"))
+    check_layout(run_options(), saved, Path("runs/iter_0000003"))
+
+
+@pytest.mark.parametrize("saved, wanted, refused", [(1, 2, True), (2, 1, True), (2, 4, False)])
+def test_experts_optimizer_comes_or_goes_with_expert_parallelism(saved, wanted, refused):
+    """Seen: "Expected 2 entries in state dict, but got 4", KeyError: 'optimizer', and the like."""
+    common = {"args": run_options(expert_model_parallel_size=saved)}
+    now = run_options(expert_model_parallel_size=wanted)
+    if not refused:
+        check_layout(now, common, Path("runs/iter_0000003"))
+        return
+    words = f"expert_model_parallel_size={wanted}: .* saved at {saved}, .*load=runs .*finetune=true"
+    with pytest.raises(ConfigError, match=words):
+        check_layout(now, common, Path("runs/iter_0000003"))
+    check_layout(run_options(expert_model_parallel_size=wanted, no_load_optim=True), common, Path())
