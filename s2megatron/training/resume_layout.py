@@ -17,10 +17,10 @@ def check_layout(args, common: dict, folder: Path) -> None:
     Raises:
         ConfigError: names both layouts and the ways out.
     """
-    if args.no_load_optim or args.finetune:
+    if getattr(args, "no_load_optim", False) or getattr(args, "finetune", False):
         return
     saved = getattr(common["args"], "expert_model_parallel_size", 1)
-    wanted = args.expert_model_parallel_size
+    wanted = getattr(args, "expert_model_parallel_size", 1)
     if (saved == 1) != (wanted == 1):
         raise ConfigError(
             f"megatron.expert_model_parallel_size={wanted}: checkpoint {folder} was saved at "
