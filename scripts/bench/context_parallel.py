@@ -23,6 +23,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+# Found by the line above, which lets the script run in a checkout that is not installed.
 from s2_kernels import local_stride, s2_attention  # noqa: E402
 from s2_kernels.exchange import block_bytes, received_blocks, sent_blocks, zigzag  # noqa: E402
 from s2megatron.attention.context_parallel import ContextAttention  # noqa: E402

@@ -55,3 +55,11 @@ SIMPLE = Machine(
     host_layer_us=0,
     step_ms=0,
 )
+
+
+def eight_groups(stride: int, seq_len: int) -> Model:
+    """One sparse layer and a dense one, 32 heads on 8 KV heads, window 16 blocks of 64."""
+    model = make_model(seq_len=seq_len, layers=2, heads=32, kv_heads=8)
+    heads = {"heads": 32, "kv_heads": 8, "block_size": 64}
+    sparse = local_stride(**heads, local_blocks=16, stride=stride, head_step=stride // 8)
+    return Model(model.shape, (sparse, dense(**heads)))

@@ -23,8 +23,8 @@ TREE, WORK = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
 PARTS = sys.argv[3:]
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
+import torch  # noqa: E402 - reads the environment set above when it is imported
+import yaml  # noqa: E402 - third-party imports stay together
 
 torch.set_num_threads(1)
 NOISE = re.compile(
@@ -44,7 +44,7 @@ def forked(function, limit: float = 60) -> str:
             status = function() or 0
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
-        except BaseException:
+        except BaseException:  # a child must not go on as its parent, whatever ended it
             traceback.print_exc()
             status = 1
         sys.stdout.flush()
@@ -379,9 +379,9 @@ def agents() -> None:
 
 
 def main() -> None:
-    import megatron.training  # noqa: F401  (once, before the forks)
+    import megatron.training  # noqa: F401 - once, before the forks
 
-    from s2megatron import cli as _  # noqa: F401
+    from s2megatron import cli as _  # noqa: F401 - once, before the forks
 
     WORK.mkdir(parents=True, exist_ok=True)
     for part in (data, run_files, checkpoints, operate, kill_writer, agents):
