@@ -38,6 +38,7 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
+    needs_pointers,
     query_item,
     query_items,
     reach_of,
@@ -291,17 +292,11 @@ def consumer(
             )
         row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+        if needs_pointers(row, where.length, sizes.q_offset, PACKED):
             store_some_rows(
-                b_dq16,
-                store.base,
-                store.strides,
-                where.batch,
-                where.head,
-                where.start,
-                row,
-                where.length,
-            )
+                b_dq16, store.base, store.strides, where.batch, where.head, where.start, row,
+                where.length, sizes.q_offset,
+            )  # fmt: skip
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()
