@@ -54,7 +54,15 @@ from s2_kernels.hopper.primitives import (
     strides_and_size,
     write_notes,
 )
-from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
+from s2_kernels.hopper.softmax import (
+    exponents,
+    first_exponents,
+    first_softmax,
+    pack,
+    rescale,
+    row_sum,
+    unpack,
+)
 from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LN2, block_at, load_rule
@@ -62,6 +70,12 @@ from s2_kernels.primitives import LN2, block_at, load_rule
 PLACE, KEPT, EDGES, DIAGONAL, HIDDEN = map(gl.constexpr, (0, 5, 6, 7, 8))
 """Notes of an item: five of its `Place`, n_kept, n_edges, and for `mask_first`: hidden is for
 warpgroup 0, the next note for 1."""
+
+SEAMS = ("today", "early", "in_step", "second", "roomy")
+"""How a consumer goes from item to item: `consumer` (today; early: K of the next item's first tile
+is free before out is stored), `consumer_in_step` (in_step; second: the second tile's scores are
+made while out is stored; roomy: so, and out goes through Q's place, so that K has a third)."""
+TODAY, EARLY, IN_STEP, SECOND, ROOMY = map(gl.constexpr, range(len(SEAMS)))
 
 
 class Inputs(NamedTuple):
@@ -115,6 +129,14 @@ class Output(NamedTuple):
     bufs: gl.shared_memory_descriptor
     strides: tuple
     heads: gl.tensor
+
+
+class Finished(NamedTuple):
+    """Rows of out [64, D] that `store_staged` has still to store, and where they go."""
+
+    rows: gl.tensor
+    where: Place
+    out: Output
 
 
 @gluon.jit
@@ -247,12 +269,14 @@ def mask_first(b_s, masked):
 
 @gluon.jit
 def attend_tiles(
-    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, memory, N: gl.constexpr
+    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, memory, N: gl.constexpr,
+    finished=None, WARPGROUP: gl.constexpr = 0,
 ):  # fmt: skip
     """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
 
     That is tile `last`, whose b_p [64, 128] comes in; the tile that comes out as such has its own.
-    N: columns of these tiles, 128 or 64; the other columns' probabilities are zeros.
+    N: columns of these tiles, 128 or 64; the other columns' probabilities are zeros. finished: of
+    the item before, stored by this `WARPGROUP` while the first of these tiles has its scores made.
     """
     k, v = memory.k, memory.v
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -265,8 +289,12 @@ def attend_tiles(
         b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
         mbarrier.wait(k.ready.index(stage), phase)
         t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        if finished is not None:
+            store_staged(finished, WARPGROUP)
         mbarrier.wait(v.ready.index(before), phase_before)
-        t_acc = warpgroup_mma(b_p16, v.bufs.index(before), b_acc, is_async=True)
+        t_acc = warpgroup_mma(
+            b_p16, v.bufs.index(before), b_acc, use_acc=finished is None, is_async=True
+        )
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k.free.index(stage))
         b_t, b_m, b_rise = exponents(b_s, b_m, scale_log2)
@@ -285,8 +313,31 @@ def attend_tiles(
 
 
 @gluon.jit
-def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
+def attend_item(
+    low, n_kept, n_edges, last, b_q, b_p, b_acc, b_m, b_l, sizes, memory, WARPGROUP: gl.constexpr
+):  # fmt: skip
+    """The tiles of an item from `low` on, and where the next item begins. As `attend_tiles`.
+
+    n_kept: how many half-tiles that all rows see are left.
+    """
+    middle = low + n_kept // 2
+    # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
+    tile = middle + n_kept % 2 + gl.maximum(n_edges - 1, 0)
+    high = tile if WARPGROUP == 0 else middle + n_kept % 2
+    last, b_p, b_acc, b_m, b_l = attend_tiles(
+        low, middle, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128
+    )
+    last, b_p, b_acc, b_m, b_l = attend_tiles(
+        middle, high, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 64
+    )
+    pass_over(high, tile, memory.k)
+    pass_over(high, tile, memory.v)
+    return tile, last, b_p, b_acc, b_m, b_l
+
+
+@gluon.jit
+def store_lse(b_m, b_l, where, sizes, out, o_layout: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Stores lse of a warpgroup's 64 rows; what their sums of P V are multiplied with, [64]."""
     row = where.row + WARPGROUP * 64
     b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
     o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
@@ -295,23 +346,54 @@ def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGRO
     if sizes.q_offset is not None:
         there &= o_lse >= 0
     gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
-    b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
-    b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
-    if needs_pointers(row, where.length, sizes.q_offset, PACKED):
-        store_some_rows(
-            b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length,
-            sizes.q_offset,
-        )  # fmt: skip
-    else:
-        out_buf = out.bufs.index(WARPGROUP)
-        tma.store_wait(0)  # of the item before, long gone
-        out_buf.store(b_out)
-        fence_async_shared()
-        store_rows(out.desc, where.batch, where.head, where.start + row, out_buf)
+    return gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, o_layout))
 
 
 @gluon.jit
-def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+def store_staged(finished, WARPGROUP: gl.constexpr):
+    """Stores rows through shared memory and TMA. They are waited for before the next such rows."""
+    where, out = finished.where, finished.out
+    out_buf = out.bufs.index(WARPGROUP)
+    tma.store_wait(0)  # of the item before, long gone
+    out_buf.store(finished.rows)
+    fence_async_shared()
+    store_rows(out.desc, where.batch, where.head, where.start + where.row + WARPGROUP * 64, out_buf)
+
+
+@gluon.jit
+def store_out(finished, sizes, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Stores rows as `store_staged`, or by pointer."""
+    where, out = finished.where, finished.out
+    row = where.row + WARPGROUP * 64
+    if not PACKED and sizes.q_offset is None:
+        store_staged(finished, WARPGROUP)
+    elif needs_pointers(row, where.length, sizes.q_offset, PACKED):
+        store_some_rows(
+            finished.rows, out.base, out.strides, where.batch, where.head, where.start, row,
+            where.length, sizes.q_offset,
+        )  # fmt: skip
+    else:
+        store_staged(finished, WARPGROUP)
+
+
+@gluon.jit
+def first_scores(memory, zeros, q_layout: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Of the first item: Q, what `read_item` says, and the scores of the first tile."""
+    q, k = memory.q, memory.k
+    mbarrier.wait(q.ready.index(0), 0)
+    b_q = q.bufs.index(WARPGROUP).load(q_layout)
+    where, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
+    pass_over(0, WARPGROUP, k)
+    mbarrier.wait(k.ready.index(WARPGROUP), 0)
+    b_s = warpgroup_mma(b_q, k.bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
+    mbarrier.arrive(q.free.index(0))  # not before Q is used: it may be on its way until then
+    return b_q, where, n_kept, n_edges, masked, b_s
+
+
+@gluon.jit
+def consumer(
+    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
+):  # fmt: skip
     """Attends from 64 query rows of every item and stores out and lse.
 
     The scores of an item's first tile are issued before the last P V of the item before is done.
@@ -324,16 +406,13 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     zeros = gl.zeros([64, 128], gl.float32, s_layout)
     n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
-    mbarrier.wait(q.ready.index(0), 0)
-    b_q = q.bufs.index(WARPGROUP).load(q_layout)
-    where, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
-    pass_over(0, WARPGROUP, k)
-    mbarrier.wait(k.ready.index(WARPGROUP), 0)
-    b_s = warpgroup_mma(b_q, k.bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
-    mbarrier.arrive(q.free.index(0))  # not before Q is used: it may be on its way until then
+    b_q, where, n_kept, n_edges, masked, b_s = first_scores(memory, zeros, q_layout, WARPGROUP)
+    if SEAM == EARLY:
+        mbarrier.arrive(k.free.index(WARPGROUP))
     tile = 0
     for i_round in range(n_items):
-        mbarrier.arrive(k.free.index((tile + WARPGROUP) % k.bufs.shape[0]))
+        if SEAM != EARLY:
+            mbarrier.arrive(k.free.index((tile + WARPGROUP) % k.bufs.shape[0]))
         pass_over(tile + 1, tile + 2 - WARPGROUP, k)
         b_s = mask_first(b_s, masked)
         b_p, b_m, b_l = first_softmax(b_s, sizes.scale_log2)
@@ -341,18 +420,9 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
         pass_over(other, other + 1, v)
-        low, middle = tile + 2, tile + 2 + n_kept // 2
-        # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
-        tile = middle + n_kept % 2 + gl.maximum(n_edges - 1, 0)
-        high = tile if WARPGROUP == 0 else middle + n_kept % 2
-        last, b_p, b_acc, b_m, b_l = attend_tiles(
-            low, middle, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128
+        tile, last, b_p, b_acc, b_m, b_l = attend_item(
+            tile + 2, n_kept, n_edges, last, b_q, b_p, b_acc, b_m, b_l, sizes, memory, WARPGROUP
         )
-        last, b_p, b_acc, b_m, b_l = attend_tiles(
-            middle, high, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 64
-        )
-        pass_over(high, tile, k)
-        pass_over(high, tile, v)
         stage, phase = turn(last, v)
         mbarrier.wait(v.ready.index(stage), phase)
         b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
@@ -371,13 +441,119 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
         t_s = warpgroup_mma(
             b_q, k.bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-        mbarrier.arrive(v.free.index(stage))
-        store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED, WARPGROUP)
+        if SEAM == EARLY:  # lse under the products; K is free before out is on its way
+            b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
+            b_acc = warpgroup_mma_wait(1, deps=[t_acc])
+            mbarrier.arrive(v.free.index(stage))
+            b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
+            b_s, b_out = warpgroup_mma_wait(0, deps=[t_s, b_out])
+            mbarrier.arrive(k.free.index(k_stage), pred=more)
+            mbarrier.arrive(q.free.index(0), pred=more)
+            store_out(Finished(b_out, where, out), sizes, PACKED, WARPGROUP)
+        else:
+            b_acc = warpgroup_mma_wait(1, deps=[t_acc])
+            mbarrier.arrive(v.free.index(stage))
+            b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
+            b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
+            store_out(Finished(b_out, where, out), sizes, PACKED, WARPGROUP)
+            b_s = warpgroup_mma_wait(0, deps=[t_s])
+            mbarrier.arrive(q.free.index(0), pred=more)
         where = where_next
-        b_s = warpgroup_mma_wait(0, deps=[t_s])
-        mbarrier.arrive(q.free.index(0), pred=more)
     tma.store_wait(0)
+
+
+@gluon.jit
+def consumer_in_step(
+    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
+):  # fmt: skip
+    """As `consumer`, but from item to item it goes as from tile to tile (SEAMS).
+
+    The last P V of an item hides the search for the maximum in the next item's first tile, whose K
+    is free as soon as it is read. Out is stored after that tile's softmax: by itself (IN_STEP), or
+    while the scores of the second tile are made.
+    """
+    q, k, v = memory.q, memory.k, memory.v
+    BLOCK_D: gl.constexpr = v.bufs.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    zeros = gl.zeros([64, 128], gl.float32, s_layout)
+    n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
+    b_q, where, n_kept, n_edges, masked, b_s = first_scores(memory, zeros, q_layout, WARPGROUP)
+    mbarrier.arrive(k.free.index(WARPGROUP))
+    b_p, b_m, b_l = first_softmax(mask_first(b_s, masked), sizes.scale_log2)
+    b_p = pack(b_p, v.bufs.dtype)
+    b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+    pass_over(1, 2 - WARPGROUP, k)
+    pass_over(1 - WARPGROUP, 2 - WARPGROUP, v)
+    low, last = 2, WARPGROUP
+    for i_round in range(n_items):
+        tile, last, b_p, b_acc, b_m, b_l = attend_item(
+            low, n_kept, n_edges, last, b_q, b_p, b_acc, b_m, b_l, sizes, memory, WARPGROUP
+        )
+        # The next item's first tile. After the last item, whatever lies there.
+        more = i_round + 1 < n_items
+        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
+        b_q = q.bufs.index(WARPGROUP).load(q_layout)
+        if WARPGROUP == 1:
+            k_stage, phase = turn(tile, k)
+            mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
+            mbarrier.arrive(k.free.index(k_stage), pred=more)
+        k_stage, phase = turn(tile + WARPGROUP, k)
+        b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
+        mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
+        t_s = warpgroup_mma(
+            b_q, k.bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
+        )
+        stage, phase = turn(last, v)
+        mbarrier.wait(v.ready.index(stage), phase)
+        t_acc = warpgroup_mma(b_p16, v.bufs.index(stage), b_acc, is_async=True)
+        b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
+        where_next, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        mbarrier.arrive(k.free.index(k_stage), pred=more)
+        if SEAM != ROOMY:
+            mbarrier.arrive(q.free.index(0), pred=more)
+        b_t, b_m = first_exponents(mask_first(b_s, masked), sizes.scale_log2)
+        b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
+        mbarrier.arrive(v.free.index(stage))
+        b_next = gl.exp2(b_t)
+        b_l = row_sum(b_next)
+        b_p = gl.convert_layout(pack(b_next, v.bufs.dtype), b_p.type.layout)
+        finished = Finished((b_acc * b_factor[:, None]).to(out.bufs.dtype), where, out)
+        b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        low, last, other = tile + 2, tile + WARPGROUP, tile + 1 - WARPGROUP
+        if more:
+            pass_over(tile + 1, tile + 2 - WARPGROUP, k)
+            pass_over(other, other + 1, v)
+        if SEAM == IN_STEP or (PACKED or sizes.q_offset is not None):
+            store_out(finished, sizes, PACKED, WARPGROUP)
+        else:
+            if more and n_kept > 1:
+                last, b_p, b_acc, b_m, b_l = attend_tiles(
+                    low, low + 1, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128,
+                    finished, WARPGROUP,
+                )  # fmt: skip
+                low, n_kept = low + 1, n_kept - 2
+            else:
+                store_staged(finished, WARPGROUP)
+        if SEAM == ROOMY:  # out went through Q's place
+            tma.store_wait(0)
+            mbarrier.arrive(q.free.index(0), pred=more)
+        where = where_next
+    tma.store_wait(0)
+
+
+@gluon.jit
+def any_consumer(
+    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
+):  # fmt: skip
+    """The consumer of this seam."""
+    if SEAM <= EARLY:
+        consumer(memory, tables, sizes, out, PACKED, WARPGROUP, SEAM)
+    else:
+        consumer_in_step(memory, tables, sizes, out, PACKED, WARPGROUP, SEAM)
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
@@ -404,6 +580,7 @@ def s2_hopper_forward_kernel(
     PACKED: gl.constexpr,
     K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
+    SEAM: gl.constexpr,
 ):
     """Grid: as many programs as fit the GPU. Items: see primitives.QueryItems."""
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
@@ -413,7 +590,10 @@ def s2_hopper_forward_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 128, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 128, BLOCK_D], layout)
-    out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
+    if SEAM == ROOMY:
+        out_bufs = q_bufs
+    else:
+        out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     q_notes = make_notes(10)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
@@ -429,8 +609,8 @@ def s2_hopper_forward_kernel(
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
-            (consumer, (memory, tables, sizes, out, PACKED, 0)),
-            (consumer, (memory, tables, sizes, out, PACKED, 1)),
+            (any_consumer, (memory, tables, sizes, out, PACKED, 0, SEAM)),
+            (any_consumer, (memory, tables, sizes, out, PACKED, 1, SEAM)),
             (producer, (Inputs(d_q, d_k, d_v), memory, tables, sizes, B, N_BANDS, PACKED)),
         ],
         [4, 1],
@@ -446,8 +626,12 @@ def launch_hopper_forward(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    seam: str = "today",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
+    """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before.
+
+    seam: of SEAMS. Only scripts/bench/forward_variants.py asks for another than today's.
+    """
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
@@ -473,8 +657,10 @@ def launch_hopper_forward(
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
         PACKED=packing is not None,
-        K_STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
+        # What fits 227 KiB of shared memory.
+        K_STAGES=(3 if seam == "roomy" else 2) if pad(d) == 128 else 6,
         V_STAGES=3 if pad(d) == 128 else 6,
+        SEAM=SEAMS.index(seam),
         **OPTIONS,
     )
     return out, lse if packing is None else lse[0]
