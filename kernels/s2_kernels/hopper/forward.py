@@ -44,7 +44,6 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    needs_pointers,
     query_item,
     query_items,
     reach_of,
@@ -297,7 +296,7 @@ def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGRO
     gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
     b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
-    if needs_pointers(row, where.length, sizes.q_offset, PACKED):
+    if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
         store_some_rows(
             b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length,
             sizes.q_offset,
