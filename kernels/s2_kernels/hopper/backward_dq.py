@@ -38,7 +38,6 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    needs_pointers,
     query_item,
     query_items,
     reach_of,
@@ -292,7 +291,7 @@ def consumer(
             )
         row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if needs_pointers(row, where.length, sizes.q_offset, PACKED):
+        if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
             store_some_rows(
                 b_dq16, store.base, store.strides, where.batch, where.head, where.start, row,
                 where.length, sizes.q_offset,

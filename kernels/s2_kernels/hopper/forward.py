@@ -44,7 +44,6 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    needs_pointers,
     query_item,
     query_items,
     reach_of,
@@ -365,9 +364,8 @@ def store_out(finished, sizes, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Stores rows as `store_staged`, or by pointer."""
     where, out = finished.where, finished.out
     row = where.row + WARPGROUP * 64
-    if not PACKED and sizes.q_offset is None:
-        store_staged(finished, WARPGROUP)
-    elif needs_pointers(row, where.length, sizes.q_offset, PACKED):
+    # TMA would write over the next sequence, and takes no row below 0.
+    if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
         store_some_rows(
             finished.rows, out.base, out.strides, where.batch, where.head, where.start, row,
             where.length, sizes.q_offset,

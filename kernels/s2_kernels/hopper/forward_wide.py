@@ -54,7 +54,6 @@ from s2_kernels.hopper.primitives import (
     load_rows,
     make_barriers,
     make_notes,
-    needs_pointers,
     query_item,
     query_items,
     reach_of,
@@ -256,7 +255,7 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     out_buf = out.bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
     halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
-    if needs_pointers(row, sizes.s, sizes.q_offset, False):
+    if sizes.q_offset is not None and row < 0:
         store_some_rows(
             b_out, out.base, out.strides, item.batch, item.head, 0, row, sizes.s, sizes.q_offset
         )

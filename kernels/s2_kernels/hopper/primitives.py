@@ -181,24 +181,13 @@ def load_rows(desc, i_batch, i_head, row, ready, buffer):
 
 
 @gluon.jit
-def needs_pointers(row, length, q_offset, PACKED: gl.constexpr):
-    """Whether TMA cannot store 64 rows from `row` on.
+def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length, q_offset=None):
+    """The rows of b_x [64, D] that a sequence has, where TMA cannot store them.
 
     Of packed sequences it would write over the next one. Queries at an offset may begin in the
     middle of a tile, at a row below 0: Hopper's stores take that for an illegal instruction, while
     its loads fill up with zeros.
     """
-    if PACKED:
-        return row + 64 > length
-    elif q_offset is not None:
-        return row < 0
-    else:
-        return False
-
-
-@gluon.jit
-def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length, q_offset=None):
-    """The rows of b_x [64, D] that a sequence has, without TMA: see `needs_pointers`."""
     layout: gl.constexpr = b_x.type.layout
     D: gl.constexpr = b_x.shape[1]
     o_row = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
