@@ -324,9 +324,14 @@ def consumer_in_step(
         t_acc = warpgroup_mma(b_p16, v.bufs.index(stage), b_acc, is_async=True)
         b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
         _, _, _, masked = read_item(memory.notes, WARPGROUP)
+        # Waits that are over, as in `keep_order`: ptxas would free K after lse and the search for
+        # the maximum, and wait for P V before that.
+        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
         b_s = warpgroup_mma_wait(1, deps=[t_s])
         mbarrier.arrive(k.free.index(k_stage), pred=more)
+        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
         b_t, b_m = first_exponents(mask_first(b_s, masked), sizes.scale_log2)
+        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
         b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
         mbarrier.arrive(v.free.index(stage))
     finished = Finished((b_acc * b_factor[:, None]).to(out.bufs.dtype), where, out)
