@@ -77,7 +77,7 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import block_at, load_rule
 
 EARLY, IN_STEP, SECOND, ROOMY = map(gl.constexpr, (1, 2, 4, 8))
-SEAMS = dict(today=0, early=1, in_step=2, second=2 + 4, roomy=2 + 4 + 8)
+SEAMS = dict(today=0, early=1, in_step=2, roomy=2 + 8, second=2 + 4, second_roomy=2 + 4 + 8)
 """How a consumer goes from item to item, by the flags above:
 
 `consumer`; EARLY: K of the next item's first tile is free before out is stored.
@@ -205,9 +205,18 @@ def consumer(
         b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         last, other = tile + WARPGROUP, tile + 1 - WARPGROUP
         pass_over(other, other + 1, v)
-        tile, last, b_p, b_acc, b_m, b_l = attend_item(
-            tile + 2, n_kept, n_edges, last, b_q, b_p, b_acc, b_m, b_l, sizes, memory, WARPGROUP
+        low, middle = tile + 2, tile + 2 + n_kept // 2
+        # The odd half-tile that both warpgroups see, then the other edges, which one of them sees.
+        tile = middle + n_kept % 2 + gl.maximum(n_edges - 1, 0)
+        high = tile if WARPGROUP == 0 else middle + n_kept % 2
+        last, b_p, b_acc, b_m, b_l = attend_tiles(
+            low, middle, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128
         )
+        last, b_p, b_acc, b_m, b_l = attend_tiles(
+            middle, high, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 64
+        )
+        pass_over(high, tile, k)
+        pass_over(high, tile, v)
         stage, phase = turn(last, v)
         mbarrier.wait(v.ready.index(stage), phase)
         b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
