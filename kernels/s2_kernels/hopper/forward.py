@@ -293,7 +293,7 @@ def consumer_in_step(
         pass_over(tile + 1, tile + 2 - WARPGROUP, k)
         pass_over(other, other + 1, v)
         b_q = q.bufs.index(WARPGROUP).load(q_layout)
-        _, n_kept, n_edges, _ = read_item(memory.notes, WARPGROUP)
+        where, n_kept, n_edges, _ = read_item(memory.notes, WARPGROUP)
         second = gl.where(n_kept > 1, 1, 0)
         if SEAM & SECOND and not PACKED and sizes.q_offset is None:
             if second == 0:
@@ -309,8 +309,7 @@ def consumer_in_step(
             )
         if SEAM & ROOMY:  # out went through Q's place
             tma.store_wait(0)
-        where, _, _, _ = read_item(memory.notes, WARPGROUP)
-        # Q may be on its way to the registers until it was used.
+        # Q and the notes may be on their way to registers until they were used, or a tile later.
         mbarrier.arrive(q.free.index(0), pred=more & (second == 1))
         low, n_kept = low + second, n_kept - 2 * second
         tile, last, b_p, b_acc, b_m, b_l = attend_item(
