@@ -4,6 +4,7 @@ Symbols: T tokens of a micro-batch on one CP rank (b * s / c), h hidden size, t 
 size; with sequence parallelism the parts between the matrix products hold T / t tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
@@ -60,15 +61,10 @@ def attention_seconds(
     )
 
 
-_PAIRS: dict[tuple[LayerPattern, int], int] = {}
-
-
+@functools.lru_cache(maxsize=4096)
 def kept_pairs(pattern: LayerPattern, seq_len: int) -> int:
     """`LayerPattern.kept_pairs`, which a search asks for the same few patterns many times."""
-    key = (pattern, seq_len)
-    if key not in _PAIRS:
-        _PAIRS[key] = pattern.kept_pairs(seq_len)
-    return _PAIRS[key]
+    return pattern.kept_pairs(seq_len)
 
 
 def layer_matmuls(shape: ModelShape, layout: Layout, layer: int) -> list[tuple[float, ...]]:
