@@ -22,8 +22,9 @@ class ContextSplit:
         batch: sequences in a micro-batch.
         head_sizes: of K and V, added up.
         element_bytes: of activations.
-        comm_types: how Transformer Engine exchanges for dense layers; empty where this package
-            does that, too.
+        comm_types: how Transformer Engine exchanges for dense layers, once for all or per layer;
+            empty where this package does that, too.
+        unfused: Transformer Engine is asked for its attention of plain products.
     """
 
     ranks: int
@@ -34,6 +35,7 @@ class ContextSplit:
     head_sizes: int
     element_bytes: int
     comm_types: tuple[str, ...]
+    unfused: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ContextSplit":
@@ -42,6 +44,7 @@ class ContextSplit:
         head = head or options["hidden_size"] // options["num_attention_heads"]
         half = options.get("bf16") or options.get("fp16")
         te = options.get("transformer_impl") == "transformer_engine"
+        backend = options.get("attention_backend")
         return cls(
             ranks=options.get("context_parallel_size") or 1,
             tensor_ranks=options.get("tensor_model_parallel_size") or 1,
@@ -51,15 +54,17 @@ class ContextSplit:
             head_sizes=2 * head,
             element_bytes=2 if half else 4,
             comm_types=tuple(_comm_types(options)) if te else (),
+            unfused=getattr(backend, "name", backend) == "unfused",  # Megatron's own is an enum
         )
 
     @property
     def dense_by(self) -> str | None:
         """Who exchanges for dense layers, where it is not this package."""
-        return f"Transformer Engine, {', '.join(self.comm_types)}" if self.comm_types else None
+        kinds = ", ".join(dict.fromkeys(self.comm_types))
+        return f"Transformer Engine, {kinds}" if kinds else None
 
     def check(self, patterns: Sequence[LayerPattern]) -> None:
-        """Do the sequences, and under a2a the heads of dense layers, divide among the ranks?
+        """Do the sequences divide among the ranks, and can Transformer Engine run dense layers so?
 
         Raises:
             ConfigError: names the value and the way out.
@@ -67,9 +72,36 @@ class ContextSplit:
         blocks = {p.block_size for p in patterns if not (self.dense_by and p.is_dense)}
         inner = self.tensor_ranks if self.sequence_parallel else 1
         check_length(self.seq_len, self.ranks, block=math.lcm(*blocks), inner=inner)
-        for pattern in patterns:
-            over = self.ranks * self.tensor_ranks
-            if "a2a" in self.comm_types and pattern.is_dense and pattern.kv_heads % over:
+        if self.ranks > 1 and self.dense_by:
+            self._check_transformer_engine(patterns)
+
+    def _check_transformer_engine(self, patterns: Sequence[LayerPattern]) -> None:
+        """What its dense layers need under context parallelism (2.20: dot_product_attention/utils).
+
+        Raises:
+            ConfigError: it would find no attention for them, or no heads for every rank.
+        """
+        over, within = self.ranks * self.tensor_ranks, f"context_parallel_size={self.ranks}"
+        if len(self.comm_types) not in (1, len(patterns)):
+            raise ConfigError(
+                f"megatron.cp_comm_type={list(self.comm_types)}: give one for all layers, or one "
+                f"for each of the {len(patterns)}"
+            )
+        kinds = self.comm_types * (len(patterns) if len(self.comm_types) == 1 else 1)
+        for kind, pattern in zip(kinds, patterns, strict=True):
+            if not pattern.is_dense:
+                continue
+            if self.unfused:
+                raise ConfigError(
+                    "megatron.attention_backend=unfused: Transformer Engine has no such attention "
+                    f"with {within} for dense layers; choose auto, flash or fused"
+                )
+            if self.element_bytes != 2:
+                raise ConfigError(
+                    f"megatron.transformer_impl=transformer_engine: with {within} its dense layers "
+                    "run in 16 bits only; set bf16, or transformer_impl to local"
+                )
+            if kind == "a2a" and pattern.kv_heads % over:
                 raise ConfigError(
                     f"megatron.cp_comm_type=a2a: gives every context-parallel rank heads of its "
                     f"own, and dense layers have {pattern.kv_heads} KV heads for {over} ranks "
@@ -175,7 +207,7 @@ def check_stock_loss(options: Mapping[str, Any]) -> None:
 
 def _comm_types(options: Mapping[str, Any]) -> list[str]:
     kinds = options.get("cp_comm_type") or ["p2p"]
-    return list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
 def _some(numbers: list[int]) -> str:

@@ -1,5 +1,7 @@
 """How sequences are cut among context-parallel ranks: what fits, and what is exchanged."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from s2_kernels import dense, local_stride
@@ -54,13 +56,49 @@ def test_lengths_that_do_not_fit_are_told_with_those_that_do():
     ContextSplit.from_options(OPTIONS | te | {"seq_length": 1000}).check([DENSE])
 
 
+TE = {"transformer_impl": "transformer_engine"}
+
+
+def te_split(**options) -> ContextSplit:
+    return ContextSplit.from_options(OPTIONS | TE | options)
+
+
 def test_dense_layers_under_a2a_need_heads_for_all_ranks():
-    te = {"transformer_impl": "transformer_engine", "cp_comm_type": ["p2p", "a2a"]}
-    ContextSplit.from_options(OPTIONS | te).check([DENSE, S2])
-    split = ContextSplit.from_options(OPTIONS | te | {"tensor_model_parallel_size": 2})
-    split.check([S2])
-    with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
-        split.check([DENSE, S2])
+    te_split(cp_comm_type=["a2a"]).check([DENSE, S2])
+    two = {"tensor_model_parallel_size": 2}
+    te_split(cp_comm_type="a2a", **two).check([S2])
+    te_split(cp_comm_type=["p2p", "a2a"], **two).check([DENSE, S2])  # one per layer
+    for kinds in ("a2a", ["a2a", "p2p"]):
+        with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
+            te_split(cp_comm_type=kinds, **two).check([DENSE, S2])
+    te_split(cp_comm_type="a2a", tensor_model_parallel_size=3, context_parallel_size=1).check(
+        [DENSE]
+    )
+
+
+def test_cp_comm_types_are_one_or_one_per_layer():
+    assert te_split(cp_comm_type=["p2p", "a2a", "p2p"]).dense_by == "Transformer Engine, p2p, a2a"
+    with pytest.raises(ConfigError, match=r"\['p2p', 'a2a'\]: give one for all layers, or one for"):
+        te_split(cp_comm_type=["p2p", "a2a"]).check([DENSE, S2, S2])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attention_backend": "unfused"}, "attention_backend=unfused: .*choose auto, flash or"),
+        ({"attention_backend": SimpleNamespace(name="unfused")}, "attention_backend=unfused"),
+        ({"bf16": False}, "dense layers run in 16 bits only; set bf16"),
+    ],
+    ids=["unfused", "Megatron's enum", "float32"],
+)
+def test_attention_that_transformer_engine_has_not(options, said):
+    """Without a word before: "No dot product attention backend is available" at the first step."""
+    with pytest.raises(ConfigError, match=said):
+        te_split(**options).check([S2, DENSE])
+    te_split(**options).check([S2])  # no layer of Transformer Engine's attention
+    te_split(**options, context_parallel_size=1).check([DENSE])
+    ContextSplit.from_options(OPTIONS | options).check([DENSE])  # this package's exchange
+    te_split(attention_backend="fused", bf16=False, fp16=True).check([DENSE])
 
 
 def test_losses_of_the_stock_script_under_uneven_masks():
