@@ -1,13 +1,69 @@
 """How a run cuts its sequences among context-parallel ranks: does it fit, and what is exchanged."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2_kernels import LayerPattern
-from s2_kernels.exchange import block_bytes, received_blocks, zigzag
+from s2_kernels.exchange import (
+    Chunks,
+    block_bytes,
+    crossing_blocks,
+    forever_before,
+    near_start,
+    zigzag,
+)
+from s2_kernels.pattern import FOREVER
 from s2megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank."""
+
+    received: int
+    near: int
+    """Chunks and their halos."""
+    far: int
+
+
+@functools.lru_cache(maxsize=4096)
+def busiest(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
+    """What crosses for these heads, in zigzag: the most that any rank receives, and holds.
+
+    A halo grows with the rank until it is as long as the window, and what lies far gets less with
+    every rank. So of many ranks only the first are looked at.
+
+    Args:
+        pattern: of one TP rank.
+        cp: context-parallel ranks.
+    """
+    reaches = [band.reach for rule in pattern.rules for band in rule.bands]
+    window = max((reach for reach in reaches if reach != FOREVER), default=0)
+    ranks = max(16, 2 + 2 * cp * window // n_blocks)
+    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
+    return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
+
+
+def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
+    whole = (range(n_blocks),)
+    own = crossing_blocks(pattern, chunks, chunks)
+    starts = [near_start(pattern, chunk) for chunk in chunks]
+    near = sum(chunk.stop - start for chunk, start in zip(chunks, starts, strict=True))
+    far = max(forever_before(rule, starts[-1]) for rule in pattern.rules)
+    return Blocks(
+        received=crossing_blocks(pattern, whole, chunks) - own,
+        near=near * pattern.kv_heads,
+        far=far * pattern.kv_heads,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def tp_shards(pattern: LayerPattern, tp: int) -> frozenset[LayerPattern]:
+    """The different patterns of the TP ranks."""
+    return frozenset(pattern.shard(rank, tp) for rank in range(tp))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +172,13 @@ class ContextSplit:
             is what an all-gather or a ring brings.
         """
         blocks = self.seq_len // pattern.block_size
-        chunks = zigzag(self.ranks, blocks)
-        best = 0, 0.0
-        for tensor_rank in range(self.tensor_ranks):
-            part = pattern.shard(tensor_rank, self.tensor_ranks)
-            size = block_bytes(part, batch=self.batch, head_sizes=self.head_sizes,
-                               element_bytes=self.element_bytes)  # fmt: skip
-            everything = part.kv_heads * blocks * (self.ranks - 1) // self.ranks
-            for rank in range(self.ranks):
-                count = received_blocks(part, chunks, rank)
-                best = max(best, (count * size, count / everything if everything else 0.0))
-        return best
+        parts = tp_shards(pattern, self.tensor_ranks)
+        count = max(busiest(part, blocks, self.ranks).received for part in parts)
+        size = block_bytes(pattern, batch=self.batch, head_sizes=self.head_sizes,
+                           element_bytes=self.element_bytes)  # fmt: skip
+        groups = max(1, pattern.kv_heads // self.tensor_ranks)
+        everything = groups * blocks * (self.ranks - 1) // self.ranks
+        return count * size, count / everything if everything else 0.0
 
 
 def check_length(seq_len: int, ranks: int, *, block: int = 1, inner: int = 1) -> None:

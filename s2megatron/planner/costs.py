@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
+from s2megatron.context_split import tp_shards
 from s2megatron.planner.constants import Machine
-from s2megatron.planner.context import context_traffic, copied_bytes, tp_shards
+from s2megatron.planner.context import context_traffic, copied_bytes
 from s2megatron.planner.layout import BF16, GATHER, ULYSSES, Layout, Model
 from s2megatron.planner.links import Axis, Transfer, all_to_all_seconds, gather_seconds
 
