@@ -1,5 +1,6 @@
 """How sequences are cut among context-parallel ranks: what fits, and what is exchanged."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,28 @@ def test_bytes_of_a_layer():
     assert ContextSplit.from_options(OPTIONS | {"context_parallel_size": 1}).received(S2) == (0, 0)
 
 
+def test_sizes_are_read_off_the_options():
+    least = {"hidden_size": 64, "num_attention_heads": 4, "seq_length": 128}
+    assert ContextSplit.from_options(least) == ContextSplit(
+        ranks=1, tensor_ranks=1, sequence_parallel=False, seq_len=128, batch=1, head_sizes=32,
+        element_bytes=4, comm_types=(),
+    )  # fmt: skip
+    given = least | TE | {
+        "kv_channels": 24, "sequence_parallel": True, "micro_batch_size": 3, "fp16": True,
+        "context_parallel_size": 2, "tensor_model_parallel_size": 4, "attention_backend": "unfused",
+    }  # fmt: skip
+    assert ContextSplit.from_options(given) == ContextSplit(
+        ranks=2, tensor_ranks=4, sequence_parallel=True, seq_len=128, batch=3, head_sizes=48,
+        element_bytes=2, comm_types=("p2p",), unfused=True,
+    )  # fmt: skip
+
+
+def test_share_of_one_kv_head_on_every_tp_rank():
+    split = ContextSplit.from_options(OPTIONS | {"tensor_model_parallel_size": 16})
+    size, share = split.received(DENSE)
+    assert (size / 2**20, share) == (56, 1.0)
+
+
 def test_layer_table_says_who_exchanges_for_dense_layers():
     te = OPTIONS | {"transformer_impl": "transformer_engine", "cp_comm_type": ["p2p"]}
     for options, words in ((te, "Transformer Engine, p2p"), (OPTIONS, "448 MiB, 100.0%")):
@@ -52,6 +75,18 @@ def test_lengths_that_do_not_fit_are_told_with_those_that_do():
     split = ContextSplit.from_options(OPTIONS | {"seq_length": 1000, "context_parallel_size": 2})
     with pytest.raises(ConfigError, match="blocks of 64 tokens"):
         split.check([DENSE])
+    with pytest.raises(ConfigError) as error:
+        check_length(6 * 1001, 5)
+    assert str(error.value).endswith(
+        "a context_parallel_size of 1, 3, 7, 11, 13, 21, 33, ..., 3003"
+    )
+    with pytest.raises(ConfigError, match=r"multiple of 8 \(two chunks a rank\), as 8; or"):
+        check_length(6, 4)
+    apart = OPTIONS | {"context_parallel_size": 2, "tensor_model_parallel_size": 3}
+    even = ContextSplit.from_options(apart | {"seq_length": 256})
+    even.check([S2])  # TP ranks cut the tokens once more under sequence parallelism only
+    with pytest.raises(ConfigError, match="sequence_parallel over 3 ranks"):
+        replace(even, sequence_parallel=True).check([S2])
     te = {"transformer_impl": "transformer_engine", "context_parallel_size": 2}
     ContextSplit.from_options(OPTIONS | te | {"seq_length": 1000}).check([DENSE])
 
@@ -68,6 +103,10 @@ def test_dense_layers_under_a2a_need_heads_for_all_ranks():
     two = {"tensor_model_parallel_size": 2}
     te_split(cp_comm_type="a2a", **two).check([S2])
     te_split(cp_comm_type=["p2p", "a2a"], **two).check([DENSE, S2])  # one per layer
+    with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
+        te_split(cp_comm_type="a2a", tensor_model_parallel_size=8, context_parallel_size=2).check(
+            [DENSE]
+        )
     for kinds in ("a2a", ["a2a", "p2p"]):
         with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
             te_split(cp_comm_type=kinds, **two).check([DENSE, S2])
@@ -107,3 +146,4 @@ def test_losses_of_the_stock_script_under_uneven_masks():
         check_stock_loss(options)
     check_stock_loss(options | {"calculate_per_token_loss": True})
     check_stock_loss(options | {"context_parallel_size": 1})
+    check_stock_loss({"eod_mask_loss": True})
