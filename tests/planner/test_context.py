@@ -255,7 +255,9 @@ def test_copies_by_hand():
     blocks = busiest(window.patterns[0], 2048, 4)
     assert blocks.far == 0  # nothing to merge
     keys = row * (4 * blocks.received + 2 * blocks.near)
-    assert context.copied_bytes(window, layout, 0)[0] == keys + 2 * queries
+    gradients = row * 19 * blocks.received + 6 * own
+    assert context.copied_bytes(window, layout, 0) == (
+        keys + 2 * queries, keys + gradients + 2 * queries)  # fmt: skip
     assert context.copied_bytes(model, layout, 1) == (0, 0)  # Transformer Engine's own
     assert context.copied_bytes(model, replace(layout, fused=False), 1) > (0, 0)
 
