@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from s2_kernels import dense, local_stride, ranges
 from s2_kernels.pattern import FOREVER, Band, HeadRule
 from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share, places
-from s2_vllm.versions import not_tried, too_old
+from s2_vllm.versions import too_new, too_old
 
 
 @st.composite
@@ -129,10 +129,18 @@ def checks(monkeypatch):
 
 
 def test_an_old_vllm_serves_what_has_no_key_and_refuses_the_rest(checks):
-    model = SimpleNamespace(model="my-model", hf_text_config=SimpleNamespace())
+    hf = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    model = SimpleNamespace(model="my-model", hf_config=hf, hf_text_config=SimpleNamespace())
     checks.check_and_set(SimpleNamespace(model_config=model))
     model.hf_text_config.s2 = {}
     with pytest.raises(ValueError, match=r"^my-model/config.json .* 0\.25\.1 .* vllm==0\.26\.0$"):
+        checks.check_and_set(SimpleNamespace(model_config=model))
+
+
+def test_a_name_that_says_s2_without_a_record_is_refused(checks):
+    hf = SimpleNamespace(architectures=["S2LlamaForCausalLM"])
+    model = SimpleNamespace(model="my-model", hf_config=hf, hf_text_config=SimpleNamespace())
+    with pytest.raises(ValueError, match=r"S2LlamaForCausalLM without an 's2' key: .* convert"):
         checks.check_and_set(SimpleNamespace(model_config=model))
 
 
@@ -154,11 +162,11 @@ def test_a_gpu_that_cannot_run_the_kernels(
         checks._check_kernels(*case)
 
 
-@pytest.mark.parametrize("version, old, said", [
-    ("0.25.1", True, True), ("0.26.0", False, False), ("0.26.3+cu130", False, False),
-    ("0.33.0", False, True),
+@pytest.mark.parametrize("version, old, new", [
+    ("0.25.1", True, False), ("0.26.0", False, False), ("0.26.3+cu130", False, False),
+    ("0.33.1", False, False), ("0.34.0", False, True), ("1.0.0", False, True),
 ])  # fmt: skip
-def test_versions(version, old, said):
-    assert bool(too_old(version)) == old and bool(not_tried(version)) == said
-    for text in (too_old(version), not_tried(version)):
+def test_versions(version, old, new):
+    assert bool(too_old(version)) == old and bool(too_new(version)) == new
+    for text in (too_old(version), too_new(version)):
         assert text is None or ("pip install vllm==0.26.0" in text and "\n" not in text)

@@ -14,7 +14,7 @@ from convert_models import make_model, run_tree
 from launches import ROOT
 
 import s2megatron.hf as s2hf
-from s2_kernels.record import record
+from s2_kernels.record import ARCHITECTURE_PREFIX, record
 from s2megatron.config import parse_config
 
 VLLM = Path(sys.prefix) / "vllm"
@@ -59,7 +59,8 @@ def make_folder(name: str, folder: Path, sparsity: dict, **changes) -> Path:
         heads=sizes.num_attention_heads,
         kv_heads=sizes.num_key_value_heads,
     )
-    change_config(folder, s2=record(patterns))
+    names = [ARCHITECTURE_PREFIX + name for name in sizes.architectures or [type(model).__name__]]
+    change_config(folder, s2=record(patterns), architectures=names)
     return folder
 
 
