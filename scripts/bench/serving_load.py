@@ -123,7 +123,7 @@ def _memory() -> tuple[float, float]:
 
 def line(row: dict) -> str:
     """A row of HEADING's table."""
-    names = "requests taken_back finished wrong ties together free_before free_after".split()
-    counts = [len(v) if isinstance(v := row[name], list) else v for name in names]
+    counts = [row["requests"], row["taken_back"], row["finished"], len(row["wrong"])]
+    counts += [len(row["ties"]), row["together"], row["free_before"], row["free_after"]]
     sizes = [f"{row[n]:.0f}" for n in ("host_early", "host_late", "gpu_early", "gpu_late")]
     return "| " + " | ".join([*map(str, counts), *sizes, f"{row['seconds']:.0f}"]) + " |"

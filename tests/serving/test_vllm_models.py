@@ -87,7 +87,7 @@ def folders(tmp_path_factory):
 
 
 def stock_names(folder):
-    """As folders had them that were converted before the names said S2; test_vllm.py has new ones."""
+    """As in folders converted before the names said S2; test_vllm.py has new ones."""
     names = json.loads((folder / "config.json").read_text())["architectures"]
     return [name.removeprefix("S2") for name in names]
 

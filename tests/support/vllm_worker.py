@@ -38,6 +38,11 @@ def serve(job: dict) -> dict:
         "block_size": groups[0].kv_cache_spec.block_size,
         "rounds": [],
     }
+    if job.get("graphs"):
+        from vllm_graphs import graphs
+
+        model = core.model_executor.driver_worker.worker.get_model()
+        report["graphs"] = graphs(engine, model)
     for one in job["rounds"]:
         if one.get("forget"):
             assert core.scheduler.reset_prefix_cache()
