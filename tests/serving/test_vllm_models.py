@@ -17,6 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SPARSITY = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}}
 # Both KV heads keep the same blocks, and have page tables of their own all the same: one launch.
 EQUAL_HEADS = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4, "homogeneous": True}}
+# The two heads of the dense layer share a page table, and lie in two tensors: two launches.
+ONE_DENSE = {**SPARSITY, "layers": [{"layers": [1], "kind": "dense"}]}
+SPARSITIES = {"qwen2": EQUAL_HEADS, "qwen3": ONE_DENSE}
 MODEL_LEN = dict(max_model_len=256)
 OTHERS = [name for name in MODELS if name != "llama"]  # which test_vllm.py serves at length
 PROMPTS = random_tokens(130, 21)
@@ -76,9 +79,7 @@ def folders(tmp_path_factory):
     # vLLM's CPU kernel takes experts in tiles of 32, gate and up by turns
     sizes = {"qwen3_moe": dict(moe_intermediate_size=64)}
     made = {
-        name: make_folder(
-            name, place, EQUAL_HEADS if name == "qwen2" else SPARSITY, **sizes.get(name, {})
-        )
+        name: make_folder(name, place, SPARSITIES.get(name, SPARSITY), **sizes.get(name, {}))
         for name, place in places.items()
     }
     for folder in made.values():
@@ -101,6 +102,7 @@ def reports(folders, tmp_path_factory):
         name: dict(folder=str(folder), options=options, rounds=rounds)
         for name, folder in folders.items()
     }
+    jobs["qwen3"]["graphs"] = True
     whole = json.loads((folders["mistral"] / "config.json").read_text())
     for name, (change, options, _) in REFUSED.items():
         folder = copy_of(folders["mistral"], tmp_path_factory.mktemp(name))
@@ -138,7 +140,13 @@ def test_an_architecture_gives_the_tokens_of_transformers(name, folders, reports
     assert [len(new) for new in tokens] == [NEW] * len(PROMPTS)
     assert tokens == chosen_tokens(folders[name], PROMPTS, tokens)
     assert report["rounds"][0]["free_after"] == 399
-    assert report["layers_of_groups"] == [4, 4]
+    assert report["layers_of_groups"] == ([2, 2, 1, 2, 1] if name == "qwen3" else [4, 4])
+
+
+def test_heads_in_several_tensors_take_a_launch_each(reports):
+    """The groups of a dense layer's heads; in a CUDA graph, too (vllm_graphs.py)."""
+    graphs = reports["qwen3"]["graphs"]
+    assert graphs["pools"] == [2, 1, 1, 1] and all(graphs["replayed"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
