@@ -19,7 +19,8 @@ OPTIONS = (
 TINY = OPTIONS.split()
 
 
-LOAD = [*TINY, "--load", "200", "--lengths", "400", "--tokens", "12", "--pages", "260"]
+LOAD = "--load 200 --lengths 400 --batches 32 --tokens 12 --pages 260"
+LOAD = [*TINY, *LOAD.split()]
 
 
 def run(folder, options):
