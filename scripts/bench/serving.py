@@ -243,7 +243,7 @@ def write(results: list[dict], a) -> Path:
     layers, _, _, heads, kv_heads = SHAPES[a.shape]
     command = " ".join(["python3 scripts/bench/serving.py", *sys.argv[1:]])
     text = (
-        f"# vLLM serves a model of {a.shape}'s shape, S2 and dense: {device}\n\n"
+        f"# vLLM serves a model of {a.shape}'s shape, {a.providers}: {device}\n\n"
         f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}; {layers} layers, "
         f"{heads} heads on {kv_heads} KV heads; S2: window {a.local_blocks * a.block_size:,} "
         f"tokens, stride {a.stride}, {a.dense_layers} dense layers. Random weights, {a.dtype}.\n\n"
