@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,24 @@ def test_a_gpu_that_cannot_run_the_kernels(
         return checks._check_kernels(*case)
     with pytest.raises(ValueError, match=message):
         checks._check_kernels(*case)
+
+
+@pytest.mark.parametrize("backend, fields", [
+    (SimpleNamespace(get_kv_cache_shape=None), {}),  # as in 0.26
+    (SimpleNamespace(), dict(num_head_slots=2, state_content_bytes=64)),  # as in 0.33
+])  # fmt: skip
+def test_a_page_is_keys_and_then_values_in_any_release(backend, fields, monkeypatch):
+    """With a vLLM of each kind at hand, tests/serving/test_vllm.py says the same."""
+    base = type("AttentionBackend", (), vars(backend))
+    fake = SimpleNamespace(AttentionBackend=base, MultipleOf=lambda base: base)
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "s2_vllm.compat", raising=False)
+    compat = importlib.import_module("s2_vllm.compat")
+    sys.modules.pop("s2_vllm.compat")
+    assert compat.page_fields(32, torch.float16) == fields
+    assert compat.KeysThenValues.get_kv_cache_shape(7, 16, 1, 32) == (7, 2, 16, 32)
+    assert compat.KeysThenValues.get_supported_kernel_block_sizes("a spec") == [16]
 
 
 @pytest.mark.parametrize("names, found", [
