@@ -29,6 +29,7 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     finish_softmax,
@@ -53,7 +54,7 @@ def attend_tiles(
     """Attends from b_q [M, D] to the KV tiles low..high-1 of a program's walk."""
     t = program.t
     for p in tl.range(low, high):
-        keys = key_tile(program, walk, p, N, B, N_SEGMENTS)
+        keys = key_tile(program, walk, p, N, B, N_SEGMENTS, N_BANDS)
         b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
         b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
@@ -66,7 +67,11 @@ def attend_tiles(
     return b_acc, b_m, b_l
 
 
-@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
+@triton.jit(
+    do_not_specialize=[
+        "s", "t", "q_offset", "near_start", "near_row", "stride_lse_b", "stride_lse_h", "group"
+    ]
+)  # fmt: skip
 def s2_forward_kernel(
     p_q,
     p_k,
@@ -87,6 +92,8 @@ def s2_forward_kernel(
     s,
     t,
     q_offset,
+    near_start,
+    near_row,
     group,
     scale_log2,
     D: tl.constexpr,
@@ -102,7 +109,7 @@ def s2_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid: (query tiles, heads, batch)."""
-    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, group, M, B, PACKED)
+    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, near_start, near_row, group, M, B, PACKED)
     if at.first > at.last:
         return
     o_q = at.positions - q_offset  # rows of q in memory, from start_q on
@@ -143,6 +150,7 @@ def launch_forward(
     q_offset: int = 0,
     *,
     packing: Packing | None = None,
+    near: Near | None = None,
     config: TileConfig | None = None,
     tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +159,7 @@ def launch_forward(
     Args:
         q, k, v: [b, s, h, d], [b, t, g, d], [b, t, g, dv] with a contiguous last dimension, or
             packed [T, h, d] and so on with `packing`.
+        near: which keys they are, where not all.
         config: tiles; default: the table of configs.py.
         tf32: let float32 inputs use tensor cores, at 10 bits of mantissa.
 
@@ -187,8 +196,9 @@ def launch_forward(
         rows_and_heads(out_heads),
         *lse.stride()[:2],
         s,
-        k_heads.shape[2],
+        count_keys(k, near, pattern),
         q_offset,
+        *(near or (None, None)),
         h // k_heads.shape[1],
         softmax_scale * math.log2(math.e),
         D=d,

@@ -14,7 +14,8 @@ is a branch that all threads take or none.
 
 Positions count tokens in the KV sequence, and blocks count block_size tokens: lifetimes and masks
 are asked with them. Rows are places in memory, what is loaded and stored (`KeyTile`): the query of
-position i lies in row i - q_offset of its sequence, where the kernels call rows o_q.
+position i lies in row i - q_offset of its sequence, where the kernels call rows o_q. Keys lie in
+the rows of their positions, or where `key_row` says.
 """
 
 from typing import NamedTuple
@@ -135,6 +136,24 @@ def count_interior_tiles(segments, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl
     return n_blocks * (B // N) if N <= B else n_blocks // (N // B)
 
 
+@triton.jit
+def key_row(rule, position, near_start, near_row, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """Where the key(s) of a position lie in memory, in tokens from the sequence's first.
+
+    near_start None: at their position. Else it is a block, and only what is kept forever of those
+    before it is in memory (near.Near). Positions beyond any sequence give rows beyond any.
+    """
+    if near_start is None:
+        row = position
+    else:
+        stride = rule[2 * N_BANDS]
+        i_block = position // B
+        far = (i_block - (stride - rule[0] % stride) % stride) // stride
+        i_row = tl.where(i_block < near_start, far, i_block - near_start + near_row)
+        row = i_row * B + position % B
+    return row
+
+
 class KeyTile(NamedTuple):
     """A tile of keys: which they are, and where they lie.
 
@@ -154,8 +173,11 @@ class KeyTile(NamedTuple):
 
 
 @triton.jit
-def key_tile(program, walk, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
-    """The p-th tile of a program's walk. Keys lie in the order of their positions.
+def key_tile(
+    program, walk, p,
+    N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr,
+):  # fmt: skip
+    """The p-th tile of a program's walk.
 
     Where a tile gathers several blocks, positions past the end of the list lie beyond any sequence.
     """
@@ -170,7 +192,16 @@ def key_tile(program, walk, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.
         listed = entry < count_blocks(walk.blocks, N_SEGMENTS)
         i_block = tl.where(listed, i_block, (1 << 30) // B)
         o_col = i_block * B + o_n % B
-    tile = KeyTile(o_col, i_block, o_col < program.t, o_col, program.start_k + first)
+    o_k = o_col
+    if program.near_start is not None:
+        # The first row of a tile within a block says where it lies: one division for all.
+        near_start, near_row = program.near_start, program.near_row
+        if N <= B:
+            first = key_row(walk.rule, first, near_start, near_row, B, N_BANDS)
+            o_k = first + o_n
+        else:
+            o_k = key_row(walk.rule, o_col, near_start, near_row, B, N_BANDS)
+    tile = KeyTile(o_col, i_block, o_col < program.t, o_k, program.start_k + first)
     return tile
 
 
@@ -318,10 +349,12 @@ class QueryProgram(NamedTuple):
 
     Attributes:
         head, kv_head, batch: which; batch is 0 where sequences are packed.
-        start_q, start_k, t: where the sequence begins in memory, and how many keys it has.
+        start_q, start_k: where the sequence begins in memory.
+        t: the position at which its keys end.
         positions: [M], of the queries in the KV sequence: what lifetimes and masks are asked with.
         there: [M], which of them exist.
         first, last: the first and last position; a tile without rows has last < first.
+        near_start, near_row: of `near.Near`, or None.
     """
 
     head: tl.tensor
@@ -334,12 +367,15 @@ class QueryProgram(NamedTuple):
     there: tl.tensor
     first: tl.tensor
     last: tl.tensor
+    near_start: tl.tensor
+    near_row: tl.tensor
 
 
 @triton.jit
 def query_program(
-    p_cu_q, p_cu_k, s, t, q_offset, group, M: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr
-):
+    p_cu_q, p_cu_k, s, t, q_offset, near_start, near_row, group,
+    M: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """Of a grid (query tiles, heads, batch), the last tiles first: they see the most."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head, i_seq = tl.program_id(1), tl.program_id(2)
@@ -349,8 +385,9 @@ def query_program(
     i_batch = i_seq * 0 if PACKED else i_seq
     positions, m_row, first, last = query_tile(i_tile, q_offset, s, M, B)
     program = QueryProgram(
-        i_head, i_kv, i_batch, start_q, start_k, t, positions, m_row, first, last
-    )
+        i_head, i_kv, i_batch, start_q, start_k, t, positions, m_row, first, last,
+        near_start, near_row,
+    )  # fmt: skip
     return program
 
 
