@@ -152,10 +152,16 @@ def needed(pattern: LayerPattern, chunks: Chunks, n_blocks: int) -> Tensor:
 
 
 def near_start(pattern: LayerPattern, chunk: range) -> int:
-    """The block at which near begins: as late as finite bands allow."""
+    """The block at which near begins: as late as finite bands allow, at a multiple of the stride.
+
+    The multiple is that of the widest stride. All heads of this stride then keep equally many
+    blocks forever before near.
+    """
     bands = [band for rule in pattern.rules for band in rule.bands]
     reach = max((band.reach for band in bands if band.reach != FOREVER), default=1)
-    return max(0, chunk.start - (reach - 1))
+    strides = [band.stride for band in bands if band.reach == FOREVER]
+    start = max(0, chunk.start - (reach - 1))
+    return start - start % max(strides, default=1)
 
 
 @dataclass(frozen=True)
