@@ -87,25 +87,16 @@ class ContextAttention:
         """out [b, s, h, dv] and lse [b, h, s], outside of autograd."""
         if self.group.size() == 1:
             return s2_attention(q, k, v, self.pattern, softmax_scale=self.scale, return_lse=True)
-        parts = self._parts(q, v)
         out = _room(q, v.shape[-1])
         lse_type = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_empty(len(q), q.shape[2], q.shape[1], dtype=lse_type)
-        for part, received, beside in self._arriving(parts, k, v):
+        for part, received, beside in self._arriving(self._parts(q, v), k, v):
             for view in part.plan.chunks:
-                tokens = self._tokens(view)
-                keys, values = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
-                out[:, tokens, part.heads], lse[:, part.heads, tokens] = s2_attention(
-                    q[:, tokens, part.heads],
-                    keys,
-                    values,
-                    part.pattern,
-                    softmax_scale=self.scale,
-                    q_offset=view.chunk.start * self._block,
-                    return_lse=True,
-                    near=view.near,
-                    spare=self.spare if beside else 0,
-                )
+                tokens, heads = self._tokens(view), part.heads
+                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
+                spare = self.spare if beside else 0
+                seen = self._attend_chunk(part, view, q[:, tokens, heads], *keys, spare)
+                out[:, tokens, heads], lse[:, heads, tokens] = seen
         return out, lse
 
     def backward(
@@ -117,33 +108,56 @@ class ContextAttention:
                 q, k, v, out, lse.contiguous(), dout, self.pattern, softmax_scale=self.scale
             )
         parts = self._parts(q, v)
+        spare = self.spare if len(parts) > 1 else 0
         dq, dk, dv = (_room(x, x.shape[-1]) for x in (q, k, v))
         going_home = []
         for part, received, _ in self._arriving(parts, k, v):
             gradients = _Gradients(received)
             for view in part.plan.chunks:
-                tokens = self._tokens(view)
-                keys, values = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
-                dq[:, tokens, part.heads], *of_buffer = s2_attention_backward(
-                    q[:, tokens, part.heads],
-                    keys,
-                    values,
-                    out[:, tokens, part.heads],
-                    lse[:, part.heads, tokens].contiguous(),
-                    dout[:, tokens, part.heads],
-                    part.pattern,
-                    softmax_scale=self.scale,
-                    q_offset=view.chunk.start * self._block,
-                    near=view.near,
-                    spare=self.spare if len(parts) > 1 else 0,
+                tokens, heads = self._tokens(view), part.heads
+                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
+                queries = [x[:, tokens, heads] for x in (q, out, dout)]
+                chunk_lse = lse[:, heads, tokens].contiguous()
+                dq[:, tokens, heads], *of_keys = self._chunk_gradients(
+                    part, view, *queries, chunk_lse, *keys, spare
                 )
-                own = gradients.take(view, *of_buffer)
+                own = gradients.take(view, *of_keys)
                 dk[:, tokens, part.kv], dv[:, tokens, part.kv] = own
             going_home.append((part, self._swap(part.plan, gradients.rows(), home=True)))
         for part, returned in going_home:
             own = (x[:, :, part.kv] for x in (dk, dv))
             _add_returned(part.plan, returned.wait(), *own, self._block)
         return dq, dk, dv
+
+    def _attend_chunk(self, part: "_Part", view: ChunkView, q, k, v, spare: int):
+        """out and lse of a chunk's queries, over the keys of its buffer."""
+        return s2_attention(
+            q,
+            k,
+            v,
+            part.pattern,
+            softmax_scale=self.scale,
+            q_offset=view.chunk.start * self._block,
+            return_lse=True,
+            near=view.near,
+            spare=spare,
+        )
+
+    def _chunk_gradients(self, part: "_Part", view: ChunkView, q, out, dout, lse, k, v, spare: int):
+        """dq of a chunk's queries, and dk and dv of its buffer."""
+        return s2_attention_backward(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            part.pattern,
+            softmax_scale=self.scale,
+            q_offset=view.chunk.start * self._block,
+            near=view.near,
+            spare=spare,
+        )
 
     @property
     def _block(self) -> int:

@@ -17,7 +17,7 @@ from attention_cases import (
     reference_results,
     run_with_grads,
 )
-from near_cases import HOPPER_NEAR_CASES, NearCase
+from near_cases import HOPPER_NEAR_CASES, NearCase, check_near
 
 from s2_kernels import dense, hopper, ranges, s2_attention, schedule, sliding_window
 
@@ -102,25 +102,6 @@ def test_queries_at_an_offset(case):
 @pytest.mark.parametrize("case", ALL_SEEN, ids=str)
 def test_queries_past_all_keys(case):
     check(case)
-
-
-def check_near(case):
-    """Far blocks, then near, in one launch: as with all keys in memory."""
-    inputs = make_inputs(case.case, torch.bfloat16)
-    q, k, v, dout, dlse = (x.detach() for x in inputs)
-    k, v = case.in_memory(k, 1e3), case.in_memory(v, 1e3)  # finite where there is no key
-
-    def attend(*x):
-        at = dict(q_offset=case.case.q_offset, near=case.near)
-        return s2_attention(*x, case.pattern, return_lse=True, backend="hopper", **at)
-
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    results = run_with_grads(attend, (*leaves, dout, dlse))
-    nowhere = (case.rows < 0).T
-    for name in ("dk", "dv"):
-        assert not results[name][:, nowhere].any()
-        results[name] = case.at_positions(results[name])
-    assert_as_good_as_eager(results, *reference_results(case.case, inputs), case.case)
 
 
 @pytest.mark.parametrize("case", HOPPER_NEAR_CASES, ids=str)

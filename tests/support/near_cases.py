@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from attention_cases import Case, _ls
+from attention_cases import (
+    Case,
+    _ls,
+    assert_as_good_as_eager,
+    make_inputs,
+    reference_results,
+    run_with_grads,
+)
 
-from s2_kernels import FOREVER, LayerPattern, dense, ranges, sliding_window
+from s2_kernels import FOREVER, LayerPattern, dense, ranges, s2_attention, sliding_window
 from s2_kernels.near import Near, forever_before
 
 
@@ -95,3 +102,33 @@ HOPPER_NEAR_CASES = [  # near and chunks may begin in the middle of a tile of 12
              14, 3, d=192, gap=1),
     NearCase("wide_dense", dense(heads=1, block_size=128), 4, 2, d=256, b=2),
 ]  # fmt: skip
+
+
+GPU_NEAR_CASES = [
+    *HOPPER_NEAR_CASES,
+    NearCase("long", _ls(4, 2, 64, 4, 8), 160, 40, d=128),
+    NearCase("long_gap", _ls(8, 2, 64, 4, [4, 8]), 100, 31, d=128, b=2, early=3, gap=5),
+    NearCase("long_dense_heads", _ls(8, 4, 64, 4, 8, dense_heads=1), 90, 24, d=64),
+    NearCase("long_ranges", ranges(heads=4, kv_heads=2, block_size=128,
+                                   bands=[(2, 1), (9, 2), (None, 8)]), 70, 17, d=128),
+    NearCase("wide_long", _ls(4, 2, 64, 4, 8), 90, 25, d=256),
+]  # fmt: skip
+
+
+def check_near(case: NearCase, dtype=torch.bfloat16, device="cpu", backend="hopper") -> None:
+    """Far blocks, then near, in one launch: as with all keys in memory."""
+    inputs = make_inputs(case.case, dtype, device)
+    q, k, v, dout, dlse = (x.detach() for x in inputs)
+    k, v = case.in_memory(k, 1e3), case.in_memory(v, 1e3)  # finite where there is no key
+
+    def attend(*x):
+        at = dict(q_offset=case.case.q_offset, near=case.near)
+        return s2_attention(*x, case.pattern, return_lse=True, backend=backend, **at)
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = run_with_grads(attend, (*leaves, dout, dlse))
+    nowhere = (case.rows < 0).T.to(device)
+    for name in ("dk", "dv"):
+        assert not results[name][:, nowhere].any()
+        results[name] = case.at_positions(results[name])
+    assert_as_good_as_eager(results, *reference_results(case.case, inputs), case.case)
