@@ -80,7 +80,7 @@ def s2_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of one query tile of one head; grid and loops of the forward kernel."""
-    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, near_start, near_row, group, M, B, PACKED)
+    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, group, M, B, PACKED)
     if at.first > at.last:
         return
     o_q = at.positions - q_offset  # rows of q in memory, from start_q on
@@ -101,7 +101,7 @@ def s2_dq_kernel(
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
     walk = walk_of(at, p_table, M, N, B, N_BANDS)
     for p in tl.range(0, walk.tiles):
-        keys = key_tile(at, walk, p, N, B, N_SEGMENTS, N_BANDS)
+        keys = key_tile(at, walk, (near_start, near_row), p, N, B, N_SEGMENTS, N_BANDS)
         b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
         b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]

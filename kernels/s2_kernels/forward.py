@@ -46,7 +46,7 @@ from s2_kernels.tiles import Matrix, add_values, load
 
 @triton.jit
 def attend_tiles(
-    program, walk, low, high, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+    program, walk, near, low, high, b_q, b_acc, b_m, b_l, k, v, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr, SPANS: tl.constexpr,
     N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -54,7 +54,7 @@ def attend_tiles(
     """Attends from b_q [M, D] to the KV tiles low..high-1 of a program's walk."""
     t = program.t
     for p in tl.range(low, high):
-        keys = key_tile(program, walk, p, N, B, N_SEGMENTS, N_BANDS)
+        keys = key_tile(program, walk, near, p, N, B, N_SEGMENTS, N_BANDS)
         b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
         b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
@@ -109,7 +109,7 @@ def s2_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid: (query tiles, heads, batch)."""
-    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, near_start, near_row, group, M, B, PACKED)
+    at = query_program(p_cu_q, p_cu_k, s, t, q_offset, group, M, B, PACKED)
     if at.first > at.last:
         return
     o_q = at.positions - q_offset  # rows of q in memory, from start_q on
@@ -125,13 +125,13 @@ def s2_forward_kernel(
 
     SPANS: tl.constexpr = M > B
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
-    walk = walk_of(at, p_table, M, N, B, N_BANDS)
+    walk, near = walk_of(at, p_table, M, N, B, N_BANDS), (near_start, near_row)
     b_acc, b_m, b_l = attend_tiles(
-        at, walk, 0, walk.interior, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+        at, walk, near, 0, walk.interior, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, False, SPANS, N_BANDS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_acc, b_m, b_l = attend_tiles(
-        at, walk, walk.interior, walk.tiles, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+        at, walk, near, walk.interior, walk.tiles, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, True, SPANS, N_SEGMENTS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_out, b_lse = finish_softmax(b_acc, b_m, b_l)

@@ -174,10 +174,10 @@ class KeyTile(NamedTuple):
 
 @triton.jit
 def key_tile(
-    program, walk, p,
+    program, walk, near, p,
     N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr,
 ):  # fmt: skip
-    """The p-th tile of a program's walk.
+    """The p-th tile of a program's walk; near: near_start and near_row of `key_row`.
 
     Where a tile gathers several blocks, positions past the end of the list lie beyond any sequence.
     """
@@ -193,9 +193,9 @@ def key_tile(
         i_block = tl.where(listed, i_block, (1 << 30) // B)
         o_col = i_block * B + o_n % B
     o_k = o_col
-    if program.near_start is not None:
+    near_start, near_row = near
+    if near_start is not None:
         # The first row of a tile within a block says where it lies: one division for all.
-        near_start, near_row = program.near_start, program.near_row
         if N <= B:
             first = key_row(walk.rule, first, near_start, near_row, B, N_BANDS)
             o_k = first + o_n
@@ -354,7 +354,6 @@ class QueryProgram(NamedTuple):
         positions: [M], of the queries in the KV sequence: what lifetimes and masks are asked with.
         there: [M], which of them exist.
         first, last: the first and last position; a tile without rows has last < first.
-        near_start, near_row: of `near.Near`, or None.
     """
 
     head: tl.tensor
@@ -367,15 +366,12 @@ class QueryProgram(NamedTuple):
     there: tl.tensor
     first: tl.tensor
     last: tl.tensor
-    near_start: tl.tensor
-    near_row: tl.tensor
 
 
 @triton.jit
 def query_program(
-    p_cu_q, p_cu_k, s, t, q_offset, near_start, near_row, group,
-    M: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
+    p_cu_q, p_cu_k, s, t, q_offset, group, M: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr
+):
     """Of a grid (query tiles, heads, batch), the last tiles first: they see the most."""
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_head, i_seq = tl.program_id(1), tl.program_id(2)
@@ -385,9 +381,8 @@ def query_program(
     i_batch = i_seq * 0 if PACKED else i_seq
     positions, m_row, first, last = query_tile(i_tile, q_offset, s, M, B)
     program = QueryProgram(
-        i_head, i_kv, i_batch, start_q, start_k, t, positions, m_row, first, last,
-        near_start, near_row,
-    )  # fmt: skip
+        i_head, i_kv, i_batch, start_q, start_k, t, positions, m_row, first, last
+    )
     return program
 
 

@@ -40,15 +40,15 @@ class ContextAttention:
         softmax_scale: default 1 / sqrt(d).
         group: the context-parallel process group.
         cut: how the sequence lies on its ranks; Megatron's zigzag.
-        head_groups: how many groups of KV heads are exchanged one after the other; None: chosen by
-            bytes and operations (`choose_groups`). The same on all ranks.
+        exchange_groups: how many groups of KV heads are exchanged one after the other; None: chosen
+            by bytes and operations (`choose_groups`). The same on all ranks.
         spare: multiprocessors that kernels leave to NCCL while an exchange is in flight.
 
     Attributes:
         bytes_received: what other ranks have sent to this one so far, counted at the collective.
 
     Raises:
-        ValueError: head_groups does not divide the KV heads.
+        ValueError: exchange_groups does not divide the KV heads.
     """
 
     def __init__(
@@ -58,16 +58,18 @@ class ContextAttention:
         group: dist.ProcessGroup,
         cut: Cut = zigzag,
         *,
-        head_groups: int | None = None,
+        exchange_groups: int | None = None,
         spare: int = SPARE,
     ):
-        if head_groups is not None and (head_groups < 1 or pattern.kv_heads % head_groups):
+        if exchange_groups is not None and (
+            exchange_groups < 1 or pattern.kv_heads % exchange_groups
+        ):
             raise ValueError(
-                f"head_groups={head_groups}: must divide the {pattern.kv_heads} KV heads of this "
-                "rank; or leave it out, and it is chosen"
+                f"exchange_groups={exchange_groups}: must divide the {pattern.kv_heads} KV heads "
+                "of this rank; or leave it out, and it is chosen"
             )
         self.pattern, self.scale, self.group, self.cut = pattern, softmax_scale, group, cut
-        self.head_groups, self.spare = head_groups, spare
+        self.exchange_groups, self.spare = exchange_groups, spare
         self.bytes_received = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class ContextAttention:
             )
         blocks = tokens // self._block * ranks
         lies = (self.pattern, self.cut, ranks, blocks)
-        groups = self.head_groups
+        groups = self.exchange_groups
         if groups is None:
             sizes = dict(head_sizes=q.shape[-1] + v.shape[-1], element_bytes=q.element_size())
             groups = choose_groups(*lies, **sizes, within_a_node=False)

@@ -133,13 +133,13 @@ class TwoLaunches(ContextAttention):
 def ways(kv_heads: int) -> dict[str, tuple[type, dict]]:
     """Class and options of every row."""
     rows = {
-        "two launches": (TwoLaunches, dict(head_groups=1)),
-        "one launch": (ContextAttention, dict(head_groups=1)),
+        "two launches": (TwoLaunches, dict(exchange_groups=1)),
+        "one launch": (ContextAttention, dict(exchange_groups=1)),
     }
     for n in (2, 4):
         if kv_heads % n == 0:
-            rows[f"{n} groups"] = (ContextAttention, dict(head_groups=n))
-            rows[f"{n} groups, 0"] = (ContextAttention, dict(head_groups=n, spare=0))
+            rows[f"{n} groups"] = (ContextAttention, dict(exchange_groups=n))
+            rows[f"{n} groups, 0"] = (ContextAttention, dict(exchange_groups=n, spare=0))
     return rows | {"chosen": (ContextAttention, {})}
 
 

@@ -117,7 +117,7 @@ def run_case(case: ContextCase, group) -> dict[str, float]:
         kv_heads = range(first, first + part.kv_heads)
         local = [x[:, mine][:, :, list(h)].requires_grad_()
                  for x, h in ((q, heads), (k, kv_heads), (v, kv_heads))]  # fmt: skip
-        attention = ContextAttention(part, None, group, case.cut, head_groups=case.groups)
+        attention = ContextAttention(part, None, group, case.cut, exchange_groups=case.groups)
         with poison(float("nan")):
             result = attention.attend(*local)
             forward = attention.bytes_received
@@ -146,7 +146,7 @@ def same_bits(group) -> bool:
     passes = []
     for groups in (1, 1, 2, 4, 4):
         local = [x[:, mine].clone().requires_grad_() for x in (q, k, v)]
-        attention = ContextAttention(case.pattern, None, group, contiguous, head_groups=groups)
+        attention = ContextAttention(case.pattern, None, group, contiguous, exchange_groups=groups)
         out = attention.attend(*local)
         passes.append((out, *torch.autograd.grad(out, local, dout[:, mine])))
     return all(
