@@ -5,7 +5,7 @@
 A model of random weights (24 layers, 16 heads of 128), window 1,024 tokens, stride 16, blocks of
 64. Who runs: "s2" (`PagedCache`), "s2 graph" (the same as a CUDA graph), "dense pages graph" (this
 project's decode kernel with a dense pattern), "dense sdpa" (transformers' DynamicCache and torch's
-SDPA). Beside every time stands what its bytes, weights and live keys and values, take at the
+SDPA). Graphs fuse small operations; with "unfused graph" for graph they do not. Beside every time stands what its bytes, weights and live keys and values, take at the
 copy bandwidth measured here. Caches are filled with noise, not by a prefill; the prefill of one
 sequence is timed by itself. Writes NAME.json, NAME.md and NAME.png; what does not fit is said.
 """
@@ -99,7 +99,10 @@ def filled_cache(model, provider: str, patterns, batch: int, tokens: int, steps:
             cache.update(noise, noise, layer)
         return cache
     graph = provider.endswith("graph") and model.device.type == "cuda"
-    cache = PagedCache(model, batch_size=batch, max_length=tokens + steps, graph=graph)
+    cache = PagedCache(
+        model, batch_size=batch, max_length=tokens + steps, graph=graph,
+        fuse="unfused" not in provider,
+    )  # fmt: skip
     for pages in (cache.k_pages, cache.v_pages):
         for part in pages.split(1 << 14):
             part.normal_()

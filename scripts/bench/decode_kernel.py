@@ -37,12 +37,13 @@ from s2_kernels.decode_write import launch_write  # noqa: E402
 from s2_kernels.paged import paged_reference  # noqa: E402
 
 CONFIGS = [
-    "n64w4s4x2c4", "n64w4s4x2c0", "n64w4s4x2c4p4", "n64w4s4x2c4p2", "n64w4s4x2c12", "n64w4s3x2c4p2",
-    "n64w4s3x3c4r168", "n32w4s4x4c8p4", "n32w4s5x4c8", "n64w4s4x2c4nopdl",
+    "n64w4s4x2c4", "n64w4s4x2c0", "n64w4s4x2c12", "n64w4s3x3c4r168", "n64w4s4x2c4p4",
+    "n64w4s4x2c4p2", "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
 ]  # fmt: skip
 CASES = ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1))
 """(stride, batch); stride 1 is dense."""
-TUNED = ((16, 1), (16, 16), (16, 8), (16, 64), (16, 20), (8, 1))
+TUNED = {(16, 1): 9, (16, 16): 9, (16, 8): 6, (8, 1): 9, (16, 64): 4, (16, 20): 4}
+"""The same, and how many configurations are tried."""
 
 
 def parse_config(text: str) -> DecodeConfig:
@@ -323,7 +324,7 @@ def main():
     table = Table(a.tokens, a.deadline)
     print(f"copy: {table.bandwidth / 1e12:.3f} TB/s", flush=True)
     for stride, batch in TUNED if a.tune else CASES:
-        table.time_case(stride, batch, configs)
+        table.time_case(stride, batch, configs[: TUNED[stride, batch]] if a.tune else configs)
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
                   copy=table.bandwidth, check=lines, rows=table.rows,
                   alive=alive_pages(pattern_of(16), a.tokens))  # fmt: skip

@@ -23,10 +23,10 @@ from s2_kernels import (
     decode_write,
     dense,
     forward,
-    launch,
     local_stride,
     ranges,
 )
+from s2_kernels import launch as launchers
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
@@ -152,7 +152,7 @@ def name_of(launch, options: dict) -> str:
 
 def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels, decode, launch):
+    for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
     report = dict(usage=[], loops=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
