@@ -3,11 +3,12 @@
     python3 scripts/bench/decode.py --lengths 8192,32768,131072,524288 --batches 1,16,64
 
 A model of random weights (24 layers, 16 heads of 128), window 1,024 tokens, stride 16, blocks of
-64. Who runs: "s2" (`PagedCache`), "s2 graph" (the same as a CUDA graph), "dense pages graph" (this
-project's decode kernel with a dense pattern), "dense sdpa" (transformers' DynamicCache and torch's
-SDPA). Graphs fuse small operations; with "unfused graph" for graph they do not. Beside every time stands what its bytes, weights and live keys and values, take at the
-copy bandwidth measured here. Caches are filled with noise, not by a prefill; the prefill of one
-sequence is timed by itself. Writes NAME.json, NAME.md and NAME.png; what does not fit is said.
+64. Who runs: "s2" (`PagedCache`), "s2 graph" (the same as a CUDA graph, small operations fused),
+"s2 unfused graph" (if named), "dense pages graph" (this project's decode kernel with a dense
+pattern), "dense sdpa" (transformers' DynamicCache and torch's SDPA). Beside every time stands what
+its bytes, weights and live keys and values, take at the copy bandwidth measured here. Caches are
+filled with noise, not by a prefill; the prefill of one sequence is timed by itself. Writes
+NAME.json, NAME.md and NAME.png; what does not fit is said.
 """
 
 import argparse
