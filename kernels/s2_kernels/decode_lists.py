@@ -82,14 +82,17 @@ def tile_blocks(segments, p, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.const
 
 @triton.jit
 def first_tile(i_program, total, n_programs):
-    """Where program i's share of a flat list begins, i * total / n_programs: shares are even."""
-    return i_program * (total // n_programs) + i_program * (total % n_programs) // n_programs
+    """Where a program's share of a flat list begins: i * total / n, of n that get a tile each."""
+    n = tl.maximum(tl.minimum(n_programs, total), 1)
+    i = tl.minimum(i_program, n)
+    return i * (total // n) + i * (total % n) // n
 
 
 @triton.jit
 def program_of(tile, total, n_programs):
     """The program whose share a tile is in: what `first_tile` says, the other way round."""
-    return (((tile.to(tl.int64) + 1) * n_programs - 1) // tl.maximum(total, 1)).to(tl.int32)
+    n = tl.minimum(n_programs, total)
+    return (((tile.to(tl.int64) + 1) * n - 1) // tl.maximum(total, 1)).to(tl.int32)
 
 
 @triton.jit
