@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import types
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -98,15 +99,24 @@ class Fusion:
                 del vars(module)["forward"]
 
 
-def fusion_of(model: nn.Module) -> Fusion | None:
-    """A `Fusion`, told in a line; None, and the reason told, where nothing can be compiled."""
+_FUSIONS: weakref.WeakKeyDictionary[nn.Module, dict[int, Fusion]] = weakref.WeakKeyDictionary()
+"""Of each model, by the sequences of a step: caches of one size compile once."""
+
+
+def fusion_of(model: nn.Module, batch: int) -> Fusion | None:
+    """The `Fusion` for steps of `batch` tokens, told in a line when it is made.
+
+    None, and the reason told, where nothing can be compiled.
+    """
     reason = no_compiler(model.device)
     if reason is not None:
         _log.warning("s2: small operations of a step are not fused: %s", reason)
         return None
-    fusion = Fusion(model)
-    _log.info("s2: fused in steps of one token: %s", fusion)
-    return fusion
+    made = _FUSIONS.setdefault(model, {})
+    if batch not in made:
+        made[batch] = Fusion(model)
+        _log.info("s2: fused in steps of one token: %s", made[batch])
+    return made[batch]
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class DecodeGraph:
 
     def __init__(self, model, cache: "PagedCache", fuse: bool):
         self.cache = cache
-        self._fusion = fusion_of(model) if fuse else None
+        self._fusion = fusion_of(model, cache.batch) if fuse else None
         self._forward = replace_forward(model)
         self.forget()
 
@@ -56,19 +56,21 @@ class DecodeGraph:
 
     def run(self, arguments: dict):
         """One step; the attention mask is not read again: the cache knows where texts begin."""
-        self._steps += 1
-        if self._steps == 1:
-            with self._fused():
-                return self._forward(**arguments)
         cache, ids = self.cache, arguments["input_ids"]
         position = arguments.get("position_ids")
         if position is None:
             position = torch.full_like(ids, cache.total)
+        position = position.expand_as(ids).contiguous()
+        self._steps += 1
+        if self._steps == 1:
+            # With tensors of the captured step's shapes: nothing is compiled during the capture.
+            with self._fused():
+                return self._forward(**arguments | {"position_ids": position})
         cache.step()
         if self._replay is None:
-            self._capture(ids, position.expand_as(ids))
+            self._capture(ids, position)
         self._ids.copy_(ids)
-        self._position.copy_(position.expand_as(ids))
+        self._position.copy_(position)
         self._replay()
         cache.after_step()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=cache)

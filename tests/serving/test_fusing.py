@@ -93,8 +93,9 @@ def test_it_is_said_what_is_fused_or_why_nothing_is(caplog, monkeypatch):
     model = model_of(MODELS["Llama"][0])
     monkeypatch.setattr(fusing, "no_compiler", lambda device: None)
     with caplog.at_level(logging.INFO, "s2megatron"):
-        assert fusion_of(model) is not None
+        assert fusion_of(model, 2) is fusion_of(model, 2) is not fusion_of(model, 3)
         assert "2 residual sums, 2 rotary embeddings, 2 gated MLPs, 5 RMSNorms" in caplog.text
+        assert len(caplog.records) == 2
         monkeypatch.setattr(fusing, "no_compiler", no_compiler)
         compile = torch.compile
 
@@ -103,6 +104,6 @@ def test_it_is_said_what_is_fused_or_why_nothing_is(caplog, monkeypatch):
 
         no_compiler.cache_clear()
         monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend=broken))
-        assert fusion_of(model) is None
+        assert fusion_of(model, 2) is None
         assert "are not fused: torch.compile: " in caplog.text and "no C++ compiler" in caplog.text
     no_compiler.cache_clear()
