@@ -63,7 +63,7 @@ def test_a_graph_gives_the_bits_of_steps_that_run_as_usual(model, ids):
         assert cache.kept_bytes < cache.dense_bytes
     plain, captured, fused = results
     assert torch.equal(captured, plain)
-    assert 0 < (fused - plain).abs().max() < 1e-4 * plain.abs().max()
+    assert (fused - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def test_chunks_attend_to_pages(model, ids):
