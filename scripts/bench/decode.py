@@ -187,14 +187,12 @@ def measure(a) -> dict:
         kept = page * batch * sum(alive_pages(p, tokens) for p in patterns or full)
         row = dict(tokens=tokens, batch=batch, provider=provider, kv_bytes=kept,
                    floor_ms=(weights + kept) / bandwidth * 1000)  # fmt: skip
-        if a.device == "cuda" and kept * (2 if patterns is None else 1) > free_memory():
+        # A DynamicCache copies the keys and values of a layer in every step, to make them longer.
+        needed = kept * (1 + (4 / a.layers if patterns is None else 0))
+        if a.device == "cuda" and needed > free_memory():
             row |= dict(ms=None, note="does not fit")
         else:
-            cache = filled_cache(model, provider, patterns, batch, tokens, a.steps + 4)
-            row["ms"] = time_steps(model, cache, batch, a.steps)
-            del cache
-            if a.prefill and batch == 1 and provider in ("s2", "dense sdpa"):
-                row["prefill_s"] = time_prefill(model, provider, tokens)
+            row |= time_row(a, model, provider, patterns, batch, tokens)
         if a.device == "cuda":
             torch.cuda.empty_cache()
         rows.append(row)
@@ -202,6 +200,19 @@ def measure(a) -> dict:
     made = dict(device=provenance.machine(a.device), torch=torch.__version__)
     return dict(**made, copy=bandwidth, weights=weights, rows=rows, layers=a.layers,
                 stride=a.stride, dense_layers=a.dense_layers, **shape)  # fmt: skip
+
+
+def time_row(a, model, provider: str, patterns, batch: int, tokens: int) -> dict:
+    """Milliseconds a token, and seconds of a prefill where they are asked for."""
+    try:
+        cache = filled_cache(model, provider, patterns, batch, tokens, a.steps + 4)
+        found = dict(ms=time_steps(model, cache, batch, a.steps))
+        del cache
+        if a.prefill and batch == 1 and provider in ("s2", "dense sdpa"):
+            found["prefill_s"] = time_prefill(model, provider, tokens)
+    except torch.OutOfMemoryError:
+        return dict(ms=None, note="does not fit")
+    return found
 
 
 def free_memory() -> float:
