@@ -41,6 +41,11 @@ class DecodeGraph:
         self._forward = replace_forward(model)
         self.forget()
 
+    @property
+    def fused(self) -> str:
+        """What of a step is fused, in words."""
+        return "nothing" if self._fusion is None else str(self._fusion)
+
     def forget(self) -> None:
         """Of another text the first step runs as usual, and a new graph is captured."""
         self._replay: Callable[[], None] | None = None
