@@ -58,8 +58,8 @@ class Fusion:
             name, fused = "RMSNorms", self._once(own, own)
         elif _is_gated(module):
             name, fused = "gated MLPs", self._once(own, own)
-        elif "q_proj" in parts and ROTARY in getattr(own, "__code__", _NO_CODE).co_names:
-            rotary = own.__globals__[ROTARY]  # attention itself stays as it is
+        elif "q_proj" in parts and (rotary := _rotary_of(own)) is not None:
+            # Attention itself stays as it is.
             replaced = {ROTARY: self._once(rotary, rotary)}
             name, fused = "rotary embeddings", _own_copy(own, replaced)
         elif _is_untouched(module, parts) and self._once_known(own, lambda: _is_prenorm(module)):
@@ -133,6 +133,14 @@ def _twice(x: Tensor) -> Tensor:
     return x + x
 
 
+def _rotary_of(forward: Callable) -> Callable | None:
+    """The function by which an attention module's forward rotates; None where it has another."""
+    if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    found = forward.__globals__.get(ROTARY)
+    return found if isinstance(found, types.FunctionType) else None
+
+
 def _is_gated(module: nn.Module) -> bool:
     names = ("gate_proj", "up_proj", "down_proj", "act_fn")
     return {*names} <= {name for name, _ in module.named_children()}
@@ -186,9 +194,6 @@ def _add_norm(layer: nn.Module, residual: Tensor, attended: Tensor) -> tuple[Ten
 def _add_norm_mlp_add(layer: nn.Module, residual: Tensor, attended: Tensor) -> Tensor:
     hidden, normed = _add_norm(layer, residual, attended)
     return hidden + type(layer.mlp).forward(layer.mlp, normed)
-
-
-_NO_CODE = (lambda: None).__code__
 
 
 def _own_copy(function: Callable, replaced: dict | None = None) -> Callable:
