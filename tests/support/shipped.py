@@ -30,7 +30,6 @@ from s2_kernels import launch as launchers
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
-from s2_kernels.hopper.backward_fused import launch_hopper_fused
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
 from s2_kernels.launch import Packing
@@ -83,14 +82,6 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_of
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, q_offset)
 
 
-def fused(arch, n, d, packed=False, deterministic=False):
-    """The pass with five products, which nothing chooses by itself."""
-    (q, k, v, dout), packing = tensors(n, PATTERN, d, torch.bfloat16, packed)
-    lse = torch.zeros(*q.shape[:-3], PATTERN.heads, n)
-    inputs = (q, k, v, q, lse, dout, None, PATTERN, 0.1, packing)
-    launch_hopper_fused(*inputs, deterministic=deterministic)
-
-
 def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
     """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
     kv_heads, size = pattern.kv_heads, pattern.block_size
@@ -126,10 +117,6 @@ HOPPER = [
     (hopper, dict(d=128, pattern=THREE_RANGES)),
     *((hopper, dict(d=d, q_offset=1001)) for d in (64, 128, 256)),
     *((hopper, dict(d=d, q_offset=10000, pattern=DENSE)) for d in (64, 128, 256)),
-    (fused, dict(d=64)),
-    (fused, dict(d=128)),
-    (fused, dict(d=128, packed=True)),
-    (fused, dict(d=128, deterministic=True)),
 ]
 ONCE = [
     (portable, dict(d=128)),
@@ -138,14 +125,12 @@ ONCE = [
     (paged, dict(d=128)),
 ]
 """Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
-HOLDING = {"s2_hopper_fused_kernel": "EX2"}
-"""What a kernel's main loops hold, where it has other loops with products."""
 
 
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    keys = ("packed", "fused", "deterministic", "pattern", "q_offset")
+    keys = ("packed", "fused", "pattern", "q_offset")
     words += [key for key in keys if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
@@ -164,8 +149,8 @@ def compile_all(arch: int, cases: list) -> dict:
             case = name_of(launch, options)
             report["usage"] += [vars(usage(x)) | dict(arch=arch, case=case) for x in new.values()]
             names = [(x.metadata.name, x) for x in new.values()]
-            names = [(n, x) for n, x in names if n.startswith("s2_hopper") and "sums" not in n]
-            report["loops"] += [(n, main_loops(x, HOLDING.get(n, "HGMMA"))) for n, x in names]
+            names = [(n, x) for n, x in names if n.startswith("s2_hopper")]
+            report["loops"] += [(n, main_loops(x)) for n, x in names]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]

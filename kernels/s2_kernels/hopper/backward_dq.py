@@ -291,17 +291,11 @@ def consumer(
             )
         row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+        if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
             store_some_rows(
-                b_dq16,
-                store.base,
-                store.strides,
-                where.batch,
-                where.head,
-                where.start,
-                row,
-                where.length,
-            )
+                b_dq16, store.base, store.strides, where.batch, where.head, where.start, row,
+                where.length, sizes.q_offset,
+            )  # fmt: skip
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()

@@ -296,10 +296,11 @@ def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGRO
     gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
     b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
     b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
-    if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+    if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
         store_some_rows(
-            b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length
-        )
+            b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length,
+            sizes.q_offset,
+        )  # fmt: skip
     else:
         out_buf = out.bufs.index(WARPGROUP)
         tma.store_wait(0)  # of the item before, long gone

@@ -59,6 +59,8 @@ from s2_kernels.hopper.primitives import (
     reach_of,
     read,
     read_scalar,
+    store_some_rows,
+    strides_and_size,
     write_notes,
 )
 from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
@@ -86,11 +88,13 @@ class Memory(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where out (by descriptor, through bufs) and lse go."""
+    """Where out and lse go: out by descriptor through bufs, or by pointer (None without offset)."""
 
     desc: tma.tensor_descriptor
+    base: gl.tensor
     lse: gl.tensor
     bufs: gl.shared_memory_descriptor
+    strides: tuple
 
 
 @gluon.jit
@@ -251,12 +255,17 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     out_buf = out.bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
     halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
-    for i in gl.static_range(2):
-        tma.store_wait(0)  # of the half before
-        out_buf.store(gl.convert_layout(halves[i], half_layout))
-        fence_async_shared()
-        at = [item.batch, item.head, row, i * HALF]
-        async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
+    if sizes.q_offset is not None and row < 0:
+        store_some_rows(
+            b_out, out.base, out.strides, item.batch, item.head, 0, row, sizes.s, sizes.q_offset
+        )
+    else:
+        for i in gl.static_range(2):
+            tma.store_wait(0)  # of the half before
+            out_buf.store(gl.convert_layout(halves[i], half_layout))
+            fence_async_shared()
+            at = [item.batch, item.head, row, i * HALF]
+            async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
 @gluon.jit
@@ -329,7 +338,7 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
 def s2_hopper_forward_wide_kernel(
-    d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
+    d_q, d_k, d_v, d_out, p_out, p_lse, p_items, p_starts, p_table, strides_out,
     heads, group, n_slots, s, q_offset, all_seen, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -356,7 +365,7 @@ def s2_hopper_forward_wide_kernel(
     )
     tables = Tables(p_items, p_starts, p_table)
     sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
-    out = Output(d_out, p_lse, out_bufs)
+    out = Output(d_out, p_out, p_lse, out_bufs, strides_out)
     gl.warp_specialize(
         [
             (consumer, (memory, tables, sizes, out, 0, STAGES)),
@@ -387,10 +396,12 @@ def launch_hopper_forward_wide(
         descriptor(k),
         descriptor(v),
         descriptor(out, columns=128),
+        None if reach.q_offset is None else out,
         lse,
         work.items,
         work.starts,
         device_table(pattern, q.device),
+        None if reach.q_offset is None else strides_and_size(out),
         h,
         h // k.shape[-2],
         work.slots,

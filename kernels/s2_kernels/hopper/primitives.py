@@ -181,21 +181,29 @@ def load_rows(desc, i_batch, i_head, row, ready, buffer):
 
 
 @gluon.jit
-def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length):
-    """The rows of b_x [64, D] that a sequence has, without TMA, which stops at the tensor only."""
+def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length, q_offset=None):
+    """The rows of b_x [64, D] that a sequence has, where TMA cannot store them.
+
+    Of packed sequences it would write over the next one. Queries at an offset may begin in the
+    middle of a tile, at a row below 0: Hopper's stores take that for an illegal instruction, while
+    its loads fill up with zeros.
+    """
     layout: gl.constexpr = b_x.type.layout
     D: gl.constexpr = b_x.shape[1]
     o_row = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     p_base += i_batch.to(gl.int64) * strides[0] + i_head.to(gl.int64) * strides[2]
     p_rows = p_base + (start + o_row).to(gl.int64) * strides[1]
-    mask = (o_row < length)[:, None] & (o_d < strides[3])[None, :]
+    there = o_row < length
+    if q_offset is not None:
+        there &= o_row >= 0
+    mask = there[:, None] & (o_d < strides[3])[None, :]
     gl.store(p_rows[:, None] + o_d[None, :], b_x, mask=mask)
 
 
 @gluon.jit
 def store_rows(desc, i_batch, i_head, row, buffer):
-    """64 rows of a head out of a buffer [64, D]; rows outside of the tensor are left out."""
+    """64 rows of a head out of a buffer [64, D], from 0 on; rows past the tensor are left out."""
     D: gl.constexpr = buffer.shape[1]
     async_store(desc, [i_batch, i_head, row, 0], buffer.reshape([1, 1, 64, D]))
 
