@@ -225,9 +225,7 @@ def s2_decode_kernel(
     n_listed = count_tiles(
         p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ""
     )
-    split, i_unit, end_unit, piece, start, low, high = share_of(
-        i_program, n_listed, n_units, START, U
-    )
+    split, i_unit, end_unit, start, low, high = share_of(i_program, n_listed, n_units, START, U)
     if i_program == 0:
         keep_ends(p_ends, n_listed, split, n_units, START, U)
     o_m = tl.arange(0, M)
@@ -240,7 +238,7 @@ def s2_decode_kernel(
         rule = load_rule(p_table, i_kv, N_BANDS)
         segments = live_segments(rule, first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
-        own_low, own_high = own_tiles(n_tiles, split, piece, start, low, high, START)
+        own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
         start += n_tiles + tl.where(n_tiles > 0, START, 0)
         if own_low < own_high:
             o_token = i_tile * TOKENS + o_m // GROUP

@@ -129,18 +129,19 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
     one behind the other are cut into even ranges. To begin a unit costs as much as START tiles, so
     that many come before the first tile of each on the flat list.
 
-    Returns (split, or 0 where the list is flat; units i_unit..end_unit-1; and then the piece, or
-    the flat list's tiles before unit i_unit, and the program's own tiles low..high-1 on it).
+    Returns (split, or 0 where the list is flat; units i_unit..end_unit-1; the flat list's tiles
+    before unit i_unit; the program's own tiles low..high-1 on it, or low, the piece of each unit).
     """
     n_programs = tl.num_programs(0)
     split, group = tl.maximum(n_programs // n_units, 1), tl.cdiv(n_units, n_programs)
     total, longest = tl.sum(n_listed, 0), tl.max(n_listed, 0)
-    by_units = longest.to(tl.int64) * group * n_programs
-    piece, start, low, high = 0, 0, 0, 0
-    if by_units <= (total.to(tl.int64) + START * n_programs) * split:
+    # Tiles of the last program to end, times programs and split; too large for an int32.
+    by_units = longest.to(tl.float32) * (group * n_programs)
+    start, low, high = 0, 0, 0
+    if by_units <= (total.to(tl.float32) + START * n_programs) * split:
         i_unit = tl.minimum(i_program // split * group, n_units)
         end_unit = tl.minimum(i_unit + group, n_units)
-        piece = i_program % split
+        low = i_program % split
     else:
         split = 0
         o_unit = tl.arange(0, U)
@@ -151,14 +152,14 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
         end_unit = tl.sum(((ends - n_weighed < high) & (o_unit < n_units)).to(tl.int32), 0)
         end_unit = tl.where(low < high, end_unit, i_unit)
         start = tl.max(tl.where(ends <= low, ends, 0), 0)
-    return split, i_unit, end_unit, piece, start, low, high
+    return split, i_unit, end_unit, start, low, high
 
 
 @triton.jit
-def own_tiles(n_tiles, split, piece, start, low, high, START: tl.constexpr):
+def own_tiles(n_tiles, split, start, low, high, START: tl.constexpr):
     """Which tiles of a unit are a program's (`share_of`), the next unit's tiles come after."""
     if split > 0:
-        own_low, own_high = piece_of(n_tiles, piece, split)
+        own_low, own_high = piece_of(n_tiles, low, split)
     else:
         own_low = tl.maximum(low - start - START, 0)
         own_high = tl.minimum(high - start - START, n_tiles)

@@ -52,16 +52,14 @@ def prefetch_share(
     n_listed = count_tiles(
         p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ".cg"
     )
-    split, u, end_unit, piece, start, low, high = share_of(
-        tl.program_id(0), n_listed, n_units, START, U
-    )
+    split, u, end_unit, start, low, high = share_of(tl.program_id(0), n_listed, n_units, START, U)
     if u < end_unit:
         i_seq, i_kv = u // (n_tiles_q * kv_heads), u % kv_heads
         length = tl.load(p_lengths + i_seq, cache_modifier=".cg")
         first, last = positions_of(u // kv_heads % n_tiles_q, length, s, TOKENS)
         segments = live_segments(load_rule(p_table, i_kv, N_BANDS), first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
-        own_low, own_high = own_tiles(n_tiles, split, piece, start, low, high, START)
+        own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
         # A thread asks for a few rows: of K the first half of them, of V the others.
         CHUNKS: tl.constexpr = THREADS // (2 * TILES)
         ROWS: tl.constexpr = N // CHUNKS

@@ -18,12 +18,12 @@ def shares_kernel(p_listed, p_pieces, p_ends, n_units, START: tl.constexpr, U: t
     o_unit = tl.arange(0, U)
     n_listed = tl.load(p_listed + o_unit, mask=o_unit < n_units, other=0)
     i = tl.program_id(0)
-    split, i_unit, end_unit, piece, start, low, high = share_of(i, n_listed, n_units, START, U)
+    split, i_unit, end_unit, start, low, high = share_of(i, n_listed, n_units, START, U)
     if i == 0:
         keep_ends(p_ends, n_listed, split, n_units, START, U)
     for u in tl.range(i_unit, end_unit):
         n_tiles = tl.load(p_listed + u)
-        own_low, own_high = own_tiles(n_tiles, split, piece, start, low, high, START)
+        own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
         start += n_tiles + tl.where(n_tiles > 0, START, 0)
         tl.store(p_pieces + (i * n_units + u) * 2, own_low)
         tl.store(p_pieces + (i * n_units + u) * 2 + 1, own_high)
