@@ -27,14 +27,11 @@ PREFETCH_L2 = tl.constexpr(_PREFETCH)
 
 
 @triton.jit
-def prefetch_rows(p_pool, page, row, ask, stride_page, stride_row, ROWS: tl.constexpr):
-    """Brings ROWS contiguous rows of each page [X] into the L2 cache, where `ask` [X] is true."""
+def rows_of(p_pool, page, row, stride_page, stride_row, ROWS: tl.constexpr):
+    """(address, bytes) of ROWS contiguous rows of each page [X]."""
     p_rows = p_pool + page * stride_page + row * stride_row
     size = ROWS * stride_row * (p_pool.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        PREFETCH_L2, "=r,l,r,r", [p_rows.to(tl.int64), ask.to(tl.int32), size],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return p_rows.to(tl.int64), size
 
 
 @triton.jit
@@ -60,16 +57,23 @@ def prefetch_share(
         segments = live_segments(load_rule(p_table, i_kv, N_BANDS), first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
         own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
-        # A thread asks for a few rows: of K the first half of them, of V the others.
+        # A thread asks for a few rows, one half of the threads of K and the other of V.
         CHUNKS: tl.constexpr = THREADS // (2 * TILES)
         ROWS: tl.constexpr = N // CHUNKS
-        o = tl.arange(0, THREADS // 2)
+        o_thread = tl.arange(0, THREADS)
+        o = o_thread % (THREADS // 2)
         p = own_low + o // CHUNKS
         block = tile_blocks(segments, p, N, B, N_BANDS)
-        m = (p < own_high) & (block >= 0) & (block < n_blocks)
+        ask = (p < own_high) & (block >= 0) & (block < n_blocks)
         p_entry = p_pages + i_seq.to(tl.int64) * stride_table_b + i_kv * stride_table_h
-        page = tl.load(p_entry + block * stride_table_k, m, other=-1, cache_modifier=".cg")
-        m = m & (page >= 0) & (page < n_pages)
+        page = tl.load(p_entry + block * stride_table_k, ask, other=-1, cache_modifier=".cg")
+        ask = ask & (page >= 0) & (page < n_pages)
         page, row = page.to(tl.int64), p % (B // N) * N + o % CHUNKS * ROWS
-        prefetch_rows(p_k, page, row, m, strides_k[0], strides_k[1], ROWS)
-        prefetch_rows(p_v, page, row, m, strides_v[0], strides_v[1], ROWS)
+        k_rows, k_size = rows_of(p_k, page, row, strides_k[0], strides_k[1], ROWS)
+        v_rows, v_size = rows_of(p_v, page, row, strides_v[0], strides_v[1], ROWS)
+        of_k = o_thread < THREADS // 2
+        tl.inline_asm_elementwise(
+            PREFETCH_L2, "=r,l,r,r",
+            [tl.where(of_k, k_rows, v_rows), ask.to(tl.int32), tl.where(of_k, k_size, v_size)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
