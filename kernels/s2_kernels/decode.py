@@ -156,7 +156,6 @@ def attend_pages(
         "stride_lse",
         "n_units",
         "n_tiles_q",
-        "kv_heads",
         "n_blocks",
         "n_pages",
     ]
@@ -182,12 +181,12 @@ def s2_decode_kernel(
     strides_out,
     stride_lse,
     s,
-    kv_heads,
     n_tiles_q,
     n_units,
     n_blocks,
     n_pages,
     scale_log2,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,6 +212,9 @@ def s2_decode_kernel(
     units were cut, for `s2_merge_kernel`.
     """
     i_program = tl.program_id(0)
+    kv_heads: tl.constexpr = KV_HEADS  # whole numbers that are known need no division
+    if ONE_TOKEN:
+        n_tiles_q = 1
     if PREFETCH > 0:
         prefetch_share(
             p_k, p_v, p_pages, p_lengths, p_table, strides_k, strides_v, stride_table_b,
@@ -456,12 +458,12 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         out.stride()[:3],
         lse.stride(1),
         s,
-        kv_heads,
         n_tiles_q,
         units,
         page_table.shape[2],
         k_pages.shape[0],
         scale * math.log2(math.e),
+        KV_HEADS=kv_heads,
         D=d,
         DV=dv,
         BLOCK_D=pad(d),
