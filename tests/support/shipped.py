@@ -16,7 +16,17 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, decode, dense, forward, local_stride, ranges
+from s2_kernels import (
+    backward,
+    backward_dkdv,
+    decode,
+    decode_write,
+    dense,
+    forward,
+    local_stride,
+    ranges,
+)
+from s2_kernels import launch as launchers
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
@@ -95,7 +105,7 @@ def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
     for tokens in (1, 200):
         q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
         k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
-        decode.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
+        decode_write.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
         decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
@@ -143,7 +153,7 @@ def name_of(launch, options: dict) -> str:
 
 def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels, decode):
+    for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
     report = dict(usage=[], loops=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
