@@ -73,8 +73,9 @@ from s2_kernels.hopper.softmax import (
     unpack,
 )
 from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import block_at, load_rule
+from s2_kernels.primitives import block_at, key_row, load_rule
 
 EARLY, IN_STEP, SECOND, ROOMY = map(gl.constexpr, (1, 2, 4, 8))
 SEAMS = dict(today=0, early=1, in_step=2, roomy=2 + 8, second=2 + 4, second_roomy=2 + 4 + 8)
@@ -96,7 +97,7 @@ class Inputs(NamedTuple):
 class Sizes(NamedTuple):
     """Numbers of heads, of query heads per KV head, of tiles of a head, of queries; the scale.
 
-    q_offset, all_seen: `Reach`.
+    q_offset to near_row: `Reach`.
     """
 
     heads: gl.tensor
@@ -105,6 +106,8 @@ class Sizes(NamedTuple):
     s: gl.tensor
     q_offset: gl.tensor
     all_seen: gl.tensor
+    near_start: gl.tensor
+    near_row: gl.tensor
     scale_log2: gl.tensor
 
 
@@ -168,6 +171,9 @@ def producer(
                 at_0 = listed_position(tiles, half, BLOCK, N_BANDS)
                 at_1 = listed_position(tiles, half + 1, BLOCK, N_BANDS)
                 at_1 = gl.where(p < n_paired, at_1, FAR)
+            if sizes.near_start is not None:
+                at_0 = key_row(rule, at_0, sizes.near_start, sizes.near_row, B, N_BANDS)
+                at_1 = key_row(rule, at_1, sizes.near_start, sizes.near_row, B, N_BANDS)
             rows = (item.start + at_0, item.start + at_1)
             load_half_tiles(descs.k, item.batch, i_kv, rows, tile, k)
             load_half_tiles(descs.v, item.batch, i_kv, rows, tile, v)
@@ -358,7 +364,11 @@ def any_consumer(
         consumer(memory, tables, sizes, out, PACKED, WARPGROUP, SEAM)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row"
+    ]
+)  # fmt: skip
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
@@ -376,6 +386,8 @@ def s2_hopper_forward_kernel(
     s,
     q_offset,
     all_seen,
+    near_start,
+    near_row,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
@@ -407,7 +419,7 @@ def s2_hopper_forward_kernel(
         q_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
@@ -428,6 +440,8 @@ def launch_hopper_forward(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
     seam: str = "today",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before.
@@ -437,8 +451,8 @@ def launch_hopper_forward(
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    reach = reach_of(q, k, pattern, q_offset)
-    work = query_items(pattern, q, packing, reach)
+    reach = reach_of(q, k, pattern, q_offset, near)
+    work = query_items(pattern, q, packing, reach, spare)
     on_grid(s2_hopper_forward_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
