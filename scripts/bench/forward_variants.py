@@ -86,7 +86,9 @@ def check(seams, paths: bool) -> tuple[dict, set[str]]:
         today = launch_hopper_forward(*inputs)
         row = found["x".join(map(str, shape))] = {}
         for name in seams:
+            print(f"{name} at {shape}", flush=True)  # so that one that hangs is known
             out, lse = run = launch_hopper_forward(*inputs, seam=name)
+            torch.cuda.synchronize()
             error = ((out.double() - truth).norm() / truth.norm()).item()
             lse_error = (lse.double() - true_lse).abs().max().item()
             row[name] = error

@@ -285,8 +285,8 @@ def consumer_in_step(
     b_t, b_m = first_exponents(mask_first(b_s, masked), sizes.scale_log2)
     b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
     b_factor = gl.zeros([64], gl.float32, gl.SliceLayout(1, o_layout))
-    # Before the first item there is nothing to store: TMA writes nothing there.
-    where = Place(where.batch, where.head, FAR + 0 * where.row, where.start, where.length)
+    # Before the first item there is nothing to store, and behind the last row nothing is.
+    where = Place(where.batch, where.head, where.length, where.start, where.length)
     tile = 0
     for i_round in range(n_items):
         more = i_round + 1 < n_items
