@@ -55,8 +55,9 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
 from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, block_at, load_rule
+from s2_kernels.primitives import LN2, block_at, key_row, load_rule
 
 PLACE, KEPT, EDGES, DIAGONAL, HIDDEN = map(gl.constexpr, (0, 5, 6, 7, 8))
 """Notes of an item: five of its `Place`, n_kept, n_edges, and for `mask_first`: hidden is for
@@ -93,7 +94,7 @@ class Place(NamedTuple):
 class Sizes(NamedTuple):
     """Numbers of heads, of query heads per KV head, of tiles of a head, of queries; the scale.
 
-    q_offset, all_seen: `Reach`.
+    q_offset to near_row: `Reach`.
     """
 
     heads: gl.tensor
@@ -102,6 +103,8 @@ class Sizes(NamedTuple):
     s: gl.tensor
     q_offset: gl.tensor
     all_seen: gl.tensor
+    near_start: gl.tensor
+    near_row: gl.tensor
     scale_log2: gl.tensor
 
 
@@ -183,6 +186,9 @@ def producer(
                 at_0 = listed_position(tiles, half, BLOCK, N_BANDS)
                 at_1 = listed_position(tiles, half + 1, BLOCK, N_BANDS)
                 at_1 = gl.where(p < n_paired, at_1, FAR)
+            if sizes.near_start is not None:
+                at_0 = key_row(rule, at_0, sizes.near_start, sizes.near_row, B, N_BANDS)
+                at_1 = key_row(rule, at_1, sizes.near_start, sizes.near_row, B, N_BANDS)
             rows = (item.start + at_0, item.start + at_1)
             load_half_tiles(descs.k, item.batch, i_kv, rows, tile, k)
             load_half_tiles(descs.v, item.batch, i_kv, rows, tile, v)
@@ -379,7 +385,11 @@ def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.con
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row"
+    ]
+)  # fmt: skip
 def s2_hopper_forward_kernel(
     d_q,
     d_k,
@@ -397,6 +407,8 @@ def s2_hopper_forward_kernel(
     s,
     q_offset,
     all_seen,
+    near_start,
+    near_row,
     scale_log2,
     B: gl.constexpr,
     N_BANDS: gl.constexpr,
@@ -424,7 +436,7 @@ def s2_hopper_forward_kernel(
         q_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
@@ -445,13 +457,15 @@ def launch_hopper_forward(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    reach = reach_of(q, k, pattern, q_offset)
-    work = query_items(pattern, q, packing, reach)
+    reach = reach_of(q, k, pattern, q_offset, near)
+    work = query_items(pattern, q, packing, reach, spare)
     on_grid(s2_hopper_forward_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
