@@ -160,6 +160,13 @@ def test_a_search_tries_the_largest_tp_that_it_may():
     assert {layout.tp for layout in layouts} == {1, 2, 4}
 
 
+def test_layers_of_a_stage():
+    """Chunks of a stage lie as far apart as there are layers in one chunk of all stages."""
+    assert Layout(gpus=2, pp=2).stages(4) == [[0, 1], [2, 3]]
+    assert Layout(gpus=2, pp=2, vpp=2).stages(8) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert Layout(gpus=3, pp=3, vpp=2).stages(6) == [[0, 3], [1, 4], [2, 5]]
+
+
 def test_an_axis_adds_up():
     axis = Axis(4, 1.0, 2.0, 3.0)
     axis.add(Transfer(10.0, 20.0, 30.0), 2)
