@@ -97,7 +97,9 @@ def _ring(machine: Machine, layout: Layout, size: float, attention: float) -> Tr
 def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float]:
     """Memory traffic that the exchange of blocks adds, forward and backward.
 
-    As attention/context_parallel.py goes about it, counted in bf16 reads and writes (a float32 one
+    As attention/context_parallel.py went about it with two launches a chunk. One launch merges
+    nothing, and adds up less, so that this is more than it does today; the documented tables are
+    made with it. Counted in bf16 reads and writes (a float32 one
     is two): forward, rows are picked and joined to be sent (4), far is cleared and filled (3), each
     chunk is joined to its halo (2), and near's and far's outputs are merged in float32 (15) and
     joined (2). Backward the same way for K and V; then the gradients of far are added up (7), those

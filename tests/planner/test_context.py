@@ -6,7 +6,13 @@ import pytest
 from planner_cases import SIMPLE, eight_groups, make_model
 
 from s2_kernels import dense, local_stride
-from s2_kernels.exchange import plan_rank, received_blocks, zigzag
+from s2_kernels.exchange import (
+    forever_before,
+    near_start,
+    plan_rank,
+    received_blocks,
+    zigzag,
+)
 from s2_kernels.pattern import ranges, sliding_window
 from s2megatron.context_split import busiest
 from s2megatron.planner import context, memory
@@ -106,8 +112,17 @@ def test_buffers_are_those_of_the_exchanges_plan(name):
     pattern, chunks = PATTERNS[name], zigzag(4, 64)
     plans = [plan_rank(pattern, chunks, rank) for rank in range(4)]
     found = busiest(pattern, 64, 4)
-    assert found.near == max(sum(len(v.near) for v in p.chunks) for p in plans) * 4
-    assert found.far == max(p.far_blocks for p in plans) * 4
+    most_near = most_far = 0
+    for plan_of_rank in plans:
+        starts = [near_start(pattern, view.chunk) for view in plan_of_rank.chunks]
+        far = [max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
+        for view, start, before in zip(plan_of_rank.chunks, starts, far, strict=True):
+            assert view.before == before + view.chunk.start - start
+        near = sum(
+            v.chunk.stop - start for v, start in zip(plan_of_rank.chunks, starts, strict=True)
+        )
+        most_near, most_far = max(most_near, near), max(most_far, far[-1])
+    assert (found.near, found.far) == (4 * most_near, 4 * most_far)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

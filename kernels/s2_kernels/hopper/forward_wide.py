@@ -65,8 +65,9 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
 from s2_kernels.launch import device_table, empty_like, on_grid
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, load_rule
+from s2_kernels.primitives import LN2, key_row, load_rule
 
 STAGES = 2
 NOTES = gl.constexpr(4)
@@ -145,6 +146,8 @@ def producer(
                 if sizes.all_seen is not None:
                     i_half = p
                 col = gl.where(p < n_before, i_half * 64, item.position + (p - n_before) * 64)
+                if sizes.near_start is not None:
+                    col = key_row(rule, col, sizes.near_start, sizes.near_row, B, N_BANDS)
                 tile = done + p
                 mbarrier.wait(k.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
@@ -336,10 +339,14 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row"
+    ]
+)  # fmt: skip
 def s2_hopper_forward_wide_kernel(
     d_q, d_k, d_v, d_out, p_out, p_lse, p_items, p_starts, p_table, strides_out,
-    heads, group, n_slots, s, q_offset, all_seen, scale_log2,
+    heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
@@ -364,7 +371,7 @@ def s2_hopper_forward_wide_kernel(
         k_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2)
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out)
     gl.warp_specialize(
         [
@@ -384,13 +391,15 @@ def launch_hopper_forward_wide(
     pattern: LayerPattern,
     softmax_scale: float,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    reach = reach_of(q, k, pattern, q_offset)
-    work = query_items(pattern, q, None, reach)
+    reach = reach_of(q, k, pattern, q_offset, near)
+    work = query_items(pattern, q, None, reach, spare)
     on_grid(s2_hopper_forward_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
