@@ -5,6 +5,7 @@ main loops of the Hopper kernels, and what another length compiled again. Which 
 for the caller to say, by PYTHONPATH.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -195,6 +196,7 @@ def assert_that_all_fit(report: dict) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # the front end makes millions of small objects: collecting took a twelfth
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     others = ONCE if "once" in sys.argv else PORTABLE
     reports = [compile_all(arch, PORTABLE + HOPPER if arch == 90 else others) for arch in SHARED]
