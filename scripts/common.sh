@@ -32,15 +32,17 @@ make_empty_venv() {
 }
 
 # make_venv EXTRAS: .venv with the package (editable) and its EXTRAS, e.g. "" or "[test]". Installs
-# again only when setup.py, kernels/pyproject.toml or constraints.txt changed.
+# again only when setup.py, kernels/pyproject.toml or constraints.txt changed. pip would compile all
+# 12,000 files to bytecode; Python does it for those that are imported, once, if it may keep it.
 make_venv() {
     local extras=$1 stamp want
+    unset PYTHONDONTWRITEBYTECODE
     stamp=".venv/installed$(echo "$extras" | tr -d '[]' | tr ',' '-')"
     want=$(cat setup.py kernels/pyproject.toml constraints.txt | cksum)
     make_empty_venv || return 1
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "== installing s2megatron$extras into .venv (torch is 4.7 GB on disk; a few minutes)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
             -c constraints.txt -e ".$extras" || return 1
         echo "$want" >"$stamp"
     fi

@@ -3,8 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
-# Hundreds of processes start: what they import is compiled to bytecode once, not in each of them.
-unset PYTHONDONTWRITEBYTECODE
 make_empty_venv
 # Side by side: each downloads, unpacks and waits by turns. What cannot be had of the last two is
 # said, and their tests are skipped.

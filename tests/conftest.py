@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run under the interpreter, which must be chosen at import."""
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,12 @@ one while the other is idle."""
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: garbage collections need not look at its objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

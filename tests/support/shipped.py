@@ -196,7 +196,8 @@ def assert_that_all_fit(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # the front end makes millions of small objects: collecting took a twelfth
+    gc.freeze()  # the front end makes millions of small objects: collecting took a twelfth
+    gc.set_threshold(100_000)
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     others = ONCE if "once" in sys.argv else PORTABLE
     reports = [compile_all(arch, PORTABLE + HOPPER if arch == 90 else others) for arch in SHARED]
