@@ -180,6 +180,9 @@ class SparsityConfig(_Checked):
     keep_attention_output: bool = True
     """Under full activation recompute, keep what sparse layers' attention put out (tokens x heads x
     (2 d + 4) bytes a layer and rank) instead of computing it again."""
+    exchange_groups: int | None = Field(default=None, ge=1)
+    """Under context parallelism: into how many groups a rank's KV heads are cut, so that one
+    group's blocks travel while another computes. Default: as bytes and operations ask for."""
 
     def resolve(self, *, num_layers: int, heads: int, kv_heads: int) -> tuple[LayerPattern, ...]:
         """One pattern per layer, in order, for global head counts. Raises ConfigError."""

@@ -1,13 +1,69 @@
 """How a run cuts its sequences among context-parallel ranks: does it fit, and what is exchanged."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2_kernels import LayerPattern
-from s2_kernels.exchange import block_bytes, received_blocks, zigzag
+from s2_kernels.exchange import (
+    Chunks,
+    block_bytes,
+    crossing_blocks,
+    forever_before,
+    near_start,
+    zigzag,
+)
+from s2_kernels.pattern import FOREVER
 from s2megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank."""
+
+    received: int
+    near: int
+    """Chunks and their halos."""
+    far: int
+
+
+@functools.lru_cache(maxsize=4096)
+def busiest(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
+    """What crosses for these heads, in zigzag: the most that any rank receives, and holds.
+
+    A halo grows with the rank until it is as long as the window, and what lies far gets less with
+    every rank. So of many ranks only the first are looked at.
+
+    Args:
+        pattern: of one TP rank.
+        cp: context-parallel ranks.
+    """
+    reaches = [band.reach for rule in pattern.rules for band in rule.bands]
+    window = max((reach for reach in reaches if reach != FOREVER), default=0)
+    ranks = max(16, 2 + 2 * cp * window // n_blocks)
+    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
+    return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
+
+
+def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
+    whole = (range(n_blocks),)
+    own = crossing_blocks(pattern, chunks, chunks)
+    starts = [near_start(pattern, chunk) for chunk in chunks]
+    near = sum(chunk.stop - start for chunk, start in zip(chunks, starts, strict=True))
+    far = max(forever_before(rule, starts[-1]) for rule in pattern.rules)
+    return Blocks(
+        received=crossing_blocks(pattern, whole, chunks) - own,
+        near=near * pattern.kv_heads,
+        far=far * pattern.kv_heads,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def tp_shards(pattern: LayerPattern, tp: int) -> frozenset[LayerPattern]:
+    """The different patterns of the TP ranks."""
+    return frozenset(pattern.shard(rank, tp) for rank in range(tp))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +78,9 @@ class ContextSplit:
         batch: sequences in a micro-batch.
         head_sizes: of K and V, added up.
         element_bytes: of activations.
-        comm_types: how Transformer Engine exchanges for dense layers; empty where this package
-            does that, too.
+        comm_types: how Transformer Engine exchanges for dense layers, once for all or per layer;
+            empty where this package does that, too.
+        unfused: Transformer Engine is asked for its attention of plain products.
     """
 
     ranks: int
@@ -34,6 +91,7 @@ class ContextSplit:
     head_sizes: int
     element_bytes: int
     comm_types: tuple[str, ...]
+    unfused: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "ContextSplit":
@@ -42,6 +100,7 @@ class ContextSplit:
         head = head or options["hidden_size"] // options["num_attention_heads"]
         half = options.get("bf16") or options.get("fp16")
         te = options.get("transformer_impl") == "transformer_engine"
+        backend = options.get("attention_backend")
         return cls(
             ranks=options.get("context_parallel_size") or 1,
             tensor_ranks=options.get("tensor_model_parallel_size") or 1,
@@ -51,15 +110,17 @@ class ContextSplit:
             head_sizes=2 * head,
             element_bytes=2 if half else 4,
             comm_types=tuple(_comm_types(options)) if te else (),
+            unfused=getattr(backend, "name", backend) == "unfused",  # Megatron's own is an enum
         )
 
     @property
     def dense_by(self) -> str | None:
         """Who exchanges for dense layers, where it is not this package."""
-        return f"Transformer Engine, {', '.join(self.comm_types)}" if self.comm_types else None
+        kinds = ", ".join(dict.fromkeys(self.comm_types))
+        return f"Transformer Engine, {kinds}" if kinds else None
 
     def check(self, patterns: Sequence[LayerPattern]) -> None:
-        """Do the sequences, and under a2a the heads of dense layers, divide among the ranks?
+        """Do the sequences divide among the ranks, and can Transformer Engine run dense layers so?
 
         Raises:
             ConfigError: names the value and the way out.
@@ -67,9 +128,36 @@ class ContextSplit:
         blocks = {p.block_size for p in patterns if not (self.dense_by and p.is_dense)}
         inner = self.tensor_ranks if self.sequence_parallel else 1
         check_length(self.seq_len, self.ranks, block=math.lcm(*blocks), inner=inner)
-        for pattern in patterns:
-            over = self.ranks * self.tensor_ranks
-            if "a2a" in self.comm_types and pattern.is_dense and pattern.kv_heads % over:
+        if self.ranks > 1 and self.dense_by:
+            self._check_transformer_engine(patterns)
+
+    def _check_transformer_engine(self, patterns: Sequence[LayerPattern]) -> None:
+        """What its dense layers need under context parallelism (2.20: dot_product_attention/utils).
+
+        Raises:
+            ConfigError: it would find no attention for them, or no heads for every rank.
+        """
+        over, within = self.ranks * self.tensor_ranks, f"context_parallel_size={self.ranks}"
+        if len(self.comm_types) not in (1, len(patterns)):
+            raise ConfigError(
+                f"megatron.cp_comm_type={list(self.comm_types)}: give one for all layers, or one "
+                f"for each of the {len(patterns)}"
+            )
+        kinds = self.comm_types * (len(patterns) if len(self.comm_types) == 1 else 1)
+        for kind, pattern in zip(kinds, patterns, strict=True):
+            if not pattern.is_dense:
+                continue
+            if self.unfused:
+                raise ConfigError(
+                    "megatron.attention_backend=unfused: Transformer Engine has no such attention "
+                    f"with {within} for dense layers; choose auto, flash or fused"
+                )
+            if self.element_bytes != 2:
+                raise ConfigError(
+                    f"megatron.transformer_impl=transformer_engine: with {within} its dense layers "
+                    "run in 16 bits only; set bf16, or transformer_impl to local"
+                )
+            if kind == "a2a" and pattern.kv_heads % over:
                 raise ConfigError(
                     f"megatron.cp_comm_type=a2a: gives every context-parallel rank heads of its "
                     f"own, and dense layers have {pattern.kv_heads} KV heads for {over} ranks "
@@ -84,17 +172,13 @@ class ContextSplit:
             is what an all-gather or a ring brings.
         """
         blocks = self.seq_len // pattern.block_size
-        chunks = zigzag(self.ranks, blocks)
-        best = 0, 0.0
-        for tensor_rank in range(self.tensor_ranks):
-            part = pattern.shard(tensor_rank, self.tensor_ranks)
-            size = block_bytes(part, batch=self.batch, head_sizes=self.head_sizes,
-                               element_bytes=self.element_bytes)  # fmt: skip
-            everything = part.kv_heads * blocks * (self.ranks - 1) // self.ranks
-            for rank in range(self.ranks):
-                count = received_blocks(part, chunks, rank)
-                best = max(best, (count * size, count / everything if everything else 0.0))
-        return best
+        parts = tp_shards(pattern, self.tensor_ranks)
+        count = max(busiest(part, blocks, self.ranks).received for part in parts)
+        size = block_bytes(pattern, batch=self.batch, head_sizes=self.head_sizes,
+                           element_bytes=self.element_bytes)  # fmt: skip
+        groups = max(1, pattern.kv_heads // self.tensor_ranks)
+        everything = groups * blocks * (self.ranks - 1) // self.ranks
+        return count * size, count / everything if everything else 0.0
 
 
 def check_length(seq_len: int, ranks: int, *, block: int = 1, inner: int = 1) -> None:
@@ -175,7 +259,7 @@ def check_stock_loss(options: Mapping[str, Any]) -> None:
 
 def _comm_types(options: Mapping[str, Any]) -> list[str]:
     kinds = options.get("cp_comm_type") or ["p2p"]
-    return list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
 def _some(numbers: list[int]) -> str:

@@ -114,6 +114,8 @@ def generate_text(
     if ids.shape[1] == 0:
         raise ConfigError(f"--prompt-file {prompt_file}: holds no text to go on from")
     cache = PagedCache(model, max_length=ids.shape[1] + sampling.max_new_tokens, graph=graph)
+    if graph:
+        print(f"a step is one CUDA graph; fused in it: {cache.graph.fused}", file=sys.stderr)
     end = tokenizer.eos_token_id
     streamer = _TimedStreamer(tokenizer)
     torch.manual_seed(sampling.seed)

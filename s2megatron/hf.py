@@ -102,7 +102,13 @@ def s2_attention_forward(
 
 
 def generate(
-    model, input_ids: Tensor, *, cache: PagedCache | None = None, graph: bool = False, **options
+    model,
+    input_ids: Tensor,
+    *,
+    cache: PagedCache | None = None,
+    graph: bool = False,
+    fuse: bool = True,
+    **options,
 ):
     """`model.generate` with a `PagedCache`: greedy or sampling, left-padded batches.
 
@@ -111,7 +117,8 @@ def generate(
         input_ids: int64 [b, s] on the model's device, all tokens so far.
         cache: of earlier turns, to go on with; default: a new one with room for `max_new_tokens`
             (or `max_length`), one of which must be given.
-        graph: run steps of one token as a CUDA graph; of a given cache its own setting counts.
+        graph: run steps of one token as a CUDA graph; fuse: compile their small operations. Of a
+            given cache its own settings count.
         options: of transformers' `generate` (attention_mask, max_new_tokens, do_sample, ...).
 
     Returns:
@@ -133,6 +140,7 @@ def generate(
             batch_size=input_ids.shape[0] * (options.get("num_return_sequences") or 1),
             max_length=most if new is None else input_ids.shape[1] + new,
             graph=graph,
+            fuse=fuse,
         )
     elif cache.total >= input_ids.shape[1]:
         raise ValueError(

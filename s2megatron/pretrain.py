@@ -11,14 +11,12 @@ CPU over gloo.
 import argparse
 import os
 import sys
-import traceback
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from s2megatron.cluster import environment
-from s2megatron.cluster.ending import leave
-from s2megatron.cluster.orphans import die_with_parent, end_children
+from s2megatron.cluster.ending import leave, run_as_rank
+from s2megatron.cluster.orphans import die_with_parent
 from s2megatron.errors import ConfigError, hide_import_warnings
 
 
@@ -55,21 +53,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_as_rank() -> int:
-    """`main`, for a process of its own: what ends it reaches its agent, and it does end.
-
-    After a failure nothing is waited for: with a peer gone, NCCL's destructors and the join of the
-    checkpoint writer can block for ever, and the job with them.
-    """
-    try:
-        return record(main)()
-    except Exception:  # whatever ended training: the agent reports it
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        end_children()
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    leave(run_as_rank())
+    leave(run_as_rank(main))

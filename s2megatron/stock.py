@@ -10,11 +10,12 @@ misspelt --spec Megatron loads nothing of this package and trains dense.
 import os
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from s2megatron.cluster.ending import leave
+from s2megatron.cluster.ending import leave, run_as_rank
 from s2megatron.config import load_config
 from s2megatron.errors import ConfigError
 
@@ -52,4 +53,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(run_as_rank(partial(main, sys.argv[1:])))

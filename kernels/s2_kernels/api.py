@@ -8,6 +8,7 @@ import torch
 
 from s2_kernels.autograd import refuse_other_modes
 from s2_kernels.blocked import blocked_attention, blocked_backward
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.reference import reference_attention
 from s2_kernels.versions import NO_TRITON
@@ -33,6 +34,8 @@ def s2_attention(
     return_lse: bool = False,
     backend: str = "auto",
     deterministic: bool = True,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which every KV head keeps the blocks that `pattern` gives it.
 
@@ -54,6 +57,11 @@ def s2_attention(
             "blocked": PyTorch, any device. "reference": dense mask, for tests.
         deterministic: the Triton backward pass gives the same bits every time; else it adds dq up
             in an order that varies. The other backends, which always do, do not read it.
+        near: k and v hold, of the blocks before near.start, only those that a head keeps forever
+            (`near.Near`); q_offset and the pattern count from the start of the sequence all the
+            same. All keys must be finite.
+        spare: multiprocessors that the persistent Hopper kernels leave to others, such as NCCL; the
+            other backends do not read it.
 
     Returns:
         out [b, s, h, dv] in q's dtype, or (out, lse); Triton lays out in memory like q. A query
@@ -68,20 +76,26 @@ def s2_attention(
     plan = None
     if backend in ON_GPU and q.is_cuda and not torch.compiler.is_compiling():
         # What ran before was checked before: the same shapes, strides, types and devices.
-        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
         plan = ops.known_plan(q, k, v, problem)
     if plan is None:
-        _check(q, k, v, pattern, q_offset, dims=4)
+        _check(q, k, v, pattern, q_offset, dims=4, near=near)
         backend = _choose(backend, q, k, v)
     if backend != "reference":
         refuse_other_modes("s2_attention", q, k, v)
     if backend in ON_GPU:
-        problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
         out, lse = ops.attend(q, k, v, None, None, problem, plan)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
-        out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset)
+        out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset, near=near)
     return (out, lse) if return_lse else out
+
+
+def _problem(pattern, scale, q_offset, deterministic, backend, near, spare):
+    """What the operators compute, of a dense batch."""
+    place = (q_offset, deterministic, backend, *(near or (0, 0)), spare)
+    return ops.Problem(pattern.key, scale, 0, 0, *place)
 
 
 def s2_attention_backward(
@@ -97,6 +111,8 @@ def s2_attention_backward(
     q_offset: int = 0,
     backend: str = "auto",
     deterministic: bool = True,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of an `s2_attention` whose out and lse are at hand.
 
@@ -114,7 +130,7 @@ def s2_attention_backward(
     Raises:
         ValueError: as `s2_attention`; out, lse or dout of another shape.
     """
-    _check(q, k, v, pattern, q_offset, dims=4)
+    _check(q, k, v, pattern, q_offset, dims=4, near=near)
     b, s, h, _ = q.shape
     shapes = {"out": (*q.shape[:-1], v.shape[-1]), "lse": (b, h, s)}
     shapes["dout"] = shapes["out"]
@@ -128,8 +144,8 @@ def s2_attention_backward(
     if backend == "reference":
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
-        return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset)
-    problem = ops.Problem(pattern.key, scale, 0, 0, q_offset, deterministic, backend)
+        return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset, near)
+    problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
     with torch.no_grad():
         return ops.gradients(q, k, v, out, lse, dout, None, None, None, problem)
 
@@ -225,7 +241,7 @@ def _each_sequence(run, q, k, v, pattern, scale, cu_seqlens_q, cu_seqlens_k):
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _check(q, k, v, pattern, q_offset, dims) -> None:
+def _check(q, k, v, pattern, q_offset, dims, near=None) -> None:
     """Shapes [*, heads, d] with a batch (dims 4) or packed (3), dtypes, devices and heads."""
     layout, of = ("[batch, seq, heads, d]", "b, ") if dims == 4 else ("[tokens, heads, d]", "")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -252,6 +268,8 @@ def _check(q, k, v, pattern, q_offset, dims) -> None:
         )
     if q_offset < 0:
         raise ValueError(f"q_offset={q_offset}: must be at least 0")
+    if near is not None:
+        near.check(pattern, k.shape[1], q_offset)
 
 
 def _check_packing(x, name, cu_seqlens, max_seqlen) -> None:

@@ -27,6 +27,7 @@ from s2_kernels.launch import (
     pad,
     rows_and_heads,
 )
+from s2_kernels.near import Near, clear_far
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import LOG2E, head_offset, load_rows
 from s2_kernels.recording import CannotRecordError, Operand
@@ -130,6 +131,7 @@ def launch_backward(
     q_offset: int = 0,
     *,
     packing: Packing | None = None,
+    near: Near | None = None,
     deterministic: bool = True,
     dkdv_config: TileConfig | None = None,
     dq_config: TileConfig | None = None,
@@ -142,6 +144,7 @@ def launch_backward(
     Args:
         q, k, v, out, lse: as in `launch_forward`; dout like out, dlse like lse or None.
         deterministic: the separate variant, else the fused one.
+        near: which keys k and v are, where not all; far blocks that no head has get gradients of 0.
         dkdv_config, dq_config: tiles of the kernels over KV and over query tiles; default: the
             table of configs.py.
         tma_add, slots: as in `launch_dkdv`.
@@ -157,7 +160,8 @@ def launch_backward(
     dkdv_config = fit(dkdv_config, pattern.block_size, gather=False)
     dq, dk, dv = empty_like(q, q.shape[-1]), empty_like(k, k.shape[-1]), empty_like(v, v.shape[-1])
     precision = "tf32" if tf32 else "ieee"
-    common = (pattern, softmax_scale, q_offset, packing)
+    clear_far(near, pattern, dk, dv)
+    common = (pattern, softmax_scale, q_offset, packing, near)
     inputs = (q, k, v, dout, lse2, delta)
     if deterministic:
         dq_config = dq_config or backward_config("dq", size, q.dtype, where)

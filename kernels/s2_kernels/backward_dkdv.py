@@ -26,10 +26,12 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     add_rows,
     head_offset,
+    key_row,
     lifetime,
     load_rows,
     load_rule,
@@ -41,8 +43,11 @@ from s2_kernels.tiles import Matrix, add_to_dkdv, load
 
 
 @triton.jit(
-    do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "n_seqs", "first_head"]
-)
+    do_not_specialize=[
+        "s", "t", "q_offset", "near_start", "near_row", "stride_lse_b", "stride_lse_h", "n_seqs",
+        "first_head",
+    ]
+)  # fmt: skip
 def s2_dkdv_kernel(
     p_q,
     p_k,
@@ -75,6 +80,8 @@ def s2_dkdv_kernel(
     s,
     t,
     q_offset,
+    near_start,
+    near_row,
     n_seqs,
     first_head,
     scale,
@@ -108,11 +115,14 @@ def s2_dkdv_kernel(
     first_col = i_tile * N
     if first_col >= t:
         return
-    o_col = first_col + tl.arange(0, N)  # positions of keys, and their rows in memory
+    o_col = first_col + tl.arange(0, N)  # positions of keys
     m_col = o_col < t
 
     # The positions that see this block: from its first column, for its lifetime.
     rule = load_rule(p_table, i_kv, N_BANDS)
+    o_k = o_col  # rows of keys in memory
+    if near_start is not None:
+        o_k = key_row(rule, first_col, near_start, near_row, B, N_BANDS) + tl.arange(0, N)
     i_block = first_col // B
     beyond = (q_offset + s - 1) // B + 1  # keeps the product below inside int32
     first_row = tl.maximum(first_col, q_offset)
@@ -129,8 +139,8 @@ def s2_dkdv_kernel(
 
     p_k += head_offset(strides_k, i_batch, i_kv, start_k)
     p_v += head_offset(strides_v, i_batch, i_kv, start_k)
-    b_k = load_rows(p_k, o_col, strides_k[1], m_col, D, BLOCK_D)  # [N, D]
-    b_v = load_rows(p_v, o_col, strides_v[1], m_col, DV, BLOCK_DV)  # [N, DV]
+    b_k = load_rows(p_k, o_k, strides_k[1], m_col, D, BLOCK_D)  # [N, D]
+    b_v = load_rows(p_v, o_k, strides_v[1], m_col, DV, BLOCK_DV)  # [N, DV]
     b_dk = tl.zeros([N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([N, BLOCK_DV], tl.float32)
 
@@ -176,8 +186,8 @@ def s2_dkdv_kernel(
     if slot < 0:
         p_dk += head_offset(strides_dk, i_batch, i_kv, start_k)
         p_dv += head_offset(strides_dv, i_batch, i_kv, start_k)
-        store_rows(p_dk, o_col, strides_dk[1], m_col, b_dk * scale, D, BLOCK_D)
-        store_rows(p_dv, o_col, strides_dv[1], m_col, b_dv, DV, BLOCK_DV)
+        store_rows(p_dk, o_k, strides_dk[1], m_col, b_dk * scale, D, BLOCK_D)
+        store_rows(p_dv, o_k, strides_dv[1], m_col, b_dv, DV, BLOCK_DV)
     else:
         SIZE: tl.constexpr = N * (BLOCK_D + BLOCK_DV)
         p_slot = p_partial + (slot.to(tl.int64) * n_seqs + i_seq) * SIZE
@@ -204,7 +214,10 @@ def s2_add_pieces_kernel(
     N: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """dk and dv of one cut column: its pieces, added in order. Grid: (cut columns * sequences,)."""
+    """dk and dv of one cut column: its pieces, added in order. Grid: (cut columns * sequences,).
+
+    t: rows of a sequence in memory, where columns are counted here.
+    """
     i_seq = tl.program_id(0) % n_seqs
     p_item = p_cut + tl.program_id(0) // n_seqs * 4
     i_kv, i_tile = tl.load(p_item), tl.load(p_item + 1)
@@ -242,6 +255,7 @@ def launch_dkdv(
     softmax_scale: float,
     q_offset: int,
     packing: Packing | None,
+    near: Near | None,
     config: TileConfig,
     precision: str,
     *,
@@ -259,7 +273,7 @@ def launch_dkdv(
     q_heads, k_heads, v_heads = head_major(q), head_major(k), head_major(v)
     dout_heads, dk_heads, dv_heads = head_major(dout), head_major(dk), head_major(dv)
     b, h, s, d = q_heads.shape
-    g, t = k_heads.shape[1:3]
+    g, t = k_heads.shape[1], count_keys(k, near, pattern)
     d_v = v.shape[-1]
     kv_heads = kv_heads or range(g)
     n_seqs, longest = b, (s, t)
@@ -275,6 +289,7 @@ def launch_dkdv(
         round_up(n_seqs) if packing else n_seqs,
         slots or concurrent_programs(q.device, config.num_warps),
         q.device,
+        near,
     )
     sizes = dict(D=d, DV=d_v, BLOCK_D=pad(d), BLOCK_DV=pad(d_v), N=config.block_n)
     shape = (work.n_slots * n_seqs, config.block_n, pad(d) + pad(d_v))
@@ -313,6 +328,7 @@ def launch_dkdv(
         s,
         t,
         q_offset,
+        *(near or (None, None)),
         n_seqs,
         kv_heads.start * (h // g),
         softmax_scale,

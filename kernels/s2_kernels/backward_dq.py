@@ -20,6 +20,7 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     head_offset,
@@ -33,7 +34,11 @@ from s2_kernels.primitives import (
 from s2_kernels.tiles import Matrix, add_to_dq, load
 
 
-@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
+@triton.jit(
+    do_not_specialize=[
+        "s", "t", "q_offset", "near_start", "near_row", "stride_lse_b", "stride_lse_h", "group"
+    ]
+)  # fmt: skip
 def s2_dq_kernel(
     p_q,
     p_k,
@@ -57,6 +62,8 @@ def s2_dq_kernel(
     s,
     t,
     q_offset,
+    near_start,
+    near_row,
     group,
     scale,
     scale_log2,
@@ -94,7 +101,7 @@ def s2_dq_kernel(
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
     walk = walk_of(at, p_table, M, N, B, N_BANDS)
     for p in tl.range(0, walk.tiles):
-        keys = key_tile(at, walk, p, N, B, N_SEGMENTS)
+        keys = key_tile(at, walk, (near_start, near_row), p, N, B, N_SEGMENTS, N_BANDS)
         b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
         b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
@@ -121,6 +128,7 @@ def launch_dq(
     softmax_scale: float,
     q_offset: int,
     packing: Packing | None,
+    near: Near | None,
     config: TileConfig,
     precision: str,
 ) -> None:
@@ -153,8 +161,9 @@ def launch_dq(
         rows_and_heads(head_major(dq)),
         *lse2.stride()[:2],
         s,
-        k_heads.shape[2],
+        count_keys(k, near, pattern),
         q_offset,
+        *(near or (None, None)),
         h // k_heads.shape[1],
         softmax_scale,
         softmax_scale * math.log2(math.e),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from s2_kernels.near import count_keys
 from s2_kernels.pattern import HeadRule, LayerPattern
 
 
@@ -34,22 +35,23 @@ def kept_slices(rule: HeadRule, query_block: int, n_blocks: int) -> list[slice]:
 class _Tiles:
     """Walks over (KV head, query block) and hands out the tiles of that step."""
 
-    def __init__(self, pattern: LayerPattern, s: int, t: int, q_offset: int, device):
-        self.pattern, self.s, self.t, self.q_offset = pattern, s, t, q_offset
+    def __init__(self, pattern: LayerPattern, s: int, k: torch.Tensor, q_offset: int, near):
+        self.pattern, self.s, self.q_offset, self.near = pattern, s, q_offset, near
         self.block = pattern.block_size
-        self.n_blocks = -(-t // self.block)
+        self.t = count_keys(k, near, pattern)
+        self.n_blocks = -(-self.t // self.block)
         # Made once, and sliced for the mask of each tile.
-        self.in_block = torch.arange(self.block, device=device)
-        self.ids = torch.arange(self.n_blocks, device=device)
-        self.positions = torch.arange(q_offset, q_offset + s, device=device)
+        self.in_block = torch.arange(self.block, device=k.device)
+        self.ids = torch.arange(self.n_blocks, device=k.device)
+        self.positions = torch.arange(q_offset, q_offset + s, device=k.device)
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """[b, t, g, d] -> [b, g, N/B, B, d], padded with zeros where B does not divide t."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -self.t % self.block))
-        return x.unflatten(1, (self.n_blocks, self.block)).permute(0, 3, 1, 2, 4)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.block))
+        return x.unflatten(1, (-1, self.block)).permute(0, 3, 1, 2, 4)
 
     def __iter__(self) -> Iterator[tuple[int, slice, list[slice], torch.Tensor | None]]:
-        """Yields KV head, query rows, kept slices, and the mask [rows, n] where one is needed."""
+        """Yields KV head, query rows, slices of K's blocks, and the mask [rows, n] where needed."""
         first, last = self.q_offset // self.block, (self.q_offset + self.s - 1) // self.block
         for head, rule in enumerate(self.pattern.rules):
             for i in range(first, last + 1):
@@ -59,7 +61,10 @@ class _Tiles:
                 )
                 kept = kept_slices(rule, i, self.n_blocks)
                 if kept:
-                    yield head, rows, kept, self._mask(i, rows, kept)
+                    mask = self._mask(i, rows, kept)
+                    if self.near is not None:
+                        kept = self.near.row_slices(rule, kept)
+                    yield head, rows, kept, mask
 
     def _mask(self, i: int, rows: slice, kept: list[slice]) -> torch.Tensor | None:
         last_kept = range(*kept[-1].indices(self.n_blocks))[-1]
@@ -108,11 +113,11 @@ def _scores(q_tile, k_tile, mask, scale, group):
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, pattern, scale, q_offset):
+    def forward(ctx, q, k, v, pattern, scale, q_offset, near):
         b, s, h, _ = q.shape
         group = h // k.shape[2]
         dtype = torch.promote_types(q.dtype, torch.float32)
-        tiles = _Tiles(pattern, s, k.shape[1], q_offset, q.device)
+        tiles = _Tiles(pattern, s, k, q_offset, near)
         k_blocks, v_blocks = tiles.blocks(k), tiles.blocks(v)
         out = q.new_zeros(b, s, h, v.shape[-1])
         lse = torch.full((b, h, s), -math.inf, dtype=dtype, device=q.device)
@@ -127,7 +132,7 @@ class _BlockedAttention(torch.autograd.Function):
             out[:, rows, heads] = _ungrouped(probs @ v_tile, group).to(out.dtype)
             lse[:, heads, rows] = tile_lse.unflatten(1, (group, -1)).squeeze(-1)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pattern, ctx.scale, ctx.q_offset = pattern, scale, q_offset
+        ctx.numbers = (pattern, scale, q_offset, near)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -135,18 +140,19 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        numbers = (ctx.pattern, ctx.scale, ctx.q_offset)
-        return *blocked_backward(q, k, v, out, lse, dout, dlse, *numbers), None, None, None
+        return *blocked_backward(q, k, v, out, lse, dout, dlse, *ctx.numbers), *(None,) * 4
 
 
-def blocked_backward(q, k, v, out, lse, dout, dlse, pattern: LayerPattern, scale, q_offset=0):
+def blocked_backward(
+    q, k, v, out, lse, dout, dlse, pattern: LayerPattern, scale, q_offset=0, near=None
+):
     """dq, dk and dv of a forward pass that gave out and lse; dlse may be None."""
     b, s, h, _ = q.shape
     group = h // k.shape[2]
     # d loss / d score = p * (dp - delta), with the lse's own gradient folded into delta.
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     delta = delta if dlse is None else delta - dlse
-    tiles = _Tiles(pattern, s, k.shape[1], q_offset, q.device)
+    tiles = _Tiles(pattern, s, k, q_offset, near)
     k_blocks, v_blocks = tiles.blocks(k), tiles.blocks(v)
     dq = torch.zeros_like(q)
     dk = torch.zeros(k_blocks.shape, dtype=lse.dtype, device=q.device)
@@ -170,6 +176,8 @@ def blocked_backward(q, k, v, out, lse, dout, dlse, pattern: LayerPattern, scale
     return dq, dk, dv
 
 
-def blocked_attention(q, k, v, pattern: LayerPattern, *, softmax_scale: float, q_offset: int = 0):
+def blocked_attention(
+    q, k, v, pattern: LayerPattern, *, softmax_scale: float, q_offset: int = 0, near=None
+):
     """S2 attention; arguments as in `s2_attention`. Returns out [b, s, h, dv] and lse [b, h, s]."""
-    return _BlockedAttention.apply(q, k, v, pattern, softmax_scale, q_offset)
+    return _BlockedAttention.apply(q, k, v, pattern, softmax_scale, q_offset, near)

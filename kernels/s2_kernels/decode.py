@@ -2,12 +2,12 @@
 
 A *unit* is a query tile of one KV head of one sequence, with all query heads of the group. Its list
 of live pages is arithmetic on lifetimes, so the list's length follows from the sequence's length
-alone. All lists, one behind the other, are cut into equal ranges of tiles, one per program,
-whatever the lengths of the sequences are. A program writes one part (output and log of the
-softmax's sum) for every unit that it touches; `s2_merge_kernel` adds up the parts of a unit in
-their order. The grid depends on shapes alone and the host reads nothing, so that a CUDA graph can
-hold it. The same inputs give the same bits on the same GPU; another number of
-programs adds in another order.
+alone. Where the units are about as long, each is cut into as many even pieces, one per program.
+Else all lists, one behind the other, are cut into even ranges (decode_lists.py). A program writes
+one part (output and log of the softmax's sum) for every unit that it does a piece of;
+`s2_merge_kernel` adds up the parts of a unit in their order. The grid depends on shapes alone and
+the host reads nothing, so that a CUDA graph can hold it. The same inputs give the same bits on the
+same GPU; another number of programs adds in another order.
 
 A list is computed from lifetimes, never from page numbers: the entry of a dead block may be stale,
 and its page may belong to another head or hold NaN.
@@ -29,14 +29,18 @@ import triton.language as tl
 
 from s2_kernels.configs import FUSED
 from s2_kernels.decode_lists import (
+    count_tiles,
+    keep_ends,
     listed_tiles,
     live_segments,
+    own_tiles,
+    parts_of,
     positions_of,
-    program_of,
     share_of,
     tile_blocks,
 )
-from s2_kernels.launch import capability, device_table, on_grid, pad
+from s2_kernels.decode_prefetch import prefetch_share
+from s2_kernels.launch import capability, device_table, on_grid, pad, takes_pdl
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
 
@@ -50,6 +54,10 @@ class DecodeConfig:
 
     pdl: where the GPU can, start a kernel's programs before the last ones of the kernel before it
     have ended, to wait there (programmatic dependent launch).
+    start: what the begin of a unit costs, in tiles.
+    prefetch: tiles that a program asks for while it waits for the kernel before (with pdl): 0, or
+    a power of two.
+    maxnreg: registers a thread, 0 for as many as the compiler likes.
     """
 
     block_n: int
@@ -57,9 +65,14 @@ class DecodeConfig:
     num_stages: int
     per_sm: int
     pdl: bool = True
+    start: int = 4
+    prefetch: int = 0
+    maxnreg: int = 0
 
     def __str__(self) -> str:
-        name = f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}"
+        name = f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}c{self.start}"
+        name += f"p{self.prefetch}" if self.prefetch else ""
+        name += f"r{self.maxnreg}" if self.maxnreg else ""
         return name + ("" if self.pdl else "nopdl")
 
 
@@ -143,7 +156,8 @@ def attend_pages(
         "stride_lse",
         "n_units",
         "n_tiles_q",
-        "kv_heads",
+        "n_blocks",
+        "n_pages",
     ]
 )
 def s2_decode_kernel(
@@ -167,10 +181,12 @@ def s2_decode_kernel(
     strides_out,
     stride_lse,
     s,
-    kv_heads,
     n_tiles_q,
     n_units,
+    n_blocks,
+    n_pages,
     scale_log2,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,22 +200,36 @@ def s2_decode_kernel(
     N_BANDS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    START: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (programs,). Program i takes the i-th of equal ranges of all tiles of all units.
+    """Grid: (programs,). Program i computes its share of all units' tiles (`share_of`).
 
     Its part of unit u is row block i + u of p_part [programs + units, rows, dv]: along the tiles
-    neither number falls, and one of them grows from part to part. p_ends [units]: the tiles up to
-    the end of each unit, for `s2_merge_kernel`.
+    neither number falls, and one of them grows from part to part. p_ends [1 + units]: how the
+    units were cut, for `s2_merge_kernel`.
     """
+    i_program = tl.program_id(0)
+    kv_heads: tl.constexpr = KV_HEADS  # whole numbers that are known need no division
+    if ONE_TOKEN:
+        n_tiles_q = 1
+    if PREFETCH > 0:
+        prefetch_share(
+            p_k, p_v, p_pages, p_lengths, p_table, strides_k, strides_v, stride_table_b,
+            stride_table_h, stride_table_k, s, kv_heads, n_tiles_q, n_units, n_blocks, n_pages,
+            TOKENS, N, B, U, N_BANDS, START, PREFETCH, THREADS,
+        )  # fmt: skip
     if PDL:  # launched while the kernel before still runs; what it wrote is read from here on
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    i_program = tl.program_id(0)
-    i_unit, end_unit, start, low, high = share_of(
-        i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U,
-        N_BANDS,
-    )  # fmt: skip
+    n_listed = count_tiles(
+        p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ""
+    )
+    split, i_unit, end_unit, start, low, high = share_of(i_program, n_listed, n_units, START, U)
+    if i_program == 0:
+        keep_ends(p_ends, n_listed, split, n_units, START, U)
     o_m = tl.arange(0, M)
     for u in tl.range(i_unit, end_unit):
         i_kv = u % kv_heads
@@ -210,8 +240,8 @@ def s2_decode_kernel(
         rule = load_rule(p_table, i_kv, N_BANDS)
         segments = live_segments(rule, first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
-        own_low, own_high = tl.maximum(low - start, 0), tl.minimum(high - start, n_tiles)
-        start += n_tiles
+        own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
+        start += n_tiles + tl.where(n_tiles > 0, START, 0)
         if own_low < own_high:
             o_token = i_tile * TOKENS + o_m // GROUP
             o_head = i_kv * GROUP + o_m % GROUP
@@ -265,6 +295,7 @@ def s2_merge_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    START: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (units, groups of ROWS rows). Adds the parts of each row up, in order, PARTS at a time.
@@ -274,13 +305,9 @@ def s2_merge_kernel(
     u = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    end = tl.load(p_ends + u)
-    start = tl.load(p_ends + tl.maximum(u - 1, 0))
-    start = tl.where(u > 0, start, 0)
-    total = tl.load(p_ends + n_units - 1)
-    i_first = program_of(start, total, n_programs)
-    i_last = program_of(end - 1, total, n_programs)
-    if (end > start) & (i_first == i_last):
+        tl.extra.cuda.gdc_launch_dependents()
+    i_first, i_stop, has = parts_of(u, p_ends, n_units, n_programs, START)
+    if has & (i_stop - i_first == 1):
         return
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -289,7 +316,6 @@ def s2_merge_kernel(
     b_sum = tl.zeros([ROWS], tl.float32)
     o_token = u // kv_heads % n_tiles_q * TOKENS + o_m // GROUP
     m_rows = (o_m < TOKENS * GROUP) & (o_token < s)
-    i_stop = tl.where(end > start, i_last + 1, i_first)
     for i in tl.range(i_first, i_stop, PARTS):
         o_i = i + tl.arange(0, PARTS)
         m_part = (o_i < i_stop)[:, None] & m_rows[None, :]
@@ -319,62 +345,6 @@ def s2_merge_kernel(
     tl.store(p_lse + o_lse, b_lse, mask=m_rows)
 
 
-@triton.jit(do_not_specialize=["stride_table_b", "stride_table_h", "stride_table_k", "s"])
-def s2_write_kernel(
-    p_k,
-    p_v,
-    p_k_pages,
-    p_v_pages,
-    p_pages,
-    p_lengths,
-    p_table,
-    strides_k,
-    strides_v,
-    strides_k_pages,
-    strides_v_pages,
-    stride_table_b,
-    stride_table_h,
-    stride_table_k,
-    s,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    B: tl.constexpr,
-    ROWS: tl.constexpr,
-    N_BANDS: tl.constexpr,
-    ALIVE_ONLY: tl.constexpr,
-):
-    """Grid: (groups of ROWS rows that s tokens can touch, KV heads, sequences)."""
-    i_kv, i_seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(p_lengths + i_seq)
-    begin = length - s
-    row = (tl.maximum(begin, 0) // ROWS + tl.program_id(0)) * ROWS
-    i_block = row // B
-    if row >= length:
-        return
-    if ALIVE_ONLY:
-        life = lifetime(load_rule(p_table, i_kv, N_BANDS), i_block, N_BANDS)
-        if length // B - i_block >= life:
-            return
-    o_page = i_seq * stride_table_b + i_kv * stride_table_h + i_block * stride_table_k
-    page = tl.load(p_pages + o_page).to(tl.int64)
-    o_row = row + tl.arange(0, ROWS)
-    o_b = o_row % B
-    m_row = (o_row >= begin) & (o_row < length)
-    o_token = (o_row - begin).to(tl.int64)
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    m_k, m_v = m_row[:, None] & (o_d < D)[None, :], m_row[:, None] & (o_dv < DV)[None, :]
-    p_from = p_k + i_seq * strides_k[0] + o_token * strides_k[1] + i_kv * strides_k[2]
-    b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m_k)
-    p_from = p_v + i_seq * strides_v[0] + o_token * strides_v[1] + i_kv * strides_v[2]
-    b_v = tl.load(p_from[:, None] + o_dv[None, :], mask=m_v)
-    p_to = p_k_pages + page * strides_k_pages[0] + o_b * strides_k_pages[1]
-    tl.store(p_to[:, None] + o_d[None, :], b_k, mask=m_k)
-    p_to = p_v_pages + page * strides_v_pages[0] + o_b * strides_v_pages[1]
-    tl.store(p_to[:, None] + o_dv[None, :], b_v, mask=m_v)
-
-
 def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device) -> DecodeConfig:
     """Tiles of up to 32 KiB of K and V, two in flight beside the one computed, two programs a time.
 
@@ -396,6 +366,18 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter: enough for lists to be cut
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _prefetches(k_pages, v_pages, config: DecodeConfig, block_size: int) -> bool:
+    """Whether a thread's share of the tiles that are prefetched is some rows without a gap."""
+    chunks = 16 * config.num_warps // max(config.prefetch, 1)
+    if config.block_n > block_size or not 1 <= chunks <= config.block_n:
+        return False
+    return all(
+        x.stride(1) == x.shape[2] and x.element_size() * x.stride(1) % 16 == 0
+        and x.element_size() * x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+        for x in (k_pages, v_pages)
+    )  # fmt: skip
 
 
 def _rows(s: int, group: int) -> tuple[int, int]:
@@ -446,14 +428,17 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     (b, s, h, d), dv = q.shape, v_pages.shape[-1]
     kv_heads, group = pattern.kv_heads, h // pattern.kv_heads
     config = config or decode_config(d, dv, m, pattern.block_size, q.dtype, q.device)
-    compiled = isinstance(s2_decode_kernel, triton.JITFunction)  # the interpreter has no PDL
-    pdl = compiled and config.pdl and capability(q.device)[0] >= 9
+    pdl = config.pdl and takes_pdl(s2_decode_kernel, q.device)
+    threads = 32 * config.num_warps
+    prefetch = config.prefetch
+    if not pdl or not _prefetches(k_pages, v_pages, config, pattern.block_size):
+        prefetch = 0
     programs = programs or config.per_sm * multiprocessors(q.device)
     n_tiles_q = triton.cdiv(s, tokens)
     units, rows = b * kv_heads * n_tiles_q, tokens * group
     part = lse.new_empty((programs + units, rows, dv))
     part_lse = lse.new_empty((programs + units, rows))
-    ends = lengths.new_empty((units,))
+    ends = lengths.new_empty((1 + units,))
     on_grid(s2_decode_kernel, (programs,))(
         q,
         k_pages,
@@ -473,10 +458,12 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         out.stride()[:3],
         lse.stride(1),
         s,
-        kv_heads,
         n_tiles_q,
         units,
+        page_table.shape[2],
+        k_pages.shape[0],
         scale * math.log2(math.e),
+        KV_HEADS=kv_heads,
         D=d,
         DV=dv,
         BLOCK_D=pad(d),
@@ -490,13 +477,18 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         N_BANDS=pattern.n_bands,
         ONE_TOKEN=s == 1,
         PRECISION="ieee",
+        START=config.start,
+        PREFETCH=prefetch,
+        THREADS=threads,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **FUSED,
         **({"launch_pdl": True} if pdl else {}),
+        **({"maxnreg": config.maxnreg} if config.maxnreg else {}),
     )
     merge_rows = 1 if rows <= 16 else 16
+    at_once = min(max(triton.next_power_of_2(programs // units + 1), 4), 64)
     on_grid(s2_merge_kernel, (units, triton.cdiv(rows, merge_rows)))(
         out,
         lse,
@@ -515,51 +507,10 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         GROUP=group,
         TOKENS=tokens,
         ROWS=merge_rows,
-        PARTS=32 // merge_rows,
+        PARTS=at_once if merge_rows == 1 else 2,
+        START=config.start,
         PDL=pdl,
         num_warps=4,
         **FUSED,
         **({"launch_pdl": True} if pdl else {}),
-    )
-
-
-def launch_write(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    pattern: LayerPattern,
-    *,
-    alive_only: bool,
-) -> None:
-    """Writes s new tokens [b, s, g, d] into pages; arguments as in `write_pages`."""
-    (b, s, kv_heads, d), dv, size = k.shape, v.shape[-1], pattern.block_size
-    rows = min(size, 32)
-    groups = triton.cdiv(s - 1, rows) + 1
-    on_grid(s2_write_kernel, (groups, kv_heads, b))(
-        k,
-        v,
-        k_pages,
-        v_pages,
-        page_table,
-        lengths,
-        device_table(pattern, k.device),
-        k.stride()[:3],
-        v.stride()[:3],
-        k_pages.stride()[:2],
-        v_pages.stride()[:2],
-        *page_table.stride(),
-        s,
-        D=d,
-        DV=dv,
-        BLOCK_D=pad(d),
-        BLOCK_DV=pad(dv),
-        B=size,
-        ROWS=rows,
-        N_BANDS=pattern.n_bands,
-        ALIVE_ONLY=alive_only,
-        num_warps=4,
-        **FUSED,
     )

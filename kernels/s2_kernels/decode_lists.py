@@ -82,42 +82,126 @@ def tile_blocks(segments, p, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.const
 
 @triton.jit
 def first_tile(i_program, total, n_programs):
-    """Where program i's tiles begin: shares differ by one tile at most, the larger come first."""
-    return i_program * (total // n_programs) + tl.minimum(i_program, total % n_programs)
+    """Where a program's share of a flat list begins: i * total / n, of n that get a tile each."""
+    n = tl.maximum(tl.minimum(n_programs, total), 1)
+    i = tl.minimum(i_program, n)
+    return i * (total // n) + i * (total % n) // n
 
 
 @triton.jit
 def program_of(tile, total, n_programs):
     """The program whose share a tile is in: what `first_tile` says, the other way round."""
-    share, larger = total // n_programs, total % n_programs
-    beyond = tile - larger * (share + 1)
-    return tl.where(beyond < 0, tile // (share + 1), larger + beyond // tl.maximum(share, 1))
+    n = tl.minimum(n_programs, total)
+    return (((tile.to(tl.int64) + 1) * n - 1) // tl.maximum(total, 1)).to(tl.int32)
 
 
 @triton.jit
-def share_of(
-    i_program, p_lengths, p_table, p_ends, s, kv_heads, n_tiles_q, n_units,
-    TOKENS: tl.constexpr, N: tl.constexpr, B: tl.constexpr, U: tl.constexpr, N_BANDS: tl.constexpr,
-):  # fmt: skip
-    """A program's units i_unit..end_unit-1, tiles before the first of them, own tiles low..high-1.
+def piece_of(n_tiles, piece, split):
+    """Tiles low..high-1 of one of `split` even pieces of a unit; of fewer where it is short."""
+    pieces = tl.minimum(n_tiles, split)
+    low = n_tiles * piece // tl.maximum(pieces, 1)
+    high = n_tiles * (piece + 1) // tl.maximum(pieces, 1)
+    return low, tl.where(piece < pieces, high, low)
 
-    The lists of all units are counted at once, in a tile of U. The first program leaves `p_ends`.
-    """
+
+@triton.jit
+def count_tiles(
+    p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS: tl.constexpr, N: tl.constexpr,
+    B: tl.constexpr, U: tl.constexpr, N_BANDS: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """The tiles of every unit, counted at once: int32 [U], 0 behind the last unit."""
     o_unit = tl.arange(0, U)
     m_unit = o_unit < n_units
-    length = tl.load(p_lengths + o_unit // (n_tiles_q * kv_heads), mask=m_unit, other=0)
+    p_length = p_lengths + o_unit // (n_tiles_q * kv_heads)
+    length = tl.load(p_length, mask=m_unit, other=0, cache_modifier=CACHE)
     first, last = positions_of(o_unit // kv_heads % n_tiles_q, length, s, TOKENS)
     rule = load_rule(p_table, o_unit % kv_heads, N_BANDS)
     segments = live_segments(rule, first, last, B, N_BANDS)
-    n_listed = tl.where(m_unit, listed_tiles(segments, last, N, B, N_BANDS), 0)
-    ends = tl.cumsum(n_listed, 0)
-    total = tl.sum(n_listed, 0)
-    if i_program == 0:
-        tl.store(p_ends + o_unit, ends, mask=m_unit)
+    return tl.where(m_unit, listed_tiles(segments, last, N, B, N_BANDS), 0)
 
-    low = first_tile(i_program, total, tl.num_programs(0))
-    high = first_tile(i_program + 1, total, tl.num_programs(0))
-    i_unit = tl.sum((ends <= low).to(tl.int32), 0)
-    end_unit = tl.minimum(tl.sum((ends - n_listed < high).to(tl.int32), 0), n_units)
-    start = tl.max(tl.where(ends <= low, ends, 0), 0)
-    return i_unit, tl.where(low < high, end_unit, i_unit), start, low, high
+
+@triton.jit
+def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr):
+    """A program's part of all units' tiles n_listed [U], two ways, the one that ends earlier.
+
+    Cut by units, each in `split` even pieces, or `group` whole units a program: no program begins
+    in the middle of its work with another unit. Where lengths differ too much for that, the lists
+    one behind the other are cut into even ranges. To begin a unit costs as much as START tiles, so
+    that many come before the first tile of each on the flat list.
+
+    Returns (split, or 0 where the list is flat; units i_unit..end_unit-1; the flat list's tiles
+    before unit i_unit; the program's own tiles low..high-1 on it, or low, the piece of each unit).
+    """
+    n_programs = tl.num_programs(0)
+    split, group = tl.maximum(n_programs // n_units, 1), tl.cdiv(n_units, n_programs)
+    total, longest = tl.sum(n_listed, 0), tl.max(n_listed, 0)
+    # Tiles of the last program to end, times programs and split; too large for an int32.
+    by_units = longest.to(tl.float32) * (group * n_programs)
+    start, low, high = 0, 0, 0
+    if by_units <= (total.to(tl.float32) + START * n_programs) * split:
+        i_unit = tl.minimum(i_program // split * group, n_units)
+        end_unit = tl.minimum(i_unit + group, n_units)
+        low = i_program % split
+    else:
+        split = 0
+        o_unit = tl.arange(0, U)
+        ends, n_weighed, total = flat_ends(n_listed, START)
+        low = first_tile(i_program, total, n_programs)
+        high = first_tile(i_program + 1, total, n_programs)
+        i_unit = tl.minimum(tl.sum((ends <= low).to(tl.int32), 0), n_units)
+        end_unit = tl.sum(((ends - n_weighed < high) & (o_unit < n_units)).to(tl.int32), 0)
+        end_unit = tl.where(low < high, end_unit, i_unit)
+        start = tl.max(tl.where(ends <= low, ends, 0), 0)
+    return split, i_unit, end_unit, start, low, high
+
+
+@triton.jit
+def own_tiles(n_tiles, split, start, low, high, START: tl.constexpr):
+    """Which tiles of a unit are a program's (`share_of`), the next unit's tiles come after."""
+    if split > 0:
+        own_low, own_high = piece_of(n_tiles, low, split)
+    else:
+        own_low = tl.maximum(low - start - START, 0)
+        own_high = tl.minimum(high - start - START, n_tiles)
+    return own_low, own_high
+
+
+@triton.jit
+def flat_ends(n_listed, START: tl.constexpr):
+    """Where each unit ends on the flat list, what it takes of the list, and the list's length."""
+    n_weighed = n_listed + tl.where(n_listed > 0, START, 0)
+    return tl.cumsum(n_weighed, 0), n_weighed, tl.sum(n_weighed, 0)
+
+
+@triton.jit
+def keep_ends(p_ends, n_listed, split, n_units, START: tl.constexpr, U: tl.constexpr):
+    """For `s2_merge_kernel`: `split`, then each unit's tiles, or its end on the flat list."""
+    ends = n_listed
+    if split == 0:
+        ends, _, _ = flat_ends(n_listed, START)
+    o_unit = tl.arange(0, U)
+    tl.store(p_ends, split)
+    tl.store(p_ends + 1 + o_unit, ends, mask=o_unit < n_units)
+
+
+@triton.jit
+def parts_of(u, p_ends, n_units, n_programs, START: tl.constexpr):
+    """(first, stop, tiles): the programs whose parts make up unit u, and whether it has any tile.
+
+    What `keep_ends` left says how the units were cut.
+    """
+    split = tl.load(p_ends)
+    end = tl.load(p_ends + 1 + u)
+    before = tl.load(p_ends + tl.maximum(u, 1))
+    total = tl.load(p_ends + n_units)
+    start = tl.where(u > 0, before, 0)
+    if split > 0:
+        group = tl.cdiv(n_units, n_programs)
+        i_first = u // group * split
+        i_stop = i_first + tl.minimum(split, end)
+        has = end > 0
+    else:
+        has = end > start
+        i_first = program_of(start + START, total, n_programs)
+        i_stop = tl.where(has, program_of(end - 1, total, n_programs) + 1, i_first)
+    return i_first, i_stop, has

@@ -11,10 +11,11 @@ chunk. Shard, window, ranges and dense heads are all this rule.
 
 What a chunk sees is two pieces:
 
-- *near*: the blocks from `near_start` to the chunk's end. They are at their positions, so that the
-  pattern applies as it is (`shifted`), and blocks that nobody asks for may be missing;
-- *far*: the blocks before `near_start` that are kept forever, per KV head in ascending order. Every
-  query of the chunk attends to all of them, so they need no mask and no positions.
+- *near*: the blocks from `near_start` to the chunk's end, one after the other. Blocks that nobody
+  asks for may be missing;
+- *far*: the blocks before `near_start` that are kept forever, per KV head in ascending order.
+
+Both lie in one buffer, far first. The kernels get it with a `near.Near`: what lies where.
 
 Blocks count from the start of the sequence unless a name says *local*: then from a rank's first.
 Nothing here knows process groups. `s2megatron/attention/context_parallel.py` sends what is planned.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from s2_kernels.cache import count_selected, kept_ranges
+from s2_kernels.near import Near, forever_before
 from s2_kernels.pattern import FOREVER, HeadRule, LayerPattern
 
 Chunks = tuple[range, ...]
@@ -149,15 +151,6 @@ def needed(pattern: LayerPattern, chunks: Chunks, n_blocks: int) -> Tensor:
     return asked
 
 
-def shifted(pattern: LayerPattern, blocks: int) -> LayerPattern:
-    """The pattern of a sequence whose first `blocks` blocks are cut off."""
-    rules = tuple(
-        HeadRule(rule.bands, (rule.shift + blocks) % rule.bands[-1].stride)
-        for rule in pattern.rules
-    )
-    return LayerPattern(pattern.heads, pattern.block_size, rules)
-
-
 def near_start(pattern: LayerPattern, chunk: range) -> int:
     """The block at which near begins: as late as finite bands allow, at a multiple of the stride.
 
@@ -171,34 +164,13 @@ def near_start(pattern: LayerPattern, chunk: range) -> int:
     return start - start % max(strides, default=1)
 
 
-def forever_before(rule: HeadRule, block: int) -> int:
-    """How many blocks before `block` the head keeps forever."""
-    widest = rule.bands[-1]
-    if widest.reach != FOREVER:
-        return 0
-    return count_selected(0, block - 1, widest.stride, rule.shift)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring KV heads with equally many far blocks.
-
-    Attributes:
-        heads: the KV heads.
-        blocks: how many far blocks each has.
-    """
-
-    heads: range
-    blocks: int
-
-
 @dataclass(frozen=True)
 class Placement:
     """Rows of what was received, and where they go: int64 [rows] each.
 
     Attributes:
         rows: indices into the received blocks.
-        slots: the block of the buffer that each becomes.
+        slots: the block, of the buffer or the rank's own, that each becomes or is.
         heads: its KV head.
     """
 
@@ -212,23 +184,21 @@ class Placement:
 
 @dataclass(frozen=True)
 class ChunkView:
-    """What one chunk of a rank sees.
+    """What one chunk of a rank sees: a buffer of blocks, of which the last are the chunk's own.
 
     Attributes:
         chunk: its blocks.
         local: its blocks, counted from the rank's first.
-        near: the blocks of near; the chunk is their end, what lies before it is the *halo*.
-        pattern: for near alone.
-        halo: where received blocks go in the halo.
-        far: per run of KV heads, how long a prefix of the far buffer it sees.
+        before: how many blocks of the buffer stand before its own: far, then the *halo*.
+        near: where far ends; None where every block lies in the row of its position.
+        came: where received blocks go in the buffer.
     """
 
     chunk: range
     local: range
-    near: range
-    pattern: LayerPattern
-    halo: Placement
-    far: tuple[Run, ...]
+    before: int
+    near: Near | None
+    came: Placement
 
 
 @dataclass(frozen=True)
@@ -243,8 +213,6 @@ class RankPlan:
         rank: this rank.
         send: the rows to send, as local blocks (`slots`) and KV heads; `rows` counts them.
         send_counts, receive_counts: rows per rank.
-        far: where received blocks go in the far buffer, which all chunks of the rank read.
-        far_blocks: its length.
         chunks: what each chunk sees.
     """
 
@@ -252,8 +220,6 @@ class RankPlan:
     send: Placement
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
-    far: Placement
-    far_blocks: int
     chunks: tuple[ChunkView, ...]
 
     @property
@@ -271,8 +237,7 @@ class RankPlan:
         return replace(
             self,
             send=self.send.to(device),
-            far=self.far.to(device),
-            chunks=tuple(replace(view, halo=view.halo.to(device)) for view in self.chunks),
+            chunks=tuple(replace(view, came=view.came.to(device)) for view in self.chunks),
         )
 
 
@@ -293,53 +258,45 @@ def plan_rank(pattern: LayerPattern, chunks: Sequence[Chunks], rank: int) -> Ran
     receives = [asked[:, held].nonzero() for held in positions]
     heads = torch.cat([pairs[:, 0] for pairs in receives])
     blocks = torch.cat([held[pairs[:, 1]] for held, pairs in zip(positions, receives, strict=True)])
-    lives = torch.stack([rule.lifetimes(n_blocks) for rule in pattern.rules])[heads, blocks]
 
     views, local = [], 0
     for chunk in chunks[rank]:
-        start = near_start(pattern, chunk)
-        in_halo = (blocks >= start) & (blocks < chunk.start) & (chunk.start - blocks < lives)
-        views.append(
-            ChunkView(
-                chunk=chunk,
-                local=range(local, local + len(chunk)),
-                near=range(start, chunk.stop),
-                pattern=shifted(pattern, start),
-                halo=_placement(in_halo, blocks - start, heads),
-                far=_far_runs(pattern, start),
-            )
-        )
+        view = _view(pattern, chunk, range(local, local + len(chunk)), heads, blocks)
+        views.append(view)
         local += len(chunk)
-
-    far_end = views[-1].near.start
-    strides, shifts = torch.tensor([(r.bands[-1].stride, r.shift) for r in pattern.rules]).T
-    progress = (blocks - (-shifts % strides)[heads]) // strides[heads]
-    in_far = (blocks < far_end) & (lives == FOREVER)
     return RankPlan(
         rank=rank,
         send=Placement(torch.arange(len(send_heads)), send_slots, send_heads),
         send_counts=tuple(len(pairs) for pairs in sends),
         receive_counts=tuple(len(pairs) for pairs in receives),
-        far=_placement(in_far, progress, heads),
-        far_blocks=max(forever_before(rule, far_end) for rule in pattern.rules),
         chunks=tuple(views),
     )
 
 
-def _placement(chosen: Tensor, slots: Tensor, heads: Tensor) -> Placement:
-    return Placement(chosen.nonzero().flatten(), slots[chosen], heads[chosen])
-
-
-def _far_runs(pattern: LayerPattern, start: int) -> tuple[Run, ...]:
-    """The KV heads that have far blocks before `start`, in runs of equal counts."""
-    runs: list[Run] = []
+def _view(
+    pattern: LayerPattern, chunk: range, local: range, heads: Tensor, blocks: Tensor
+) -> ChunkView:
+    """What a chunk sees of its own and of received rows, block `blocks` of KV head `heads` each."""
+    near = Near(start := near_start(pattern, chunk), _far_blocks(pattern, start))
+    slots, seen = torch.empty_like(blocks), torch.zeros_like(blocks, dtype=torch.bool)
     for head, rule in enumerate(pattern.rules):
-        count = forever_before(rule, start)
-        if runs and runs[-1].blocks == count:
-            runs[-1] = Run(range(runs[-1].heads.start, head + 1), count)
-        else:
-            runs.append(Run(range(head, head + 1), count))
-    return tuple(run for run in runs if run.blocks)
+        of = (heads == head).nonzero().flatten()
+        lives = rule.lifetimes(chunk.stop)[blocks[of].clamp(max=chunk.start)]
+        seen[of] = (blocks[of] < chunk.start) & (chunk.start - blocks[of] < lives)
+        slots[of] = torch.from_numpy(near.rows(rule, blocks[of].numpy()))
+    in_place = near.start == 0 or pattern.is_dense
+    return ChunkView(
+        chunk=chunk,
+        local=local,
+        before=near.row + chunk.start - near.start,
+        near=None if in_place else near,
+        came=Placement(seen.nonzero().flatten(), slots[seen], heads[seen]),
+    )
+
+
+def _far_blocks(pattern: LayerPattern, start: int) -> int:
+    """The most blocks before `start` that a head keeps forever."""
+    return max(forever_before(rule, start) for rule in pattern.rules)
 
 
 def _check_chunks(chunks: Sequence[Chunks]) -> None:

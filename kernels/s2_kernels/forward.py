@@ -29,6 +29,7 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     finish_softmax,
@@ -45,7 +46,7 @@ from s2_kernels.tiles import Matrix, add_values, load
 
 @triton.jit
 def attend_tiles(
-    program, walk, low, high, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+    program, walk, near, low, high, b_q, b_acc, b_m, b_l, k, v, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, MASKED: tl.constexpr, SPANS: tl.constexpr,
     N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,7 +54,7 @@ def attend_tiles(
     """Attends from b_q [M, D] to the KV tiles low..high-1 of a program's walk."""
     t = program.t
     for p in tl.range(low, high):
-        keys = key_tile(program, walk, p, N, B, N_SEGMENTS)
+        keys = key_tile(program, walk, near, p, N, B, N_SEGMENTS, N_BANDS)
         b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
         b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
@@ -66,7 +67,11 @@ def attend_tiles(
     return b_acc, b_m, b_l
 
 
-@triton.jit(do_not_specialize=["s", "t", "q_offset", "stride_lse_b", "stride_lse_h", "group"])
+@triton.jit(
+    do_not_specialize=[
+        "s", "t", "q_offset", "near_start", "near_row", "stride_lse_b", "stride_lse_h", "group"
+    ]
+)  # fmt: skip
 def s2_forward_kernel(
     p_q,
     p_k,
@@ -87,6 +92,8 @@ def s2_forward_kernel(
     s,
     t,
     q_offset,
+    near_start,
+    near_row,
     group,
     scale_log2,
     D: tl.constexpr,
@@ -118,13 +125,13 @@ def s2_forward_kernel(
 
     SPANS: tl.constexpr = M > B
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1
-    walk = walk_of(at, p_table, M, N, B, N_BANDS)
+    walk, near = walk_of(at, p_table, M, N, B, N_BANDS), (near_start, near_row)
     b_acc, b_m, b_l = attend_tiles(
-        at, walk, 0, walk.interior, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+        at, walk, near, 0, walk.interior, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, False, SPANS, N_BANDS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_acc, b_m, b_l = attend_tiles(
-        at, walk, walk.interior, walk.tiles, b_q, b_acc, b_m, b_l, k, v, scale_log2,
+        at, walk, near, walk.interior, walk.tiles, b_q, b_acc, b_m, b_l, k, v, scale_log2,
         D, DV, BLOCK_D, BLOCK_DV, N, B, True, SPANS, N_SEGMENTS, N_BANDS, TMA, PRECISION,
     )  # fmt: skip
     b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
@@ -143,6 +150,7 @@ def launch_forward(
     q_offset: int = 0,
     *,
     packing: Packing | None = None,
+    near: Near | None = None,
     config: TileConfig | None = None,
     tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +159,7 @@ def launch_forward(
     Args:
         q, k, v: [b, s, h, d], [b, t, g, d], [b, t, g, dv] with a contiguous last dimension, or
             packed [T, h, d] and so on with `packing`.
+        near: which keys they are, where not all.
         config: tiles; default: the table of configs.py.
         tf32: let float32 inputs use tensor cores, at 10 bits of mantissa.
 
@@ -187,8 +196,9 @@ def launch_forward(
         rows_and_heads(out_heads),
         *lse.stride()[:2],
         s,
-        k_heads.shape[2],
+        count_keys(k, near, pattern),
         q_offset,
+        *(near or (None, None)),
         h // k_heads.shape[1],
         softmax_scale * math.log2(math.e),
         D=d,

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -68,6 +69,11 @@ def device_table(pattern: LayerPattern, device: torch.device) -> torch.Tensor:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; CPU tensors (the interpreter) count as Hopper, to test its paths."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def takes_pdl(kernel, device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends: not under the interpreter."""
+    return isinstance(kernel, triton.JITFunction) and capability(device)[0] >= 9
 
 
 @functools.cache

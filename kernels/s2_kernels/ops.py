@@ -19,6 +19,7 @@ from s2_kernels.autograd import once
 from s2_kernels.backward import launch_backward
 from s2_kernels.forward import launch_forward
 from s2_kernels.launch import Packing, capability, empty_like, takes_descriptor
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.plans import Plan, Plans
 
@@ -35,6 +36,8 @@ class Problem(NamedTuple):
         q_offset: position of the first query token in the KV sequence.
         deterministic: of the backward pass of "triton": the same bits every time.
         backend: "triton", "hopper", or "auto": the second where it can, each pass by itself.
+        near_start, near_row: of `near.Near`; 0 where there is none.
+        spare: multiprocessors that persistent (Hopper) kernels leave to others.
     """
 
     pattern: str
@@ -44,6 +47,13 @@ class Problem(NamedTuple):
     q_offset: int = 0
     deterministic: bool = True
     backend: str = "auto"
+    near_start: int = 0
+    near_row: int = 0
+    spare: int = 0
+
+    @property
+    def near(self) -> Near | None:
+        return Near(self.near_start, self.near_row) if self.near_start else None
 
 
 def _packing(cu_seqlens_q, cu_seqlens_k, problem: Problem) -> Packing | None:
@@ -107,14 +117,17 @@ def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tens
 def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
     rule = LayerPattern.from_key(problem.pattern)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
-    scale, q_offset = problem.softmax_scale, problem.q_offset
-    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "forward"):
+    scale, q_offset, near = problem.softmax_scale, problem.q_offset, problem.near
+    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "forward", near):
         from s2_kernels.hopper import forward, forward_wide  # import Gluon
 
         if q.shape[-1] > hopper.WIDEST:
-            return forward_wide.launch_hopper_forward_wide(q, k, v, rule, scale, q_offset)
-        return forward.launch_hopper_forward(q, k, v, rule, scale, packing, q_offset)
-    return launch_forward(q, k, v, rule, scale, q_offset, packing=packing)
+            launch, options = forward_wide.launch_hopper_forward_wide, {}
+        else:
+            launch, options = forward.launch_hopper_forward, dict(packing=packing)
+        options |= dict(q_offset=q_offset, near=near, spare=problem.spare)
+        return launch(q, k, v, rule, scale, **options)
+    return launch_forward(q, k, v, rule, scale, q_offset, packing=packing, near=near)
 
 
 def _backward(
@@ -152,16 +165,17 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule = LayerPattern.from_key(problem.pattern)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
-    scale, q_offset = problem.softmax_scale, problem.q_offset
+    scale, q_offset, near = problem.softmax_scale, problem.q_offset, problem.near
     inputs = (q, k, v, out, lse, dout, dlse, rule, scale)
-    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "backward"):
+    if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "backward", near):
         from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
 
-        return launch_hopper_backward(*inputs, packing, q_offset)
+        return launch_hopper_backward(*inputs, packing, q_offset, near, problem.spare)
     return launch_backward(
         *inputs,
         q_offset,
         packing=packing,
+        near=near,
         deterministic=problem.deterministic,
         # Reductions through TMA are Hopper's; the interpreter has none.
         tma_add=q.is_cuda and capability(q.device)[0] >= 9,
@@ -182,6 +196,9 @@ def attention(
     q_offset: int,
     deterministic: bool,
     backend: str,
+    near_start: int = 0,
+    near_row: int = 0,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out, laid out in memory like q, and lse; inputs checked by the caller (api.py).
 
@@ -189,7 +206,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], or None for dense batches.
         pattern and what follows: the fields of a `Problem`.
     """
-    rest = (max_seqlen_q, max_seqlen_k, q_offset, deterministic, backend)
+    lengths, near = (max_seqlen_q, max_seqlen_k, q_offset), (near_start, near_row)
+    rest = (*lengths, deterministic, backend, *near, spare)
     problem = Problem(pattern, softmax_scale, *rest)
     return _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem)
 
@@ -219,9 +237,13 @@ def attention_backward(
     q_offset: int,
     deterministic: bool,
     backend: str,
+    near_start: int = 0,
+    near_row: int = 0,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, laid out like q, k and v. Arguments as in `attention`, dlse like lse."""
-    rest = (max_seqlen_q, max_seqlen_k, q_offset, deterministic, backend)
+    lengths, near = (max_seqlen_q, max_seqlen_k, q_offset), (near_start, near_row)
+    rest = (*lengths, deterministic, backend, *near, spare)
     problem = Problem(pattern, softmax_scale, *rest)
     return _backward(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem)
 

@@ -16,7 +16,8 @@ from s2_kernels.reference import masked_attention
 from s2_kernels.versions import NO_TRITON
 
 if NO_TRITON is None:
-    from s2_kernels.decode import launch_decode, launch_write
+    from s2_kernels.decode import launch_decode
+    from s2_kernels.decode_write import launch_write
     from s2_kernels.plans import Plans
 
     _PLANS = Plans()

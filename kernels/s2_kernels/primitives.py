@@ -14,7 +14,8 @@ is a branch that all threads take or none.
 
 Positions count tokens in the KV sequence, and blocks count block_size tokens: lifetimes and masks
 are asked with them. Rows are places in memory, what is loaded and stored (`KeyTile`): the query of
-position i lies in row i - q_offset of its sequence, where the kernels call rows o_q.
+position i lies in row i - q_offset of its sequence, where the kernels call rows o_q. Keys lie in
+the rows of their positions, or where `key_row` says.
 """
 
 from typing import NamedTuple
@@ -135,6 +136,24 @@ def count_interior_tiles(segments, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl
     return n_blocks * (B // N) if N <= B else n_blocks // (N // B)
 
 
+@triton.jit
+def key_row(rule, position, near_start, near_row, B: tl.constexpr, N_BANDS: tl.constexpr):
+    """Where the key(s) of a position lie in memory, in tokens from the sequence's first.
+
+    near_start None: at their position. Else it is a block, and only what is kept forever of those
+    before it is in memory (near.Near). Positions beyond any sequence give rows beyond any.
+    """
+    if near_start is None:
+        row = position
+    else:
+        stride = rule[2 * N_BANDS]
+        i_block = position // B
+        far = (i_block - (stride - rule[0] % stride) % stride) // stride
+        i_row = tl.where(i_block < near_start, far, i_block - near_start + near_row)
+        row = i_row * B + position % B
+    return row
+
+
 class KeyTile(NamedTuple):
     """A tile of keys: which they are, and where they lie.
 
@@ -154,8 +173,11 @@ class KeyTile(NamedTuple):
 
 
 @triton.jit
-def key_tile(program, walk, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr):
-    """The p-th tile of a program's walk. Keys lie in the order of their positions.
+def key_tile(
+    program, walk, near, p,
+    N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.constexpr, N_BANDS: tl.constexpr,
+):  # fmt: skip
+    """The p-th tile of a program's walk; near: near_start and near_row of `key_row`.
 
     Where a tile gathers several blocks, positions past the end of the list lie beyond any sequence.
     """
@@ -170,7 +192,16 @@ def key_tile(program, walk, p, N: tl.constexpr, B: tl.constexpr, N_SEGMENTS: tl.
         listed = entry < count_blocks(walk.blocks, N_SEGMENTS)
         i_block = tl.where(listed, i_block, (1 << 30) // B)
         o_col = i_block * B + o_n % B
-    tile = KeyTile(o_col, i_block, o_col < program.t, o_col, program.start_k + first)
+    o_k = o_col
+    near_start, near_row = near
+    if near_start is not None:
+        # The first row of a tile within a block says where it lies: one division for all.
+        if N <= B:
+            first = key_row(walk.rule, first, near_start, near_row, B, N_BANDS)
+            o_k = first + o_n
+        else:
+            o_k = key_row(walk.rule, o_col, near_start, near_row, B, N_BANDS)
+    tile = KeyTile(o_col, i_block, o_col < program.t, o_k, program.start_k + first)
     return tile
 
 
@@ -318,7 +349,8 @@ class QueryProgram(NamedTuple):
 
     Attributes:
         head, kv_head, batch: which; batch is 0 where sequences are packed.
-        start_q, start_k, t: where the sequence begins in memory, and how many keys it has.
+        start_q, start_k: where the sequence begins in memory.
+        t: the position at which its keys end.
         positions: [M], of the queries in the KV sequence: what lifetimes and masks are asked with.
         there: [M], which of them exist.
         first, last: the first and last position; a tile without rows has last < first.

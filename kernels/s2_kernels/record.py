@@ -7,6 +7,10 @@ and silently be another model: whatever stores them stores this record beside th
 from s2_kernels.pattern import LayerPattern
 
 VERSION = 1
+ARCHITECTURE_PREFIX = "S2"
+"""Stands before the class name under `architectures` of a config.json with a record. A server that
+does not know S2 attention then refuses the model by name; it would serve it dense, without a word.
+transformers goes by `model_type`, and loads the model all the same."""
 
 
 def record(patterns: tuple[LayerPattern, ...]) -> dict:

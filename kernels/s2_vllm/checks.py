@@ -11,10 +11,10 @@ import vllm.platforms
 from s2_kernels.api import TRITON_HEAD_SIZES
 from s2_kernels.cache import alive_pages
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.record import read_record
+from s2_kernels.record import ARCHITECTURE_PREFIX, read_record
 from s2_kernels.versions import NO_TRITON
 from s2_vllm.rules import held_share
-from s2_vllm.versions import not_tried, too_old
+from s2_vllm.versions import too_new, too_old
 
 logger = logging.getLogger("vllm.s2")  # below vLLM's own, which has a handler
 
@@ -28,8 +28,8 @@ ARCHITECTURES = {
 }
 """What `s2megatron convert to-hf` writes, and where vLLM has it."""
 
-OURS = "S2"
-"""What our classes' names begin with."""
+OURS = ARCHITECTURE_PREFIX
+"""What our classes' names begin with, and the `architectures` of the folders they are for."""
 
 
 def check_and_set(config) -> None:
@@ -43,12 +43,13 @@ def check_and_set(config) -> None:
     """
     model = config.model_config
     record = getattr(model.hf_text_config, "s2", None)
-    if record is None:
-        return
     where = f"{model.model}/config.json"
+    if record is None:
+        return _refuse_lost_record(model.hf_config, where)
     if wrong := too_old(vllm.__version__):
         raise ValueError(f"{where} has an 's2' key, and {wrong}")
     (name,) = model.hf_config.architectures
+    name = name.removeprefix(OURS)  # folders converted before there was the prefix lack it
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{where}: architectures: {name} with an 's2' key is not supported; one of "
@@ -60,9 +61,19 @@ def check_and_set(config) -> None:
     _check_parallel(config.parallel_config, patterns[0])
     _set_block_size(config.cache_config, patterns[0].block_size, where)
     model.hf_config.architectures = [OURS + name]
-    if doubt := not_tried(vllm.__version__):
+    if doubt := too_new(vllm.__version__):
         logger.warning(doubt)
     _tell(model, config.parallel_config.tensor_parallel_size, patterns)
+
+
+def _refuse_lost_record(hf, where: str) -> None:
+    """Raises ValueError where only the class's name says that the model was trained with S2."""
+    for name in hf.architectures or ():
+        if name.startswith(OURS) and name.removeprefix(OURS) in ARCHITECTURES:
+            raise ValueError(
+                f"{where}: architectures: {name} without an 's2' key: nothing says which tokens "
+                "are attended to; convert the checkpoint again (s2megatron convert to-hf)"
+            )
 
 
 def _read_patterns(record, hf, where: str) -> tuple[LayerPattern, ...]:

@@ -1,6 +1,7 @@
 """What vLLM calls when it starts, in every process: the models' names, and the checks."""
 
-from s2_vllm.checks import ARCHITECTURES, OURS, check_and_set
+from s2_vllm.checks import ARCHITECTURES, OURS, check_and_set, logger
+from s2_vllm.versions import too_old
 
 
 def register() -> None:
@@ -10,16 +11,21 @@ def register() -> None:
     goes on top of each of them, because a model with an `s2` key must not be served dense whatever
     its architecture is.
     """
+    import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     known = set(ModelRegistry.get_supported_archs()) | set(MODELS_CONFIG_MAP)
-    for name in ARCHITECTURES:
-        ModelRegistry.register_model(OURS + name, f"s2_vllm.models:{OURS}{name}")
     for name in known:
         below = MODELS_CONFIG_MAP.get(name)
         if not getattr(below, "checks_s2", False):
             MODELS_CONFIG_MAP[name] = _with_checks(below)
+    if wrong := too_old(vllm.__version__):
+        logger.warning(wrong)  # it will not know our names, and say so
+        return
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(OURS + name, f"s2_vllm.models:{OURS}{name}")
+        MODELS_CONFIG_MAP[OURS + name] = MODELS_CONFIG_MAP[name]
 
 
 def _with_checks(below: type | None) -> type:

@@ -1,9 +1,9 @@
-"""Which releases of vLLM the plugin was tried with."""
+"""Which releases of vLLM the plugin serves with."""
 
 from s2_kernels.versions import release
 
-OLDEST = (0, 26)
-TRIED = ("0.26.0",)
+OLDEST, NEWEST = (0, 26), (0, 33)
+PINNED = "0.26.0"
 
 
 def too_old(version: str) -> str | None:
@@ -11,16 +11,20 @@ def too_old(version: str) -> str | None:
     if release(version) >= OLDEST:
         return None
     return (
-        f"vllm {version} is installed: before {OLDEST[0]}.{OLDEST[1]} its cache has no place for "
-        f"pages per KV head; pip install vllm=={TRIED[-1]}"
+        f"vllm {version} is installed: before {_text(OLDEST)} its cache has no place for pages per "
+        f"KV head; pip install vllm=={PINNED}"
     )
 
 
-def not_tried(version: str) -> str | None:
-    """What to say of a release that was not tried; None of one that was."""
-    if release(version) in map(release, TRIED):
+def too_new(version: str) -> str | None:
+    """What to say of a release after the newest that was tried; None of one that is not."""
+    if release(version) <= NEWEST:
         return None
     return (
-        f"vllm {version} is installed, and S2 models were served with {', '.join(TRIED)} only; if "
-        f"something fails, pip install vllm=={TRIED[-1]}"
+        f"vllm {version} is installed, and S2 models were served with {_text(OLDEST)} to "
+        f"{_text(NEWEST)} only; if something fails, pip install vllm=={PINNED}"
     )
+
+
+def _text(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))

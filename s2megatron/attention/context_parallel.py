@@ -1,30 +1,32 @@
 """Attention over a sequence that context-parallel ranks hold in parts.
 
 Which blocks of K and V a rank needs of the others is known from the pattern alone
-(`s2_kernels/exchange.py`). One all-to-all brings them. Then every chunk of the rank attends to
-*near*, its own tokens and what lies shortly before, under the pattern, and to *far*, the blocks
-that are kept forever, without a mask; the two results are merged by their lse. The backward pass
-exchanges K and V once more, so that nothing of other ranks is held between the passes, and sends dK
-and dV home. They are added in float32 in the order of the ranks, so that the same run gives the
-same bits.
+(`s2_kernels/exchange.py`). One all-to-all brings them. Each chunk of the rank then attends, in one
+launch, to a buffer of what it sees: *far*, the blocks that are kept forever, and *near*, what lies
+shortly before the chunk, and the chunk (`s2_kernels/near.py`). The backward pass exchanges K and V
+once more, so that nothing of other ranks is held between the passes, and sends dK and dV home. They
+are added in float32 in the order of the ranks, so that the same run gives the same bits.
+
+Heads may be exchanged in *groups*: while one group computes, the next one's K and V are on their
+way, and in the backward pass dK and dV of the one before as well. The output, lse and dq have the
+same bits for any number of groups. Long columns of dk and dv are cut where a launch needs it for
+balance, and each sum of pieces has an order of its own: there they differ by rounding.
 
 Shapes: b batch, s tokens of this rank, h query heads, g KV heads, r = h / g, d and dv head sizes;
 R rows exchanged, each one block (B tokens) of K and V of one KV head.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import socket
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from s2_kernels import LayerPattern, s2_attention, s2_attention_backward
-from s2_kernels import dense as dense_pattern
-from s2_kernels.exchange import Chunks, ChunkView, Placement, RankPlan, Run, plan_rank, zigzag
-
-Cut = Callable[[int, int], Sequence[Chunks]]
-"""Cuts a number of blocks among a number of ranks."""
+from s2_kernels.exchange import ChunkView, Placement, RankPlan, plan_rank, zigzag
+from s2megatron.attention.overlap import SPARE, Cut, choose_groups
 
 
 class ContextAttention:
@@ -38,9 +40,15 @@ class ContextAttention:
         softmax_scale: default 1 / sqrt(d).
         group: the context-parallel process group.
         cut: how the sequence lies on its ranks; Megatron's zigzag.
+        exchange_groups: how many groups of KV heads are exchanged one after the other; None: chosen
+            by bytes and operations (`choose_groups`). The same on all ranks.
+        spare: multiprocessors that kernels leave to NCCL while an exchange is in flight.
 
     Attributes:
         bytes_received: what other ranks have sent to this one so far, counted at the collective.
+
+    Raises:
+        ValueError: exchange_groups does not divide the KV heads.
     """
 
     def __init__(
@@ -49,8 +57,19 @@ class ContextAttention:
         softmax_scale: float | None,
         group: dist.ProcessGroup,
         cut: Cut = zigzag,
+        *,
+        exchange_groups: int | None = None,
+        spare: int = SPARE,
     ):
+        if exchange_groups is not None and (
+            exchange_groups < 1 or pattern.kv_heads % exchange_groups
+        ):
+            raise ValueError(
+                f"exchange_groups={exchange_groups}: must divide the {pattern.kv_heads} KV heads "
+                "of this rank; or leave it out, and it is chosen"
+            )
         self.pattern, self.scale, self.group, self.cut = pattern, softmax_scale, group, cut
+        self.exchange_groups, self.spare = exchange_groups, spare
         self.bytes_received = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,96 +89,95 @@ class ContextAttention:
         """out [b, s, h, dv] and lse [b, h, s], outside of autograd."""
         if self.group.size() == 1:
             return s2_attention(q, k, v, self.pattern, softmax_scale=self.scale, return_lse=True)
-        plan = self._plan(q)
-        buffers = _Buffers(plan, self._swap(plan, _pack(plan.send, k, v, self._block)), k, v)
-        outs, lses = [], []
-        for view in plan.chunks:
-            tokens = self._tokens(view)
-            chunk_q = q[:, tokens]
-            near_k, near_v = buffers.near(view, tokens)
-            out, lse = s2_attention(
-                chunk_q,
-                near_k,
-                near_v,
-                view.pattern,
-                softmax_scale=self.scale,
-                q_offset=near_k.shape[1] - chunk_q.shape[1],
-                return_lse=True,
-            )
-            for run in view.far:
-                heads = self._query_heads(run)
-                far_k, far_v = buffers.far(run)
-                far_out, far_lse = s2_attention(
-                    chunk_q[:, :, heads],
-                    far_k,
-                    far_v,
-                    self._dense(run),
-                    softmax_scale=self.scale,
-                    q_offset=far_k.shape[1],
-                    return_lse=True,
-                )
-                _merge(out[:, :, heads], lse[:, heads], far_out, far_lse)
-            outs.append(out)
-            lses.append(lse)
-        return _join(outs, dim=1), _join(lses, dim=2)
+        out = _room(q, v.shape[-1])
+        lse_type = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(len(q), q.shape[2], q.shape[1], dtype=lse_type)
+        for part, received, beside in self._arriving(self._parts(q, v), k, v):
+            for view in part.plan.chunks:
+                tokens, heads = self._tokens(view), part.heads
+                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
+                spare = self.spare if beside else 0
+                seen = self._attend_chunk(part, view, q[:, tokens, heads], *keys, spare)
+                out[:, tokens, heads], lse[:, heads, tokens] = seen
+        return out, lse
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of a `forward` pass that gave out and lse.
-
-        Near and far are each a part of one softmax: with its out and lse they give their parts of
-        the gradients, which are added.
-        """
+        """dq, dk and dv of a `forward` pass that gave out and lse."""
         if self.group.size() == 1:
-            return self._part((q, out, dout), lse, k, v, self.pattern, 0)
-        plan = self._plan(q)
-        buffers = _Buffers(plan, self._swap(plan, _pack(plan.send, k, v, self._block)), k, v)
-        dqs, own = [], []
-        for view in plan.chunks:
-            tokens = self._tokens(view)
-            chunk = [x[:, tokens] for x in (q, out, dout)]
-            chunk_lse = lse[:, :, tokens]
-            near_k, near_v = buffers.near(view, tokens)
-            dq, dk, dv = self._part(
-                chunk, chunk_lse, near_k, near_v, view.pattern, near_k.shape[1] - chunk[0].shape[1]
+            return s2_attention_backward(
+                q, k, v, out, lse.contiguous(), dout, self.pattern, softmax_scale=self.scale
             )
-            own.append(buffers.take_near(view, dk, dv))
-            if view.far:
-                dq = dq.to(buffers.sum_dtype)
-            for run in view.far:
-                heads = self._query_heads(run)
-                far_k, far_v = buffers.far(run)
-                far_dq, dk, dv = self._part(
-                    [x[:, :, heads] for x in chunk], chunk_lse[:, heads], far_k, far_v,
-                    self._dense(run), far_k.shape[1],
-                )  # fmt: skip
-                dq[:, :, heads] += far_dq
-                buffers.take_far(run, dk, dv)
-            dqs.append(dq.to(q.dtype))
-        returned = self._swap(plan, buffers.gradients(), home=True)
-        dk, dv = (_join(parts, dim=1) for parts in zip(*own, strict=True))
-        return _join(dqs, dim=1), *_add_returned(plan, returned, dk, dv, self._block)
+        parts = self._parts(q, v)
+        spare = self.spare if len(parts) > 1 else 0
+        dq, dk, dv = (_room(x, x.shape[-1]) for x in (q, k, v))
+        going_home = []
+        for part, received, _ in self._arriving(parts, k, v):
+            gradients = _Gradients(received)
+            for view in part.plan.chunks:
+                tokens, heads = self._tokens(view), part.heads
+                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
+                queries = [x[:, tokens, heads] for x in (q, out, dout)]
+                chunk_lse = lse[:, heads, tokens].contiguous()
+                dq[:, tokens, heads], *of_keys = self._chunk_gradients(
+                    part, view, *queries, chunk_lse, *keys, spare
+                )
+                own = gradients.take(view, *of_keys)
+                dk[:, tokens, part.kv], dv[:, tokens, part.kv] = own
+            going_home.append((part, self._swap(part.plan, gradients.rows(), home=True)))
+        for part, returned in going_home:
+            own = (x[:, :, part.kv] for x in (dk, dv))
+            _add_returned(part.plan, returned.wait(), *own, self._block)
+        return dq, dk, dv
 
-    @property
-    def _block(self) -> int:
-        return self.pattern.block_size
+    def _attend_chunk(self, part: "_Part", view: ChunkView, q, k, v, spare: int):
+        """out and lse of a chunk's queries, over the keys of its buffer."""
+        return s2_attention(
+            q,
+            k,
+            v,
+            part.pattern,
+            softmax_scale=self.scale,
+            q_offset=view.chunk.start * self._block,
+            return_lse=True,
+            near=view.near,
+            spare=spare,
+        )
 
-    def _part(self, chunk, lse, k, v, pattern, q_offset) -> tuple[Tensor, Tensor, Tensor]:
-        q, out, dout = chunk
+    def _chunk_gradients(self, part: "_Part", view: ChunkView, q, out, dout, lse, k, v, spare: int):
+        """dq of a chunk's queries, and dk and dv of its buffer."""
         return s2_attention_backward(
             q,
             k,
             v,
             out,
-            lse.contiguous(),
+            lse,
             dout,
-            pattern,
+            part.pattern,
             softmax_scale=self.scale,
-            q_offset=q_offset,
+            q_offset=view.chunk.start * self._block,
+            near=view.near,
+            spare=spare,
         )
 
-    def _plan(self, q: Tensor) -> RankPlan:
+    @property
+    def _block(self) -> int:
+        return self.pattern.block_size
+
+    def _arriving(self, parts: "tuple[_Part, ...]", k: Tensor, v: Tensor):
+        """Per group of heads what was received, and whether another exchange is in flight then."""
+        sent = None
+        for part, later in zip(parts, (*parts[1:], None), strict=True):
+            now = sent or self._send(part, k, v)
+            sent = later and self._send(later, k, v)
+            yield part, now.wait(), later is not None
+
+    def _send(self, part: "_Part", k: Tensor, v: Tensor) -> "_Transfer":
+        keys, values = k[:, :, part.kv], v[:, :, part.kv]
+        return self._swap(part.plan, _pack(part.plan.send, keys, values, self._block))
+
+    def _parts(self, q: Tensor, v: Tensor) -> "tuple[_Part, ...]":
         ranks, tokens = self.group.size(), q.shape[1]
         if tokens % self._block:
             raise ValueError(
@@ -167,29 +185,60 @@ class ContextAttention:
                 f"{self._block} tokens"
             )
         blocks = tokens // self._block * ranks
-        return _device_plan(self.pattern, self.cut, ranks, self.group.rank(), blocks, q.device)
+        lies = (self.pattern, self.cut, ranks, blocks)
+        groups = self.exchange_groups
+        if groups is None:
+            sizes = dict(head_sizes=q.shape[-1] + v.shape[-1], element_bytes=q.element_size())
+            groups = choose_groups(*lies, **sizes, within_a_node=False)
+            if groups > 1 and self._within_a_node:
+                groups = choose_groups(*lies, **sizes, within_a_node=True)
+        return _device_parts(*lies, self.group.rank(), groups, q.device)
+
+    @functools.cached_property
+    def _within_a_node(self) -> bool:
+        """Whether all ranks run on one host. They tell each other, so that all choose alike."""
+        hosts = [None] * self.group.size()
+        dist.all_gather_object(hosts, socket.gethostname(), group=self.group)
+        return len(set(hosts)) == 1
 
     def _tokens(self, view: ChunkView) -> slice:
         """The tokens of a chunk among the rank's own."""
         return slice(view.local.start * self._block, view.local.stop * self._block)
 
-    def _query_heads(self, run: Run) -> slice:
-        group = self.pattern.heads // self.pattern.kv_heads
-        return slice(run.heads.start * group, run.heads.stop * group)
-
-    def _dense(self, run: Run) -> LayerPattern:
-        group = self.pattern.heads // self.pattern.kv_heads
-        return _dense(group, len(run.heads), self._block)
-
-    def _swap(self, plan: RankPlan, rows: Tensor, *, home: bool = False) -> Tensor:
+    def _swap(self, plan: RankPlan, rows: Tensor, *, home: bool = False) -> "_Transfer":
         """Rows [R, b, B, d + dv] to the ranks that need them; gradients go `home`, the same way."""
         counts = [plan.send_counts, plan.receive_counts]
         leaving, coming = counts[::-1] if home else counts
         result = rows.new_empty(sum(coming), *rows.shape[1:])
-        dist.all_to_all_single(result, rows, list(coming), list(leaving), group=self.group)
+        work = dist.all_to_all_single(
+            result, rows, list(coming), list(leaving), group=self.group, async_op=True
+        )
         from_others = sum(coming) - coming[plan.rank]
         self.bytes_received += from_others * result[:1].numel() * result.element_size()
-        return result
+        return _Transfer(result, rows, work)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some KV heads of a layer, and their query heads, which are exchanged together."""
+
+    kv: slice
+    heads: slice
+    pattern: LayerPattern
+    plan: RankPlan
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Rows on their way; what leaves is held until they have come."""
+
+    result: Tensor
+    leaving: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.result
 
 
 class _Attend(torch.autograd.Function):
@@ -208,106 +257,83 @@ class _Attend(torch.autograd.Function):
         return *ctx.attention.backward(*ctx.saved_tensors, dout), None
 
 
-class _Buffers:
-    """K and V of what one rank's chunks see, and the float32 gradients of what was received.
+def _room(x: Tensor, size: int) -> Tensor:
+    """Room for a tensor shaped like x [b, s, heads, d] but with size columns; laid out [s, b, ..],
+    as Megatron has it."""
+    b, s, heads, _ = x.shape
+    return x.new_empty(s, b, heads, size).transpose(0, 1)
+
+
+def _buffer(view: ChunkView, received: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V that a chunk sees, [b, t, g, d] and [b, t, g, dv].
 
     Args:
         received: [R, b, B, d + dv].
-        k, v: this rank's own.
+        k, v: the chunk's own.
+    """
+    if not view.before:
+        return k, v
+    _, b, block, size = received.shape
+    own = view.before * block
+    whole = received.new_empty(b, own + k.shape[1], k.shape[2], size)
+    before = whole[:, :own].unflatten(1, (view.before, block))
+    _clear(before)
+    before[:, view.came.slots, :, view.came.heads] = received[view.came.rows]
+    keys, values = whole.split([k.shape[-1], v.shape[-1]], dim=-1)
+    keys[:, own:], values[:, own:] = k, v
+    return keys, values
+
+
+def _clear(blocks: Tensor) -> None:
+    """Sets to 0 what nobody may send: a kernel may load a block that it masks, and no NaN then."""
+    blocks.zero_()
+
+
+class _Gradients:
+    """Float32 gradients of received rows, added up over the chunks of a rank.
+
+    Args:
+        received: [R, b, B, d + dv].
     """
 
-    def __init__(self, plan: RankPlan, received: Tensor, k: Tensor, v: Tensor):
-        self.plan, self.received, self.k, self.v = plan, received, k, v
-        self.sum_dtype = torch.promote_types(k.dtype, torch.float32)
-        self._far = self._blocks(plan.far_blocks)
-        self._place(self._far, plan.far)
-        self._far_gradients: Tensor | None = None
-        self._gradients: Tensor | None = None
+    def __init__(self, received: Tensor):
+        self.received = received
+        self.sum: Tensor | None = None
 
-    def _blocks(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for blocks, [b, count, B, g, d + dv]; what nobody sent stays 0.
-
-        A kernel may load a block that it then masks, and must not find a NaN there.
-        """
-        _, b, block, size = self.received.shape
-        return self.received.new_zeros(b, count, block, self.k.shape[2], size, dtype=dtype)
-
-    def _place(self, blocks: Tensor, placement: Placement) -> None:
-        if blocks.shape[1]:
-            blocks[:, placement.slots, :, placement.heads] = self.received[placement.rows]
-
-    def near(self, view: ChunkView, tokens: slice) -> tuple[Tensor, Tensor]:
-        """K and V of the chunk and of its halo, [b, t, g, d] and [b, t, g, dv]."""
-        own = self.k[:, tokens], self.v[:, tokens]
-        count = view.chunk.start - view.near.start
-        if not count:
-            return own
-        halo = self._blocks(count)
-        self._place(halo, view.halo)
-        parts = halo.flatten(1, 2).split([self.k.shape[-1], self.v.shape[-1]], dim=-1)
-        return tuple(torch.cat(pair, dim=1) for pair in zip(parts, own, strict=True))
-
-    def far(self, run: Run) -> tuple[Tensor, Tensor]:
-        """K and V of the far blocks that some KV heads see, [b, t, heads, d] and with dv."""
-        seen = self._far[:, : run.blocks, :, run.heads.start : run.heads.stop].flatten(1, 2)
-        return seen.split([self.k.shape[-1], self.v.shape[-1]], dim=-1)
-
-    def take_near(self, view: ChunkView, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of the halo to those of what was received; returns the chunk's own."""
-        count = view.chunk.start - view.near.start
+    def take(self, view: ChunkView, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a chunk's gradients of what it received; returns those of its own tokens."""
         block = self.received.shape[2]
-        if count:
-            halo = torch.cat([x[:, : count * block] for x in (dk, dv)], dim=-1)
-            self._collect(halo.unflatten(1, (count, block)), view.halo)
-        return dk[:, count * block :], dv[:, count * block :]
+        own = view.before * block
+        if len(view.came.rows):
+            if self.sum is None:
+                dtype = torch.promote_types(dk.dtype, torch.float32)
+                self.sum = torch.zeros_like(self.received, dtype=dtype)
+            parts = (x[:, :own].unflatten(1, (view.before, block)) for x in (dk, dv))
+            at = (slice(None), view.came.slots, slice(None), view.came.heads)
+            self.sum[view.came.rows] += torch.cat([x[at] for x in parts], dim=-1)
+        return dk[:, own:], dv[:, own:]
 
-    def take_far(self, run: Run, dk: Tensor, dv: Tensor) -> None:
-        if self._far_gradients is None:
-            self._far_gradients = self._blocks(self.plan.far_blocks, self.sum_dtype)
-        seen = self._far_gradients[:, : run.blocks, :, run.heads.start : run.heads.stop]
-        seen += torch.cat([dk, dv], dim=-1).unflatten(1, seen.shape[1:3])
-
-    def gradients(self) -> Tensor:
-        """Those of the received rows, [R, b, B, d + dv] in the dtype they are sent in."""
-        if self._far_gradients is not None:
-            self._collect(self._far_gradients, self.plan.far)
-        if self._gradients is None:
+    def rows(self) -> Tensor:
+        """[R, b, B, d + dv] in the dtype they are sent in."""
+        if self.sum is None:
             return torch.zeros_like(self.received)
-        return self._gradients.to(self.received.dtype)
-
-    def _collect(self, blocks: Tensor, placement: Placement) -> None:
-        if self._gradients is None:
-            self._gradients = torch.zeros_like(self.received, dtype=self.sum_dtype)
-        self._gradients[placement.rows] += blocks[:, placement.slots, :, placement.heads]
+        return self.sum.to(self.received.dtype)
 
 
 def _pack(send: Placement, k: Tensor, v: Tensor, block: int) -> Tensor:
     """The blocks to send, [R, b, B, d + dv], in the order in which they travel."""
-    if not len(send.rows):  # of one rank, whose sequence may end within a block
-        return k.new_empty(0, len(k), block, k.shape[-1] + v.shape[-1])
     rows = [x.unflatten(1, (-1, block))[:, send.slots, :, send.heads] for x in (k, v)]
     return torch.cat(rows, dim=-1)
 
 
-def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Makes out [b, s, h, dv] and lse [b, h, s] those of the softmax over both parts' keys."""
-    total = torch.logaddexp(lse, other_lse)
-    weights = [(part - total).exp().transpose(1, 2)[..., None] for part in (lse, other_lse)]
-    out.copy_(out * weights[0] + other_out * weights[1])
-    lse.copy_(total)
-
-
-def _add_returned(
-    plan: RankPlan, returned: Tensor, dk: Tensor, dv: Tensor, block: int
-) -> tuple[Tensor, Tensor]:
-    """This rank's own dk and dv, and what the ranks sent home of its blocks, in their order.
+def _add_returned(plan: RankPlan, returned: Tensor, dk: Tensor, dv: Tensor, block: int) -> None:
+    """Adds to this rank's own dk and dv what the ranks sent home of its blocks, in their order.
 
     Within one rank's rows no block of a head comes twice, so each is a plain addition.
     """
     if not len(returned):
-        return dk, dv
+        return
     parts = returned.split([dk.shape[-1], dv.shape[-1]], dim=-1)
-    sums = []
     for own, rows in zip((dk, dv), parts, strict=True):
         total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
         blocks = total.unflatten(1, (-1, block))
@@ -316,22 +342,26 @@ def _add_returned(
             strict=True,
         ):
             blocks[:, slots, :, heads] += part
-        sums.append(total.to(own.dtype))
-    return sums[0], sums[1]
-
-
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        own.copy_(total)
 
 
 @functools.lru_cache(maxsize=256)
-def _dense(group: int, kv_heads: int, block: int) -> LayerPattern:
-    return dense_pattern(heads=group * kv_heads, kv_heads=kv_heads, block_size=block)
-
-
-@functools.lru_cache(maxsize=256)
-def _device_plan(
-    pattern: LayerPattern, cut: Cut, ranks: int, rank: int, blocks: int, device: torch.device
-) -> RankPlan:
-    """The plan of one rank, its indices on the device where they are used."""
-    return plan_rank(pattern, cut(ranks, blocks), rank).to(device)
+def _device_parts(
+    pattern: LayerPattern,
+    cut: Cut,
+    ranks: int,
+    blocks: int,
+    rank: int,
+    groups: int,
+    device: torch.device,
+) -> tuple[_Part, ...]:
+    """The groups of heads of one rank, the indices of their plans on the device that uses them."""
+    count, group = pattern.kv_heads // groups, pattern.heads // pattern.kv_heads
+    parts = []
+    for first in range(0, pattern.kv_heads, count):
+        rules = pattern.rules[first : first + count]
+        part = LayerPattern(count * group, pattern.block_size, rules)
+        plan = plan_rank(part, cut(ranks, blocks), rank).to(device)
+        kv, heads = slice(first, first + count), slice(first * group, (first + count) * group)
+        parts.append(_Part(kv, heads, part, plan))
+    return tuple(parts)

@@ -27,6 +27,7 @@ def build_core_attention(
     patterns: tuple[LayerPattern, ...],
     dense: Callable | None,
     keep_output: bool,
+    exchange_groups: int | None = None,
     config: TransformerConfig,
     layer_number: int,
     **contract,
@@ -41,14 +42,18 @@ def build_core_attention(
         dense: builds the core attention of the layers whose pattern is dense; None for
             TorchDenseAttention.
         keep_output: of sparse layers, see S2CoreAttention.
+        exchange_groups: see ContextAttention.
         layer_number: global and 1-based.
         contract: Megatron's other keywords, handed on.
     """
     pattern = patterns[layer_number - 1]
     contract |= {"config": config, "layer_number": layer_number}
     if not pattern.is_dense:
-        return S2CoreAttention(pattern=pattern, keep_output=keep_output, **contract)
-    return dense(**contract) if dense else TorchDenseAttention(pattern=pattern, **contract)
+        ours = {"pattern": pattern, "exchange_groups": exchange_groups}
+        return S2CoreAttention(keep_output=keep_output, **ours, **contract)
+    if dense:
+        return dense(**contract)
+    return TorchDenseAttention(pattern=pattern, exchange_groups=exchange_groups, **contract)
 
 
 def let_go(value: Tensor, query: Tensor) -> Tensor:
@@ -74,6 +79,7 @@ class _CausalCoreAttention(MegatronModule):
             that Transformer Engine runs: here one exchange serves all.
         pattern: the layer's lifetimes, for the model's global head counts. The slice of this
             tensor-parallel rank is taken here, and nowhere else.
+        exchange_groups: see ContextAttention.
 
     Raises:
         ValueError: heads do not divide over the ranks, or the layer asks for what is not done here
@@ -94,6 +100,7 @@ class _CausalCoreAttention(MegatronModule):
         v_channels: int | None = None,
         *,
         pattern: LayerPattern,
+        exchange_groups: int | None = None,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -107,7 +114,9 @@ class _CausalCoreAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.pattern = pattern.shard(groups.tp.rank(), groups.tp.size())
-        self.context = ContextAttention(self.pattern, softmax_scale, groups.cp)
+        self.context = ContextAttention(
+            self.pattern, softmax_scale, groups.cp, exchange_groups=exchange_groups
+        )
         recomputed = config.recompute_granularity == "full" or (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )

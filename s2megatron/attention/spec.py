@@ -20,6 +20,7 @@ def build_layer_spec(
     vp_stage: int | None = None,
     *,
     keep_attention_output: bool = True,
+    exchange_groups: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Megatron's spec of this pipeline stage's layers, dense MLPs or experts, with our attention.
 
@@ -27,7 +28,7 @@ def build_layer_spec(
         config: Megatron's GPTModelConfig.
         patterns: one per layer, for global head counts.
         vp_stage: virtual pipeline stage.
-        keep_attention_output: as in the run file's `sparsity:` section.
+        keep_attention_output, exchange_groups: as in the run file's `sparsity:` section.
 
     Raises:
         ConfigError: Transformer Engine is asked for and not installed.
@@ -51,6 +52,7 @@ def build_layer_spec(
             patterns=patterns,
             dense=TEDotProductAttention if use_te else None,
             keep_output=keep_attention_output,
+            exchange_groups=exchange_groups,
         )
         if not use_te:
             _use_torch_norms(layer, transformer)

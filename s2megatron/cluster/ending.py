@@ -11,7 +11,32 @@ import logging
 import os
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from s2megatron.cluster.orphans import end_children
+
+
+def run_as_rank(main: Callable[[], int]) -> int:
+    """`main`, for a process of its own: what ends it reaches its agent, and it does end.
+
+    After a failure nothing is waited for: with a peer gone, NCCL's destructors and the join of the
+    checkpoint writer can block for ever, and the job with them.
+
+    Returns:
+        What `main` returns; after an exception the process ends here, with status 1.
+    """
+    try:
+        return record(main)()
+    except Exception:  # whatever ended training: the agent reports it
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_children()
+        os._exit(1)
 
 
 def leave(status: int) -> NoReturn:

@@ -7,6 +7,7 @@ start believes free.
 import ctypes
 import signal
 import sys
+import threading
 
 import psutil
 
@@ -24,7 +25,13 @@ def adopt_orphans() -> None:
 
 
 def end_children() -> None:
-    """Kills what is left of this process's descendants, and waits for their end."""
+    """Kills what is left of this process's descendants, and waits for their end.
+
+    In the main thread, PyTorch's handler is removed first: it raises when a worker of a DataLoader
+    is killed, and would hide what ended training.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     left = psutil.Process().children(recursive=True)
     for child in left:
         child.kill()

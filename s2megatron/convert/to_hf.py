@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from s2_kernels.record import read_record
+from s2_kernels.record import ARCHITECTURE_PREFIX, read_record
 from s2megatron.convert import architectures, hf_folder
 from s2megatron.convert.hf_config import read_config, read_json, write_json
 from s2megatron.convert.model import FIELD_NAMES, CheckpointModel, differences
@@ -88,6 +88,7 @@ def to_hugging_face(
         config = _merged(source, source_config, config, model, notes)
     config.pop("s2", None)
     config |= _sparsity(reader, model, notes)
+    config["architectures"] = _class_names(config, architectures.ARCHITECTURES[name].class_name)
     sizes = _sizes(rules, places, model, cast)
     check_space(out, sum(size for _, size in sizes))
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5's, and 4's
@@ -224,6 +225,12 @@ def _sparsity(reader: CheckpointReader, model: CheckpointModel, notes: list[str]
         "s2megatron.hf.load what was trained"
     )
     return {"s2": reader.args.s2_sparsity}
+
+
+def _class_names(config: dict, class_name: str) -> list[str]:
+    """`architectures` of a config: with an `s2` key under names that only S2's plugins serve."""
+    stock = [n.removeprefix(ARCHITECTURE_PREFIX) for n in config.get("architectures", [class_name])]
+    return [ARCHITECTURE_PREFIX + n for n in stock] if "s2" in config else stock
 
 
 def recorded_patterns(reader: CheckpointReader, model: CheckpointModel):

@@ -11,66 +11,19 @@ busiest rank receives in a forward pass
 and twice that in the backward pass (K and V again, dK and dV back), Ulysses once more.
 """
 
-import functools
-from dataclasses import dataclass
-
-from s2_kernels import LayerPattern
-from s2_kernels.exchange import Chunks, crossing_blocks, forever_before, near_start, zigzag
-from s2_kernels.pattern import FOREVER
+from s2_kernels.exchange import block_bytes
+from s2megatron.context_split import Blocks, busiest, tp_shards
 from s2megatron.planner.constants import Machine
 from s2megatron.planner.layout import GATHER, RING, Layout, Model
 from s2megatron.planner.links import Transfer, all_to_all_seconds, gather_seconds, hop_seconds
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank."""
-
-    received: int
-    near: int
-    """Chunks and their halos."""
-    far: int
-
-
-@functools.lru_cache(maxsize=4096)
-def exchanged(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
-    """What crosses for these heads, in zigzag: the most that any rank receives, and holds.
-
-    A halo grows with the rank until it is as long as the window, and what lies far gets less with
-    every rank. So of many ranks only the first are looked at.
-    """
-    reaches = [band.reach for rule in pattern.rules for band in rule.bands]
-    window = max((reach for reach in reaches if reach != FOREVER), default=0)
-    ranks = max(16, 2 + 2 * cp * window // n_blocks)
-    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
-    return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
-
-
-def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
-    whole = (range(n_blocks),)
-    own = crossing_blocks(pattern, chunks, chunks)
-    starts = [near_start(pattern, chunk) for chunk in chunks]
-    near = sum(chunk.stop - start for chunk, start in zip(chunks, starts, strict=True))
-    far = max(forever_before(rule, starts[-1]) for rule in pattern.rules)
-    return Blocks(
-        received=crossing_blocks(pattern, whole, chunks) - own,
-        near=near * pattern.kv_heads,
-        far=far * pattern.kv_heads,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def tp_shards(pattern: LayerPattern, tp: int) -> frozenset[LayerPattern]:
-    """The different patterns of the TP ranks."""
-    return frozenset(pattern.shard(rank, tp) for rank in range(tp))
-
-
 def layer_blocks(model: Model, layout: Layout, layer: int) -> Blocks:
-    """`exchanged` of a layer's busiest TP rank."""
+    """`busiest` of a layer's busiest TP rank."""
     pattern = model.patterns[layer]
     n_blocks = -(-model.shape.seq_len // pattern.block_size)
     shards = tp_shards(pattern, layout.tp)
-    return max((exchanged(s, n_blocks, layout.cp) for s in shards), key=lambda b: b.received)
+    return max((busiest(s, n_blocks, layout.cp) for s in shards), key=lambda b: b.received)
 
 
 def kv_token_bytes(model: Model, layout: Layout) -> float:
@@ -144,7 +97,9 @@ def _ring(machine: Machine, layout: Layout, size: float, attention: float) -> Tr
 def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float]:
     """Memory traffic that the exchange of blocks adds, forward and backward.
 
-    As attention/context_parallel.py goes about it, counted in bf16 reads and writes (a float32 one
+    As attention/context_parallel.py went about it with two launches a chunk. One launch merges
+    nothing, and adds up less, so that this is more than it does today; the documented tables are
+    made with it. Counted in bf16 reads and writes (a float32 one
     is two): forward, rows are picked and joined to be sent (4), far is cleared and filled (3), each
     chunk is joined to its halo (2), and near's and far's outputs are merged in float32 (15) and
     joined (2). Backward the same way for K and V; then the gradients of far are added up (7), those
@@ -188,5 +143,9 @@ def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
 
 def _row_bytes(model: Model, layout: Layout, layer: int) -> float:
     """One block of K and V of one KV head."""
-    block = model.patterns[layer].block_size
-    return block * layout.micro_batch * 2 * model.shape.head_dim * layout.width
+    return block_bytes(
+        model.patterns[layer],
+        batch=layout.micro_batch,
+        head_sizes=2 * model.shape.head_dim,
+        element_bytes=layout.width,
+    )

@@ -4,12 +4,14 @@ Symbols: T tokens of a micro-batch on one CP rank (b * s / c), h hidden size, t 
 size; with sequence parallelism the parts between the matrix products hold T / t tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
+from s2megatron.context_split import tp_shards
 from s2megatron.planner.constants import Machine
-from s2megatron.planner.context import context_traffic, copied_bytes, tp_shards
+from s2megatron.planner.context import context_traffic, copied_bytes
 from s2megatron.planner.layout import BF16, GATHER, ULYSSES, Layout, Model
 from s2megatron.planner.links import Axis, Transfer, all_to_all_seconds, gather_seconds
 
@@ -60,15 +62,10 @@ def attention_seconds(
     )
 
 
-_PAIRS: dict[tuple[LayerPattern, int], int] = {}
-
-
+@functools.lru_cache(maxsize=4096)
 def kept_pairs(pattern: LayerPattern, seq_len: int) -> int:
     """`LayerPattern.kept_pairs`, which a search asks for the same few patterns many times."""
-    key = (pattern, seq_len)
-    if key not in _PAIRS:
-        _PAIRS[key] = pattern.kept_pairs(seq_len)
-    return _PAIRS[key]
+    return pattern.kept_pairs(seq_len)
 
 
 def layer_matmuls(shape: ModelShape, layout: Layout, layer: int) -> list[tuple[float, ...]]:

@@ -9,6 +9,7 @@ stages that is 1F1B's (m + (p - 1) / v) * t; with dense layers in one stage only
 decides.
 """
 
+import functools
 from dataclasses import dataclass
 
 from s2megatron.planner.constants import Machine
@@ -138,13 +139,9 @@ def fits(machine: Machine, memory: Memory) -> bool:
     return memory.total <= usable
 
 
-_FLOPS: dict[Model, int] = {}
-
-
+@functools.lru_cache(maxsize=64)
 def _sequence_flops(model: Model) -> int:
-    if model not in _FLOPS:
-        _FLOPS[model] = model.shape.flops_per_sequence(model.patterns)
-    return _FLOPS[model]
+    return model.shape.flops_per_sequence(model.patterns)
 
 
 def _sends(machine: Machine, model: Model, layout: Layout, axes: dict[str, Axis]) -> float:

@@ -83,6 +83,8 @@ class PagedCache(Cache):
         batch_size: sequences.
         pages: in the pool; default: as many as are needed (`pages_needed`), no more.
         graph: run steps of one token a sequence as one CUDA graph, captured at the second of them.
+        fuse: compile the small operations of such steps with torch.compile, which takes some
+            seconds at the first of them; of use with `graph` only.
         backend: of `s2_kernels.paged_attention`.
 
     Raises:
@@ -99,6 +101,7 @@ class PagedCache(Cache):
         batch_size: int = 1,
         pages: int | None = None,
         graph: bool = False,
+        fuse: bool = True,
         backend: str = "auto",
     ):
         super().__init__(layers=[])
@@ -120,7 +123,7 @@ class PagedCache(Cache):
         shape = (pages or needed, self.patterns[0].block_size, self.head_size)
         place = dict(dtype=model.dtype, device=model.device)
         self.k_pages, self.v_pages = torch.empty(shape, **place), torch.empty(shape, **place)
-        self.graph = DecodeGraph(model, self) if graph else None
+        self.graph = DecodeGraph(model, self, fuse) if graph else None
         self.capturing = False
         self.reset()
 

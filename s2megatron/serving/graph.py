@@ -2,10 +2,12 @@
 
 A step of one token a sequence launches the same kernels on the same memory every time: the page
 table and the lengths that they read lie on the device, and grids depend on shapes alone. So it is
-captured once and replayed. The first step runs as usual and compiles what is not compiled yet. What
-the host has to do for a step, new pages where a block begins, it does before the replay.
+captured once and replayed. The first step runs as usual and compiles what is not compiled yet. In
+it and in the captured one small operations are fused (fusing.py). What the host has to do for a
+step, new pages where a block begins, it does before the replay.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from s2megatron.serving.fusing import fusion_of
 
 if TYPE_CHECKING:
     from s2megatron.serving.cache import PagedCache
@@ -25,12 +29,22 @@ _KNOWN = {
 
 
 class DecodeGraph:
-    """The captured step of one cache and its model, made at the second step."""
+    """The captured step of one cache and its model, made at the second step.
 
-    def __init__(self, model, cache: "PagedCache"):
+    Args:
+        fuse: compile the small operations of a step; where that cannot be done, it is told.
+    """
+
+    def __init__(self, model, cache: "PagedCache", fuse: bool):
         self.cache = cache
+        self._fusion = fusion_of(model, cache.batch) if fuse else None
         self._forward = replace_forward(model)
         self.forget()
+
+    @property
+    def fused(self) -> str:
+        """What of a step is fused, in words."""
+        return "nothing" if self._fusion is None else str(self._fusion)
 
     def forget(self) -> None:
         """Of another text the first step runs as usual, and a new graph is captured."""
@@ -43,22 +57,25 @@ class DecodeGraph:
         if ids is None or ids.shape[1] != 1 or self.cache.total == 0 or torch.is_grad_enabled():
             return False
         others = (value for name, value in arguments.items() if name not in _KNOWN)
-        if any(value is not None and value is not False for value in others):
-            return False
-        self._steps += 1
-        return self._steps > 1
+        return not any(value is not None and value is not False for value in others)
 
-    def run(self, arguments: dict) -> CausalLMOutputWithPast:
+    def run(self, arguments: dict):
         """One step; the attention mask is not read again: the cache knows where texts begin."""
         cache, ids = self.cache, arguments["input_ids"]
         position = arguments.get("position_ids")
         if position is None:
             position = torch.full_like(ids, cache.total)
+        position = position.expand_as(ids).contiguous()
+        self._steps += 1
+        if self._steps == 1:
+            # With tensors of the captured step's shapes: nothing is compiled during the capture.
+            with self._fused():
+                return self._forward(**arguments | {"position_ids": position})
         cache.step()
         if self._replay is None:
-            self._capture(ids, position.expand_as(ids))
+            self._capture(ids, position)
         self._ids.copy_(ids)
-        self._position.copy_(position.expand_as(ids))
+        self._position.copy_(position)
         self._replay()
         cache.after_step()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=cache)
@@ -69,14 +86,18 @@ class DecodeGraph:
         def forward() -> Tensor:
             self.cache.capturing = True
             try:
-                return self._forward(
-                    input_ids=self._ids, position_ids=self._position, past_key_values=self.cache,
-                    use_cache=True, return_dict=True,
-                ).logits  # fmt: skip
+                with self._fused():
+                    return self._forward(
+                        input_ids=self._ids, position_ids=self._position,
+                        past_key_values=self.cache, use_cache=True, return_dict=True,
+                    ).logits  # fmt: skip
             finally:
                 self.cache.capturing = False
 
         self._replay, self._logits = capture(forward)
+
+    def _fused(self):
+        return contextlib.nullcontext() if self._fusion is None else self._fusion.active()
 
 
 def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -64,6 +64,7 @@ def layer_spec(sparsity: SparsityConfig) -> Callable:
             resolve(config, sparsity),
             vp_stage,
             keep_attention_output=sparsity.keep_attention_output,
+            exchange_groups=sparsity.exchange_groups,
         )
 
     return spec_of_stage

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from s2_kernels.versions import release
 from s2megatron.errors import ConfigError
+
+RESILIENCY = (0, 6)
+"""The oldest nvidia-resiliency-ext that Megatron takes; its import fails beside an older one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Backends:
     gradient_accumulation_fusion: bool
     """NVIDIA Apex's fused_weight_gradient_mlp_cuda, which Megatron's output layer asks for under
     Transformer Engine too."""
+    resiliency: str | None = None
+    """Version of nvidia-resiliency-ext, which writes checkpoints in the background; or None."""
 
     def lines(self, args) -> list[str]:
         """The start table's lines: which backend each part uses, and what is done without.
@@ -63,8 +69,8 @@ def find_backends() -> Backends:
     """Looks at this machine.
 
     Raises:
-        ConfigError: a half-removed Transformer Engine, or an Apex whose FusedAdam Megatron would
-            take and could not build.
+        ConfigError: a half-removed Transformer Engine, an Apex whose FusedAdam Megatron would take
+            and could not build, or an nvidia-resiliency-ext beside which Megatron does not import.
     """
     te_spec = importlib.util.find_spec("transformer_engine")
     if te_spec is not None and te_spec.origin is None:
@@ -91,7 +97,22 @@ def find_backends() -> Backends:
         gradient_accumulation_fusion=_brings(
             "fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32"
         ),
+        resiliency=_resiliency(),
     )
+
+
+def _resiliency() -> str | None:
+    if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        return None
+    version = importlib.metadata.version("nvidia-resiliency-ext")
+    if release(version) < RESILIENCY:
+        least = ".".join(map(str, RESILIENCY))
+        raise ConfigError(
+            f"nvidia-resiliency-ext: {version} is installed, beside which Megatron does not "
+            f"import; install {least} or newer, or uninstall it (checkpoints are written in the "
+            "background without it, too)"
+        )
+    return version
 
 
 def _brings(module: str, name: str) -> bool:
@@ -121,6 +142,12 @@ def default_options(backends: Backends, chosen: dict) -> dict:
             "megatron.gradient_accumulation_fusion: true needs NVIDIA Apex (built with its "
             "fused_weight_gradient_mlp_cuda), which is not installed here; leave the option out"
         )
+    nvrx = backends.cuda and backends.resiliency is not None
+    if chosen.get("async_save") and chosen.get("async_strategy") == "nvrx" and not nvrx:
+        raise ConfigError(
+            "megatron.async_strategy: 'nvrx' needs nvidia-resiliency-ext and a GPU (its writer "
+            "asks for one), which are not both here; leave the option out"
+        )
     use_te = impl == "transformer_engine" or (
         impl is None and backends.transformer_engine is not None and backends.cuda
     )
@@ -143,6 +170,7 @@ def default_options(backends: Backends, chosen: dict) -> dict:
         "dist_ckpt_optim_fully_reshardable": True,
         "ckpt_fully_parallel_load": True,
         "gradient_accumulation_fusion": backends.gradient_accumulation_fusion,
+        "async_strategy": "nvrx" if nvrx else "mcore",  # who writes in the background
     }
     if not use_te:
         options |= {

@@ -41,6 +41,12 @@ def _load_failed(folder: Path, step: int | None, error: BaseException) -> str:
     back = f"; {way_back(folder, iteration)}" if iteration is not None else ""
     if damaged:
         return f"a checkpoint could not be loaded: it is damaged: {damaged[1]}{back}"
+    if re.search(r"optimizer\.distributed\..*bucket_idx", text):
+        return (
+            f"a checkpoint could not be loaded: {checkpoint}: its optimizer's state was saved by "
+            "bucket, and this run has other buckets: go on with the overlap_grad_reduce and "
+            f"ddp_bucket_size that it was saved with (said above){back}"
+        )
     return (
         f"a checkpoint could not be loaded: {checkpoint}: {type(error).__name__}: "
         f"{_last_line(error)}. Does it fit the run file? s2megatron convert inspect {folder} says "

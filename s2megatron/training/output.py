@@ -5,7 +5,6 @@ FOLDER/tensorboard/   losses, tokens/s, true FLOPs
 FOLDER/run.lock       who is writing here (run_lock.py)
 """
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,10 +94,7 @@ def resolve(output: OutputConfig, chosen: dict, choose: Choice = by_name) -> Out
         "async_save": True,
     } | chosen
     if options["async_save"]:
-        # Megatron 0.19 drops async_save without the worker, whose default comes from a package.
-        options.setdefault("use_persistent_ckpt_worker", True)
-        nvrx = importlib.util.find_spec("nvidia_resiliency_ext") is not None
-        options.setdefault("async_strategy", "nvrx" if nvrx else "mcore")
+        options.setdefault("use_persistent_ckpt_worker", True)  # Megatron drops async_save without
     iteration, notes = choose(checkpoints, output.verify)
     if iteration is None:
         return Output(folder, checkpoints, options, None, notes)

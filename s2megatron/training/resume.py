@@ -17,7 +17,7 @@ from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.training.changed_options import compare, refusal
 from s2megatron.training.checkpoint_folder import way_back
 from s2megatron.training.load_fixes import settle_schedule
-from s2megatron.training.resume_layout import check_layout
+from s2megatron.training.resume_layout import check_layout, told_of_buckets
 
 
 def latest_iteration_dir(load: str | Path, step: int | None = None) -> Path | None:
@@ -76,7 +76,7 @@ def check_resume(args, patterns: tuple[LayerPattern, ...], on_resume: str) -> No
     if whole:
         check_layout(args, common, folder)
     saved = common.get("args")
-    notes = []
+    notes = told_of_buckets(args, common) if whole and saved is not None else []
     if saved is not None:
         comparison = compare(saved, args, optimizer=whole)
         if refused := refusal(comparison, folder, args):

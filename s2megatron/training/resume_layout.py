@@ -28,9 +28,7 @@ def check_layout(args, common: dict, folder: Path) -> None:
             f"they are spread over ranks, or the other way round; go on at {saved}"
             f"{' or another value above 1' if saved > 1 else ''}, or {_anew(folder)}"
         )
-    metadata = common.get("content_metadata") or {}
-    by_bucket = metadata.get("distrib_optim_sharding_type") == "dp_reshardable"
-    if not by_bucket or not args.use_distributed_optimizer:
+    if not _by_bucket(common) or not args.use_distributed_optimizer:
         return
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         saved, wanted = getattr(common["args"], name), getattr(args, name)
@@ -42,6 +40,48 @@ def check_layout(args, common: dict, folder: Path) -> None:
                 "checkpoint is saved with megatron.dist_ckpt_optim_fully_reshardable=true, or "
                 f"{_anew(folder)}"
             )
+
+
+def _by_bucket(common: dict) -> bool:
+    metadata = common.get("content_metadata") or {}
+    return metadata.get("distrib_optim_sharding_type") == "dp_reshardable"
+
+
+def told_of_buckets(args, common: dict) -> list[str]:
+    """A line where state saved by bucket may meet other buckets: those of another size.
+
+    The size follows from the number of DP x CP ranks above 40, so that it may change by itself.
+    Where the parameters of a rank fit into one bucket of either size, nothing changes.
+
+    Args:
+        common: the checkpoint's common state.
+    """
+    saved = common["args"]
+    if not _by_bucket(common) or not args.use_distributed_optimizer:
+        return []
+    before, now = _bucket_options(saved), _bucket_options(args)
+    if before == now:
+        return []
+    was, given = (
+        " ".join(f"megatron.{name}={str(value).lower()}" for name, value in options.items())
+        for options in (before, now)
+    )
+    return [
+        f"the optimizer's state was saved by bucket, with {was}; with {given} it loads only where "
+        f"a rank's parameters fit into one bucket. If it does not, go on with {was}"
+    ]
+
+
+def _bucket_options(args) -> dict:
+    """What the size of buckets follows from (Megatron's training.resolve_ddp_bucket_size)."""
+    overlap = {"overlap_grad_reduce": bool(getattr(args, "overlap_grad_reduce", False))}
+    if not overlap["overlap_grad_reduce"]:
+        return overlap  # one bucket
+    if (number := getattr(args, "ddp_num_buckets", None)) is not None:
+        return overlap | {"ddp_num_buckets": number}
+    ranks = getattr(args, "data_parallel_size", 1) * getattr(args, "context_parallel_size", 1)
+    size = getattr(args, "ddp_bucket_size", None) or max(40_000_000, 1_000_000 * ranks)
+    return overlap | {"ddp_bucket_size": size}
 
 
 def _anew(folder: Path) -> str:

@@ -75,13 +75,17 @@ def _meter(ready: Prepared) -> ThroughputMeter:
     )
 
 
-def _watch_writer(lock: RunLock | None) -> WriterWatch:
+def _watch_writer(lock: RunLock | None, rank: int) -> WriterWatch:
     def end(reason: str) -> None:
         if lock:
             lock.release()  # nothing of this process runs after it
         end_rank(reason)
 
-    return WriterWatch(end)
+    def tell(line: str) -> None:
+        if rank == 0:  # all ranks have the same packages
+            print(line, flush=True)
+
+    return WriterWatch(end, tell=tell)
 
 
 def train(config: str, overrides: Sequence[str]) -> None:
@@ -105,7 +109,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
         if ready.output:
             lock, pruner = _take_output(ready)
     meter = _meter(ready)
-    watch = _watch_writer(lock) if args.async_save else None
+    watch = _watch_writer(lock, args.rank) if args.async_save else None
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, ready.model_config),

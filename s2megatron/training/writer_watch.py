@@ -20,18 +20,40 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 
 
+CALLERS = ("_persistent_caller", "persistent_caller")
+"""Who starts the writer, by its name in Megatron's queue of saves and in nvidia-resiliency-ext's
+(0.6 and 0.7: all that Megatron 0.19 takes)."""
+
+
+class UnknownWriter(LookupError):
+    """Megatron's queue of saves has no name for its writer that is known here."""
+
+
 def current_writer() -> BaseProcess | None:
     """The persistent writer that Megatron has now; it starts another one for the last save.
 
-    Asks Megatron's queue of saves, of its own or of nvidia-resiliency-ext; both have names for it.
+    One that nvidia-resiliency-ext has started ahead is none yet: should it die before the first
+    save, the package takes another.
+
+    Raises:
+        UnknownWriter: another version's names.
     """
     from megatron.training import async_utils
 
     queue = async_utils._async_calls_queue
     if queue is None:
         return None
-    named = "_persistent_caller" if hasattr(queue, "_persistent_caller") else "persistent_caller"
-    return getattr(getattr(queue, named), "process", None)
+    for name in CALLERS:
+        if hasattr(queue, name):
+            caller = getattr(queue, name)
+            if caller is not None and not hasattr(caller, "process"):
+                raise UnknownWriter(f"{_kind(caller)} has no 'process'")
+            return caller and caller.process
+    raise UnknownWriter(f"{_kind(queue)} has none of {', '.join(CALLERS)}")
+
+
+def _kind(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 class WriterWatch:
@@ -45,13 +67,15 @@ class WriterWatch:
         self,
         fail: Callable[[str], None],
         find: Callable[[], BaseProcess | None] = current_writer,
+        tell: Callable[[str], None] = print,
     ):
         """
         Args:
             fail: called once, in the thread, with what has happened.
-            find: the writer now, or None.
+            find: the writer now, or None; raises UnknownWriter where it cannot be found.
+            tell: called once, in the thread, with why nothing is watched.
         """
-        self.fail, self.find = fail, find
+        self.fail, self.find, self.tell = fail, find, tell
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -63,7 +87,16 @@ class WriterWatch:
 
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL):
-            if (writer := self.find()) is not None and (status := writer.exitcode):
+            try:
+                writer = self.find()
+            except UnknownWriter as why:
+                self.tell(
+                    f"s2megatron: the background writer of checkpoints is not watched: {why}. "
+                    "Should it die, the run would wait for it without end; "
+                    "megatron.async_strategy=mcore is watched"
+                )
+                return
+            if writer is not None and (status := writer.exitcode):
                 self.fail(what_happened(writer.pid, status))
                 return
 

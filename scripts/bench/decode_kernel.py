@@ -1,15 +1,20 @@
 """Times the paged decode kernel on one GPU against its bytes and against dense decoding.
 
-    python3 scripts/bench/decode_kernel.py [--out FILE.json] [--tune]
+    python3 scripts/bench/decode_kernel.py [--out FILE.json] [--tune | --split]
 
 Prints whether the kernel is right (float64 reference, poisoned pages, under a CUDA graph), the
 measured copy bandwidth, and a row per case: the time of one call inside a CUDA graph that walks
 several pools (so that no page is still in the L2 cache), the live bytes, and the time these bytes
 take at the copy bandwidth. Dense is torch's SDPA over contiguous keys, and this kernel with a dense
 pattern; the page says which one was the fastest.
+
+Calls follow each other at once, so that a call may start while the one before it merges. "After
+write" is a call behind `s2_write_kernel`, as in a layer, less the write alone. --split tells where
+a call's time goes, kernel by kernel, with nothing overlapped.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -25,19 +30,30 @@ import triton.language as tl
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-from s2_kernels import dense, local_stride, ranges  # noqa: E402
+from s2_kernels import decode, dense, local_stride, ranges  # noqa: E402
 from s2_kernels.cache import alive_blocks, alive_pages  # noqa: E402
-from s2_kernels.decode import DecodeConfig, decode_config, launch_decode, launch_write  # noqa: E402
+from s2_kernels.decode import DecodeConfig, decode_config, launch_decode  # noqa: E402
+from s2_kernels.decode_write import launch_write  # noqa: E402
 from s2_kernels.paged import paged_reference  # noqa: E402
 
-CONFIGS = ["n64w4s3x2", "n64w4s4x2", "n32w4s5x4", "n32w4s4x4", "n64w2s4x2", "n64w2s3x3",
-           "n32w1s5x4", "n64w4s4x2nopdl"]  # fmt: skip
+CONFIGS = [
+    "n64w4s4x2c4", "n64w4s4x2c0", "n64w4s4x2c12", "n64w4s3x3c4r168", "n64w4s4x4c4",
+    "n64w4s4x2c4p4", "n64w4s4x2c4p2", "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
+]  # fmt: skip
+CASES = ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1))
+"""(stride, batch); stride 1 is dense."""
+TUNED = {(16, 1): 10, (16, 16): 10, (16, 8): 7, (8, 1): 10, (16, 64): 5, (16, 20): 5}
+"""The same, and how many configurations are tried."""
 
 
 def parse_config(text: str) -> DecodeConfig:
-    """Reads what `str` writes: n64w4s4x2, or with `nopdl` behind."""
-    found = re.fullmatch(r"n(\d+)w(\d+)s(\d+)x(\d+)(nopdl)?", text)
-    return DecodeConfig(*map(int, found.groups()[:4]), pdl=not found[5])
+    """Reads what `str` writes: n64w4s4x2c4, with p4, r168 or nopdl behind where it differs."""
+    found = re.fullmatch(r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(nopdl)?", text)
+    sizes, (start, prefetch, maxnreg) = found.groups()[:4], found.groups()[4:7]
+    return DecodeConfig(
+        *map(int, sizes), pdl=not found[8], start=int(start), prefetch=int(prefetch or 0),
+        maxnreg=int(maxnreg or 0),
+    )  # fmt: skip
 
 
 def fill(pattern, lengths, d, dtype, poison=False):
@@ -68,9 +84,15 @@ def fill(pattern, lengths, d, dtype, poison=False):
     return k, v, table.cuda(), len(live) * size * d * 2 * dtype.itemsize
 
 
-def check() -> list[str]:
-    """The largest error of a few cases against float64, and what must not change any bit."""
+def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
+    """The largest error of a few cases against float64, and what must not change any bit.
+
+    Args:
+        config: default: what each case takes by itself.
+        most: of the cases.
+    """
     lines = []
+    launch_decode = functools.partial(decode.launch_decode, config=config)
     bf16, fp16 = torch.bfloat16, torch.float16
     s2 = local_stride(heads=32, kv_heads=8, local_blocks=16, stride=16)
     bands = ranges(heads=8, block_size=32, bands=[(4, 1), (16, 4), (None, 8)])
@@ -78,6 +100,7 @@ def check() -> list[str]:
     wide = local_stride(heads=8, kv_heads=8, block_size=128, local_blocks=2, stride=4)
     cases = [
         (s2, (9000, 64, 65, 1), 128, bf16, 1),
+        (s2, (9000, 9000, 8900), 128, bf16, 1),
         (s2, (9000, 500), 128, bf16, 3),
         (s2, (3000, 70), 128, fp16, 200),
         (bands, (5000, 33), 64, fp16, 1),
@@ -85,7 +108,7 @@ def check() -> list[str]:
         (partly, (999,), 96, bf16, 1),
         (wide, (4097,), 128, bf16, 1),
     ]
-    for pattern, lengths, d, dtype, s in cases:
+    for pattern, lengths, d, dtype, s in cases[:most]:
         lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         # Every block has a page here: a chunk of queries needs what is dead by its end.
         every = dense(heads=pattern.heads, kv_heads=pattern.kv_heads,
@@ -198,69 +221,116 @@ def dense_sdpa(batch, tokens, heads, kv_heads, d, dtype) -> dict[str, float]:
     return found
 
 
+def pattern_of(stride: int):
+    if stride == 1:
+        return dense(heads=32, kv_heads=8)
+    return local_stride(heads=32, kv_heads=8, local_blocks=16, stride=stride)
+
+
+class Table:
+    """Times cases one after the other and prints them, until the time is over."""
+
+    def __init__(self, tokens: int, deadline: float):
+        self.tokens, self.deadline, self.began = tokens, deadline, time.time()
+        self.d, self.dtype = 128, torch.bfloat16
+        self.bandwidth = copy_bandwidth()
+        self.rows: list[dict] = []
+
+    @property
+    def late(self) -> bool:
+        return time.time() - self.began > self.deadline
+
+    def add(self, stride: int, batch: int, name: str, size: int, us: float) -> None:
+        floor = size / self.bandwidth * 1e6
+        self.rows.append(dict(stride=stride, batch=batch, config=name, us=us, bytes=size,
+                              floor_us=floor, share=floor / us))  # fmt: skip
+        print(f"V{stride} b{batch} {name}: {us:.1f} us, {size / 2**20:.1f} MiB, floor "
+              f"{floor:.1f} us, {floor / us:.1%} of copy", flush=True)  # fmt: skip
+
+    def time_case(self, stride: int, batch: int, configs: list[str]) -> None:
+        """This kernel with each configuration; dense kernels of torch, too, where stride is 1."""
+        pattern = pattern_of(stride)
+        pools = make_pools(pattern, batch, self.tokens, self.d, self.dtype)
+        size = pools[0][3]
+        for name in configs:
+            if self.late:
+                return print("out of time", flush=True)
+            config = parse_config(name)
+            try:
+                calls = calls_of(pattern, batch, self.tokens, self.d, self.dtype, config, pools)
+                self.add(stride, batch, name, size, graph_time(calls))
+                if stride == 16 and batch in (1, 16):
+                    self.time_after_write(batch, name, size, pattern, calls, pools)
+            except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
+                print(f"{name}: {type(error).__name__} {str(error)[:90]}")
+        if stride == 1:
+            del pools, calls
+            torch.cuda.empty_cache()
+            for name, us in dense_sdpa(batch, self.tokens, 32, 8, self.d, self.dtype).items():
+                self.add(stride, batch, name, size, us)
+
+    def time_after_write(self, batch, name, size, pattern, calls, pools) -> None:
+        lens = torch.full((batch,), self.tokens, dtype=torch.int32, device="cuda")
+        new = torch.randn(batch, 1, 8, self.d, device="cuda").to(self.dtype)
+        writes = [
+            functools.partial(launch_write, new, new, *pool[:3], lens, pattern, alive_only=False)
+            for pool in pools
+        ]
+        pairs = [x for pair in zip(writes, calls, strict=True) for x in pair]
+        write, both = graph_time(writes), 2 * graph_time(pairs)
+        self.add(16, batch, f"{name} after write ({write:.1f} us)", size, both - write)
+
+
+def time_kernels(tokens: int, configs: list[str]) -> None:
+    """Microseconds of each kernel by itself, as the profiler sees them, nothing overlapped."""
+    from torch.profiler import ProfilerActivity, profile
+
+    d, dtype = 128, torch.bfloat16
+    for batch in (1, 8, 16, 64):
+        pools = make_pools(pattern_of(16), batch, tokens, d, dtype)
+        for name in configs:
+            config = dataclasses.replace(parse_config(name), pdl=False, prefetch=0)
+            calls = calls_of(pattern_of(16), batch, tokens, d, dtype, config, pools)
+            calls[0]()
+            with profile(activities=[ProfilerActivity.CUDA]) as record:
+                for call in calls * 4:
+                    call()
+                torch.cuda.synchronize()
+            times = [(e.key, e.self_device_time_total / e.count) for e in record.key_averages()
+                     if e.key.startswith("s2_")]  # fmt: skip
+            print(f"b{batch} {config}", *(f"{key}: {us:.1f} us" for key, us in times), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--tune", action="store_true", help="try every configuration")
+    parser.add_argument("--split", action="store_true", help="time each kernel by itself")
     parser.add_argument("--check-only", action="store_true", help="time nothing (memcheck)")
     parser.add_argument("--deadline", type=float, default=85, help="seconds, then stop")
     a = parser.parse_args()
-    began = time.time()
-    d, dtype = 128, torch.bfloat16
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    default = str(decode_config(128, 128, 16, 64, torch.bfloat16, torch.device("cuda")))
+    configs = [default, *(c for c in CONFIGS if c != default)] if a.tune else [default]
     lines = check()
+    for name in configs[1:]:
+        lines += [f"{name}: {line}" for line in check(parse_config(name), 2)]
     print("\n".join(lines), flush=True)
     if a.check_only:
         return
-    bandwidth = copy_bandwidth()
-    print(f"copy: {bandwidth / 1e12:.3f} TB/s; {time.time() - began:.0f} s", flush=True)
-    default = str(decode_config(d, d, 16, 64, dtype, torch.device("cuda")))
-    configs = [default, *(c for c in CONFIGS if c != default)] if a.tune else [default]
-    rows = []
-    for stride, batch in ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1)):
-        if stride == 1:
-            pattern = dense(heads=32, kv_heads=8)
-        else:
-            pattern = local_stride(heads=32, kv_heads=8, local_blocks=16, stride=stride)
-        pools = make_pools(pattern, batch, a.tokens, d, dtype)
-        size = pools[0][3]
-        floor = size / bandwidth * 1e6
-        for config in configs if stride == 16 and batch != 16 else configs[:1]:
-            if time.time() - began > a.deadline:
-                print("out of time", flush=True)
-                break
-            try:
-                calls = calls_of(pattern, batch, a.tokens, d, dtype, parse_config(config), pools)
-                us = graph_time(calls)
-            except Exception as error:  # a configuration that fails is a result: go on
-                print(f"{config}: {type(error).__name__}")
-                continue
-            rows.append(dict(stride=stride, batch=batch, config=config, us=us, bytes=size,
-                             floor_us=floor, share=floor / us))  # fmt: skip
-            print(f"V{stride} b{batch} {config}: {us:.1f} us, {size / 2**20:.1f} MiB, floor "
-                  f"{floor:.1f} us, {floor / us:.1%} of copy", flush=True)  # fmt: skip
-        if stride == 16 and batch in (1, 16):
-            k, v, table, _ = pools[0]
-            lens = torch.full((batch,), a.tokens, dtype=torch.int32, device="cuda")
-            new = torch.randn(batch, 1, 8, d, device="cuda").to(dtype)
-            write = functools.partial(
-                launch_write, new, new, k, v, table, lens, pattern, alive_only=False
-            )
-            write = graph_time([write] * 8)
-            print(f"b{batch} write: {write:.1f} us", flush=True)
-        if stride == 1:
-            del pools
-            torch.cuda.empty_cache()
-            for name, us in dense_sdpa(batch, a.tokens, 32, 8, d, dtype).items():
-                rows.append(dict(stride=1, batch=batch, config=name, us=us, bytes=size,
-                                 floor_us=floor, share=floor / us))  # fmt: skip
-                print(f"dense b{batch} {name}: {us:.1f} us, {floor / us:.1%}", flush=True)
-    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, copy=bandwidth,
-                  check=lines, rows=rows, alive=alive_pages(pattern, a.tokens))  # fmt: skip
+    if a.split:
+        return time_kernels(a.tokens, ["n64w4s4x2c0", "n64w4s4x2c4"])
+    table = Table(a.tokens, a.deadline)
+    print(f"copy: {table.bandwidth / 1e12:.3f} TB/s", flush=True)
+    for stride, batch in TUNED if a.tune else CASES:
+        table.time_case(stride, batch, configs[: TUNED[stride, batch]] if a.tune else configs)
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
+                  copy=table.bandwidth, check=lines, rows=table.rows,
+                  alive=alive_pages(pattern_of(16), a.tokens))  # fmt: skip
     if a.out:
         a.out.write_text(json.dumps(result, indent=1))
-    print(f"{time.time() - began:.0f} s in all")
+    print(f"{time.time() - table.began:.0f} s in all")
 
 
 if __name__ == "__main__":

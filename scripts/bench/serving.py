@@ -7,6 +7,11 @@ A model of Llama's shape with random weights (`--load-format dummy`); window 1,0
 Of every length and batch: how many sequences of that length the cache has room for, seconds from a
 prompt to its first token, and tokens a second while `batch` requests decode, or as many of them as
 run at a time. Every prompt is its own, and all are prefilled. Writes NAME.json and NAME.md.
+
+    python3 scripts/bench/serving.py --load 200 --shape 1.3b --lengths 8192
+
+sends so many requests of mixed lengths in place of that, takes a fifth of them back, and compares
+every answer with what the same request gets alone (serving_load.py).
 """
 
 import argparse
@@ -20,13 +25,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+
+import serving_load  # noqa: E402
 
 from s2_kernels import dense, local_stride  # noqa: E402
 from s2_kernels.record import record  # noqa: E402
 from s2megatron import provenance  # noqa: E402
 
 PROVIDERS = ("s2", "dense")
+VOCAB = 32000
 SHAPES = {  # layers, hidden, ffn, heads, KV heads
     "1.3b": (24, 2048, 5504, 16, 16),
     "8b": (32, 4096, 14336, 32, 8),
@@ -39,12 +47,19 @@ def parse(argv=None):
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--lengths", default="8192,32768,131072", help="tokens of a prompt")
     parser.add_argument("--batches", default="1,16,64")
-    parser.add_argument("--providers", default=",".join(PROVIDERS))
+    parser.add_argument("--providers", help="default: s2,dense; with --load, s2")
+    parser.add_argument("--load", type=int, metavar="REQUESTS", help="see above")
+    parser.add_argument("--dtype", help="default: bfloat16; on the CPU and with --load float32")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--local-blocks", type=int, default=16)
     parser.add_argument("--stride", type=int, default=16, help="in blocks")
     parser.add_argument("--dense-layers", type=int, default=0, help="the first so many are dense")
-    parser.add_argument("--tokens", type=int, default=64, help="steps that are timed")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        help="steps that are timed; of --load, the most new tokens",
+    )
     parser.add_argument("--chunk", type=int, default=8192, help="--max-num-batched-tokens")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--pages", type=int, help="in the cache, to try out; default: what fits")
@@ -53,19 +68,22 @@ def parse(argv=None):
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
     parser.add_argument("--name", help="of the files; default: serving-GPU-DATE")
     parser.add_argument("--in-this-process", metavar="FILE", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    a = parser.parse_args(argv)
+    a.providers = a.providers or ("s2" if a.load else ",".join(PROVIDERS))
+    a.dtype = a.dtype or ("float32" if a.load or a.device == "cpu" else "bfloat16")
+    return a
 
 
 def make_folder(a, provider: str, folder: Path) -> Path:
     """A config.json, which is all that random weights need."""
     layers, hidden, ffn, heads, kv_heads = SHAPES[a.shape]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
         "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "head_dim": hidden // heads, "max_position_embeddings": 1 << 20, "hidden_act": "silu",
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16" if a.device == "cuda" else "float32",
+        "torch_dtype": a.dtype,
     }  # fmt: skip
     if provider == "s2":
         shape = dict(heads=heads, kv_heads=kv_heads, block_size=a.block_size)
@@ -93,7 +111,7 @@ def start(a, provider: str, folder: Path):
 
     register()  # where the checkout is not installed, there is no entry point
     tokens, batch = (max(map(int, x.split(","))) for x in (a.lengths, a.batches))
-    longest = tokens + tokens_to_ask_for(a, tokens, batch)
+    longest = tokens + (a.tokens if a.load else tokens_to_ask_for(a, tokens, batch))
     return LLM(
         model=str(make_folder(a, provider, folder)),
         load_format="dummy",
@@ -102,7 +120,7 @@ def start(a, provider: str, folder: Path):
         max_num_seqs=max(map(int, a.batches.split(","))),
         max_num_batched_tokens=min(a.chunk, longest),
         enforce_eager=a.eager or a.device == "cpu",
-        enable_prefix_caching=False,
+        enable_prefix_caching=bool(a.load),
         num_gpu_blocks_override=a.pages,
     ).llm_engine
 
@@ -168,6 +186,12 @@ def measure(a, provider: str) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         engine = start(a, provider, Path(folder))
+        if a.load:
+            longest = max(map(int, a.lengths.split(",")))
+            load = serving_load.Load(engine, a.load, longest, a.tokens, VOCAB)
+            rows.append(dict(provider=provider, **load.run()))
+            print(serving_load.line(rows[0]), flush=True)
+            return _described(a, rows)
         warm = Decoding(engine, a, 64, 1)
         warm.run(time.time() + a.deadline)
         for tokens in map(int, a.lengths.split(",")):
@@ -180,6 +204,10 @@ def measure(a, provider: str) -> dict:
                 row |= Decoding(engine, a, tokens, batch).run(began + a.deadline)
                 rows.append(row)
                 print(line(row), flush=True)
+    return _described(a, rows)
+
+
+def _described(a, rows: list[dict]) -> dict:
     import torch
     import vllm
 
@@ -194,6 +222,8 @@ HEADING = (
 
 
 def line(row: dict) -> str:
+    if "first_s" not in row:
+        return serving_load.line(row)
     first = "" if row["first_s"] is None else f"{row['first_s']:.2f}"
     pace = " | | |"
     if "running" in row:
@@ -206,21 +236,22 @@ def write(results: list[dict], a) -> Path:
     """NAME.json and NAME.md of the providers' results; returns the latter."""
     device = results[0]["device"]
     card = device.split()[1].lower() if " " in device else "cpu"
-    name = a.name or f"serving-{card}-{datetime.date.today()}"
+    kind = "serving-load" if a.load else "serving"
+    name = a.name or f"{kind}-{card}-{datetime.date.today()}"
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     layers, _, _, heads, kv_heads = SHAPES[a.shape]
     command = " ".join(["python3 scripts/bench/serving.py", *sys.argv[1:]])
     text = (
-        f"# vLLM serves a model of {a.shape}'s shape, S2 and dense: {device}\n\n"
+        f"# vLLM serves a model of {a.shape}'s shape, {a.providers}: {device}\n\n"
         f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}; {layers} layers, "
         f"{heads} heads on {kv_heads} KV heads; S2: window {a.local_blocks * a.block_size:,} "
-        f"tokens, stride {a.stride}, {a.dense_layers} dense layers. Random weights; every prompt "
-        "is its own.\n\n"
+        f"tokens, stride {a.stride}, {a.dense_layers} dense layers. Random weights, {a.dtype}.\n\n"
     )
+    heading = serving_load.HEADING if a.load else HEADING
     rows = "\n".join(line(row) for result in results for row in result["rows"])
     file = a.out / f"{name}.md"
-    file.write_text(f"{text}{HEADING}\n{rows}\n")
+    file.write_text(f"{text}{heading}\n{rows}\n")
     return file
 
 

@@ -48,6 +48,9 @@ class Phase(_Checked):
     """For comparing arms at equal time: a few steps are timed first, and the phase then has as many
     steps as fit into so many seconds of training (start, evaluations and checkpoints not counted),
     `tokens` at most. The rate falls to `final_lr` over just these steps."""
+    block_size: int | None = None
+    """Tokens of a block, in place of the arm's: blocks of a quarter of the size, on sequences of a
+    quarter of the length, are the arm's own pattern at a quarter of its scale."""
     us_per_token: float | None = None
     """Microseconds a token, measured as jobs.py says: for planning alone."""
 

@@ -83,6 +83,14 @@ def checkpoint(arm: Arm, number: int) -> Path | None:
     return arm.out / "start" if arm.recipe.start else None
 
 
+def block_size(arm: Arm, number: int) -> int | None:
+    """Of phase `number`, or of the last phase of what came before it (-1); None: the arm's own."""
+    recipe = arm.recipe
+    if number < 0:
+        recipe = load_recipe(recipe.after) if recipe.after else None
+    return recipe.phases[number].block_size if recipe and recipe.phases else None
+
+
 def data_options(arm: Arm, phase: Phase) -> list[str]:
     recipe = arm.recipe
     documents = arm.data / phase.documents_name(recipe.documents_seed)
@@ -121,10 +129,11 @@ def options(arm: Arm, number: int, steps: int) -> list[str]:
         "tensorboard_dir": None,
         **recipe.megatron,
     }
-    ours = []
+    ours = [f"sparsity.block_size={phase.block_size}"] if phase.block_size else []
     if (before := checkpoint(arm, number)) is not None:
         other = number == 0 and recipe.after_arm is not None
-        ours = ["sparsity.on_resume=replace"] if other else []
+        if other or block_size(arm, number) != block_size(arm, number - 1):
+            ours.append("sparsity.on_resume=replace")
         megatron |= {"load": str(before), "finetune": True, "no_load_optim": True,
                      "no_load_rng": True}  # fmt: skip
     return [

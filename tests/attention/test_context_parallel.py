@@ -70,8 +70,12 @@ def test_the_benchmark_runs_without_gpus(tmp_path):
     env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"}
     done = zygote.run("context_cases:bench", sizes, ranks=2, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
-    (row,) = json.loads((tmp_path / "context-parallel.json").read_text())["rows"]
-    assert row["tokens"] == 256 and row["received_mib"] > 0 and "| 256 |" in done.stdout
+    rows = json.loads((tmp_path / "context-parallel.json").read_text())["rows"]
+    ways = ["two launches", "one launch", "2 groups", "2 groups, 0", "chosen: 2"]
+    assert [row["way"] for row in rows] == ways
+    for row in rows:
+        assert row["tokens"] == 256 and row["received_mib"] > 0
+        assert f"| 256 | {row['way']} |" in done.stdout
 
 
 def test_a_part_that_no_block_divides_is_refused():

@@ -29,3 +29,19 @@ def test_threads_inside_torch_do_not_abort_a_finished_process():
     assert done.stdout == "done waited for\nwritten at the end\n"
     command[-1] = f"{BUSY_THREADS}\nleave(3)"
     assert subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120).returncode == 3
+
+
+def test_killing_what_is_left_does_not_hide_the_error():
+    """PyTorch raises in the main thread when a DataLoader's worker is killed: a rank left with that
+    traceback, by Python's own end, which can block where a peer is gone."""
+    program = (
+        "import os, torch\n"
+        "from s2megatron.cluster.orphans import end_children\n"
+        "batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2))\n"
+        "next(batches)\n"
+        "try:\n    1 / 0\n"
+        "except ZeroDivisionError:\n    end_children()\n    os._exit(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                          timeout=120)  # fmt: skip
+    assert (done.returncode, done.stderr) == (3, "")

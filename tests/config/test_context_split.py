@@ -1,5 +1,8 @@
 """How sequences are cut among context-parallel ranks: what fits, and what is exchanged."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from s2_kernels import dense, local_stride
@@ -23,6 +26,28 @@ def test_bytes_of_a_layer():
     apart = ContextSplit.from_options(OPTIONS | {"tensor_model_parallel_size": 4})
     assert apart.received(S2)[0] == pytest.approx(split.received(S2)[0] / 4, rel=0.05)
     assert ContextSplit.from_options(OPTIONS | {"context_parallel_size": 1}).received(S2) == (0, 0)
+
+
+def test_sizes_are_read_off_the_options():
+    least = {"hidden_size": 64, "num_attention_heads": 4, "seq_length": 128}
+    assert ContextSplit.from_options(least) == ContextSplit(
+        ranks=1, tensor_ranks=1, sequence_parallel=False, seq_len=128, batch=1, head_sizes=32,
+        element_bytes=4, comm_types=(),
+    )  # fmt: skip
+    given = least | TE | {
+        "kv_channels": 24, "sequence_parallel": True, "micro_batch_size": 3, "fp16": True,
+        "context_parallel_size": 2, "tensor_model_parallel_size": 4, "attention_backend": "unfused",
+    }  # fmt: skip
+    assert ContextSplit.from_options(given) == ContextSplit(
+        ranks=2, tensor_ranks=4, sequence_parallel=True, seq_len=128, batch=3, head_sizes=48,
+        element_bytes=2, comm_types=("p2p",), unfused=True,
+    )  # fmt: skip
+
+
+def test_share_of_one_kv_head_on_every_tp_rank():
+    split = ContextSplit.from_options(OPTIONS | {"tensor_model_parallel_size": 16})
+    size, share = split.received(DENSE)
+    assert (size / 2**20, share) == (56, 1.0)
 
 
 def test_layer_table_says_who_exchanges_for_dense_layers():
@@ -50,17 +75,69 @@ def test_lengths_that_do_not_fit_are_told_with_those_that_do():
     split = ContextSplit.from_options(OPTIONS | {"seq_length": 1000, "context_parallel_size": 2})
     with pytest.raises(ConfigError, match="blocks of 64 tokens"):
         split.check([DENSE])
+    with pytest.raises(ConfigError) as error:
+        check_length(6 * 1001, 5)
+    assert str(error.value).endswith(
+        "a context_parallel_size of 1, 3, 7, 11, 13, 21, 33, ..., 3003"
+    )
+    with pytest.raises(ConfigError, match=r"multiple of 8 \(two chunks a rank\), as 8; or"):
+        check_length(6, 4)
+    apart = OPTIONS | {"context_parallel_size": 2, "tensor_model_parallel_size": 3}
+    even = ContextSplit.from_options(apart | {"seq_length": 256})
+    even.check([S2])  # TP ranks cut the tokens once more under sequence parallelism only
+    with pytest.raises(ConfigError, match="sequence_parallel over 3 ranks"):
+        replace(even, sequence_parallel=True).check([S2])
     te = {"transformer_impl": "transformer_engine", "context_parallel_size": 2}
     ContextSplit.from_options(OPTIONS | te | {"seq_length": 1000}).check([DENSE])
 
 
+TE = {"transformer_impl": "transformer_engine"}
+
+
+def te_split(**options) -> ContextSplit:
+    return ContextSplit.from_options(OPTIONS | TE | options)
+
+
 def test_dense_layers_under_a2a_need_heads_for_all_ranks():
-    te = {"transformer_impl": "transformer_engine", "cp_comm_type": ["p2p", "a2a"]}
-    ContextSplit.from_options(OPTIONS | te).check([DENSE, S2])
-    split = ContextSplit.from_options(OPTIONS | te | {"tensor_model_parallel_size": 2})
-    split.check([S2])
+    te_split(cp_comm_type=["a2a"]).check([DENSE, S2])
+    two = {"tensor_model_parallel_size": 2}
+    te_split(cp_comm_type="a2a", **two).check([S2])
+    te_split(cp_comm_type=["p2p", "a2a"], **two).check([DENSE, S2])  # one per layer
     with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
-        split.check([DENSE, S2])
+        te_split(cp_comm_type="a2a", tensor_model_parallel_size=8, context_parallel_size=2).check(
+            [DENSE]
+        )
+    for kinds in ("a2a", ["a2a", "p2p"]):
+        with pytest.raises(ConfigError, match="8 KV heads for 16 ranks"):
+            te_split(cp_comm_type=kinds, **two).check([DENSE, S2])
+    te_split(cp_comm_type="a2a", tensor_model_parallel_size=3, context_parallel_size=1).check(
+        [DENSE]
+    )
+
+
+def test_cp_comm_types_are_one_or_one_per_layer():
+    assert te_split(cp_comm_type=["p2p", "a2a", "p2p"]).dense_by == "Transformer Engine, p2p, a2a"
+    with pytest.raises(ConfigError, match=r"\['p2p', 'a2a'\]: give one for all layers, or one for"):
+        te_split(cp_comm_type=["p2p", "a2a"]).check([DENSE, S2, S2])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"attention_backend": "unfused"}, "attention_backend=unfused: .*choose auto, flash or"),
+        ({"attention_backend": SimpleNamespace(name="unfused")}, "attention_backend=unfused"),
+        ({"bf16": False}, "dense layers run in 16 bits only; set bf16"),
+    ],
+    ids=["unfused", "Megatron's enum", "float32"],
+)
+def test_attention_that_transformer_engine_has_not(options, said):
+    """Without a word before: "No dot product attention backend is available" at the first step."""
+    with pytest.raises(ConfigError, match=said):
+        te_split(**options).check([S2, DENSE])
+    te_split(**options).check([S2])  # no layer of Transformer Engine's attention
+    te_split(**options, context_parallel_size=1).check([DENSE])
+    ContextSplit.from_options(OPTIONS | options).check([DENSE])  # this package's exchange
+    te_split(attention_backend="fused", bf16=False, fp16=True).check([DENSE])
 
 
 def test_losses_of_the_stock_script_under_uneven_masks():
@@ -69,3 +146,4 @@ def test_losses_of_the_stock_script_under_uneven_masks():
         check_stock_loss(options)
     check_stock_loss(options | {"calculate_per_token_loss": True})
     check_stock_loss(options | {"context_parallel_size": 1})
+    check_stock_loss({"eod_mask_loss": True})

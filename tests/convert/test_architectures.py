@@ -16,6 +16,7 @@ from s2megatron.convert.architectures import (
     to_config,
 )
 from s2megatron.convert.model import CheckpointModel, differences
+from s2megatron.convert.to_hf import _class_names
 from s2megatron.errors import ConfigError
 
 PLAIN = CheckpointModel(
@@ -271,3 +272,15 @@ def test_options_without_a_place_in_hugging_face(name):
     with pytest.raises(ConfigError, match=f"checkpoint X: megatron.{name}=") as error:
         megatron(**{name: NO_PLACE[name]})
     assert repr(NO_PLACE[name]) in str(error.value)
+
+
+@pytest.mark.parametrize("config, names", [
+    ({}, ["LlamaForCausalLM"]),
+    ({"s2": {}}, ["S2LlamaForCausalLM"]),
+    ({"s2": {}, "architectures": ["LlamaForCausalLM"]}, ["S2LlamaForCausalLM"]),
+    ({"s2": {}, "architectures": ["S2LlamaForCausalLM"]}, ["S2LlamaForCausalLM"]),
+    ({"architectures": ["S2LlamaForCausalLM"]}, ["LlamaForCausalLM"]),
+])  # fmt: skip
+def test_a_sparse_model_has_a_name_that_only_s2_servers_know(config, names):
+    """Also one that goes on from a folder with the name, dense or sparse."""
+    assert _class_names(config, "LlamaForCausalLM") == names

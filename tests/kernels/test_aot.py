@@ -11,8 +11,7 @@ from shipped import assert_that_all_fit, compile_in_a_process
 
 # Bytes of stack, KiB of shared memory, and the main loop: a second product is in flight when the
 # first one is waited for. The exponentials (EX2) stand after both, when the other warpgroup has the
-# tensor cores. That is what measured faster. The warpgroups of the pass with five products keep in
-# step: there every wait leaves a product in flight, but for that of dk at the end.
+# tensor cores. That is what measured faster.
 BACKWARD_LOOP = ["HGMMA", "WAIT 1", "EX2", "WAIT 0", "EX2", "HGMMA", "WAIT 0"]
 HOPPER = dict(
     s2_hopper_forward_kernel=dict(stack=8, shared=225, loop=["HGMMA", "WAIT 1", "WAIT 0", "EX2"]),
@@ -23,17 +22,14 @@ HOPPER = dict(
     ),
     s2_hopper_dq_wide_kernel=dict(stack=0, shared=225, loop=BACKWARD_LOOP),
     s2_hopper_dkdv_wide_kernel=dict(stack=8, shared=226, loop=None),  # two, see below
-    s2_hopper_fused_kernel=dict(
-        stack=120,
-        shared=227,
-        loop=["HGMMA", "WAIT 1", "EX2", *2 * ["HGMMA", "WAIT 1"], "WAIT 0"],
-    ),
 )
+AT_AN_OFFSET = dict(s2_hopper_forward_kernel=16, s2_hopper_forward_wide_kernel=24)
+"""Bytes of stack there: a tile that begins before the first query is stored through pointers."""
 WIDE_DKDV_LOOPS = [  # the warpgroup of dk, that of dv
     ["HGMMA", "WAIT 0", "HGMMA", "WAIT 0"],
     ["EX2", "HGMMA", "WAIT 1", "WAIT 0"],
 ]
-HOPPER_VARIANTS = {name: 4 if "wide" in name or "fused" in name else 11 for name in HOPPER}
+HOPPER_VARIANTS = {name: 5 if "wide" in name else 13 for name in HOPPER}
 """How often each kernel is compiled: shipped.HOPPER."""
 
 
@@ -51,7 +47,8 @@ def test_all_fit_and_spill_no_more_than_they_did(report):
     for x in report["usage"]:
         if x["kernel"] in HOPPER:
             written = HOPPER[x["kernel"]]
-            assert x["registers"] == 168 and x["stack"] <= written["stack"], x
+            stack = AT_AN_OFFSET.get(x["kernel"], 0) if "q_offset" in x["case"] else 0
+            assert x["registers"] == 168 and x["stack"] <= max(stack, written["stack"]), x
             assert x["shared"] <= written["shared"] * 1024, x
         elif x["arch"] == 90:
             assert x["stack"] <= SPILLS.get((x["case"], x["kernel"]), 0), x
@@ -71,11 +68,11 @@ SPILLS = {
 }
 """Bytes of stack, by case and kernel."""
 VARIANTS = {
-    "s2_forward_kernel": 8,
+    "s2_forward_kernel": 9,
     "s2_row_terms_kernel": 8,
-    "s2_dkdv_kernel": 13,
+    "s2_dkdv_kernel": 14,
     "s2_add_pieces_kernel": 7,
-    "s2_dq_kernel": 8,
+    "s2_dq_kernel": 9,
     "s2_packed_slots_kernel": 2,
     "s2_sparse_forward_kernel": 1,
     "s2_sparse_dkdv_kernel": 1,

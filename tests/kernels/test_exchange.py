@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pattern_cases import any_pattern
 
-from s2_kernels import FOREVER, dense, local_stride, sliding_window
+from s2_kernels import dense, local_stride, sliding_window
 from s2_kernels.exchange import (
     block_bytes,
     crossing_blocks,
@@ -14,7 +14,6 @@ from s2_kernels.exchange import (
     plan_rank,
     received_blocks,
     sent_blocks,
-    shifted,
     zigzag,
 )
 
@@ -71,47 +70,35 @@ def test_what_crosses_is_what_somebody_attends_to(pattern, chunks):
 
 
 @given(any_pattern(), any_chunks())
-def test_a_chunk_sees_what_its_pattern_says(pattern, chunks):
-    """Per query block and KV head: far and near together are exactly the blocks kept."""
+def test_a_chunk_finds_what_its_pattern_asks_for(pattern, chunks):
+    """What a query block keeps has come, and lies where `Near` says; and nothing else has."""
     n = sum(len(chunk) for held in chunks for chunk in held)
     mask = pattern.block_mask(n)
     for rank, held in enumerate(chunks):
         plan = plan_rank(pattern, chunks, rank)
         own = [k for chunk in held for k in chunk]
         rows = [(h, k) for source in chunks for h, k in crossings(pattern, source, held)]
-        far = {}
-        for row, slot, head in zip(*(x.tolist() for x in vars(plan.far).values()), strict=True):
-            assert rows[row][0] == head and (head, slot) not in far
-            far[head, slot] = rows[row][1]
-        assert max((slot + 1 for _, slot in far), default=0) == plan.far_blocks
         for view, chunk in zip(plan.chunks, held, strict=True):
-            assert view.chunk == chunk and view.near.stop == chunk.stop
-            assert [own[i] for i in view.local] == [*chunk]
+            assert view.chunk == chunk and [own[i] for i in view.local] == [*chunk]
+            n_rows = view.before + len(chunk)
+            blocks = torch.arange(n_rows).expand(pattern.kv_heads, -1)
+            if view.near is not None:
+                view.near.check(
+                    pattern, n_rows * pattern.block_size, chunk.start * pattern.block_size
+                )
+                blocks = view.near.blocks(pattern, n_rows)
+            assert [*blocks[0, view.before :]] == [*chunk]
             has = torch.zeros(pattern.kv_heads, n, dtype=torch.bool)
             for row, slot, head in zip(
-                *(x.tolist() for x in vars(view.halo).values()), strict=True
+                *(x.tolist() for x in vars(view.came).values()), strict=True
             ):
-                assert rows[row] == (head, slot + view.near.start)
-                has[head, slot + view.near.start] = True
+                assert rows[row] == (head, blocks[head, slot]) and slot < view.before
+                assert not has[head, blocks[head, slot]]
+                has[head, blocks[head, slot]] = True
             has[:, chunk.start : chunk.stop] = True
-            seen = torch.zeros(pattern.kv_heads, len(chunk), n, dtype=torch.bool)
-            near = view.pattern.block_mask(len(view.near))[:, -len(chunk) :]
-            seen[:, :, view.near.start : view.near.stop] = near
-            assert not (seen & ~has[:, None]).any(), "near reads a block that did not come"
-            for run in view.far:
-                for head in run.heads:
-                    blocks = [far[head, slot] for slot in range(run.blocks)]
-                    assert blocks == sorted(blocks)
-                    seen[head, :, blocks] = True
-            assert torch.equal(seen, mask[:, chunk.start : chunk.stop])
-
-
-@given(any_pattern(), st.integers(0, 70))
-def test_shifted_is_the_pattern_further_on(pattern, blocks):
-    cut = shifted(pattern, blocks)
-    for head in range(pattern.kv_heads):
-        whole = [pattern.lifetime(head, blocks + k) for k in range(20)]
-        assert [cut.lifetime(head, k) for k in range(20)] == whole
+            seen = mask[:, chunk.start : chunk.stop]
+            assert not (seen & ~has[:, None]).any(), "a chunk sees a block that did not come"
+            assert not (has[:, : chunk.start] & ~seen[:, 0, : chunk.start]).any(), "not asked for"
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -145,16 +132,16 @@ def test_one_rank_exchanges_nothing_and_its_pattern_is_the_pattern():
     pattern = local_stride(heads=4, block_size=16, local_blocks=3, stride=4)
     plan = plan_rank(pattern, zigzag(1, 13), 0)
     (view,) = plan.chunks
-    assert plan.receive_counts == (0,) and plan.far_blocks == 0 and view.far == ()
-    assert view.near == view.chunk == range(13) and view.pattern == pattern
+    assert plan.receive_counts == (0,)
+    assert view.chunk == view.local == range(13) and view.before == 0 and view.near is None
 
 
-def test_heads_of_one_stride_are_one_run():
-    """Near begins at a multiple of the stride, so that far is one call of the attention."""
-    pattern = local_stride(heads=16, kv_heads=8, block_size=16, local_blocks=3, stride=6)
-    plan = plan_rank(pattern, zigzag(2, 4 * 11), 0)
-    assert [len(view.far) for view in plan.chunks] == [0, 1]
-    assert FOREVER in {rule.bands[-1].reach for rule in pattern.rules}
+def test_what_is_all_there_needs_no_map():
+    """Dense heads, and chunks whose window reaches the start: every block in the row it has."""
+    plan = plan_rank(dense(heads=2, block_size=16), zigzag(2, 8), 0)
+    assert [(view.before, view.near) for view in plan.chunks] == [(0, None), (6, None)]
+    wide = local_stride(heads=2, block_size=16, local_blocks=7, stride=8)
+    assert [view.near for view in plan_rank(wide, zigzag(2, 8), 0).chunks] == [None, None]
 
 
 def test_chunks_that_do_not_fit_are_refused():

@@ -17,6 +17,7 @@ from attention_cases import (
     reference_results,
     run_with_grads,
 )
+from near_cases import HOPPER_NEAR_CASES, NearCase, check_near
 
 from s2_kernels import dense, hopper, ranges, s2_attention, schedule, sliding_window
 
@@ -101,6 +102,23 @@ def test_queries_at_an_offset(case):
 @pytest.mark.parametrize("case", ALL_SEEN, ids=str)
 def test_queries_past_all_keys(case):
     check(case)
+
+
+@pytest.mark.parametrize("case", HOPPER_NEAR_CASES, ids=str)
+def test_far_and_near_keys_in_one_launch(case):
+    check_near(case)
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_pieces_of_far_columns(d, monkeypatch):
+    case = NearCase("pieces", _ls(2, 1, 64, 1, 4), 11, 6, d=d)
+    monkeypatch.setattr(schedule, "SHORTEST_PIECE", 1)
+    work = schedule.single_columns if case.d > 128 else schedule.column_pairs
+    work.cache_clear()
+    check_near(case)
+    common = (case.pattern, case.case.s, 1, 4, torch.device("cpu"), case.case.t, case.case.q_offset)
+    assert work(*common, near=case.near).n_slots > 0
+    work.cache_clear()
 
 
 @pytest.mark.parametrize("case", [OFFSETS[3], OFFSETS[6]], ids=str)

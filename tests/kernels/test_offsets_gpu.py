@@ -6,9 +6,10 @@ python3 -m pytest tests/kernels/test_offsets_gpu.py
 import pytest
 import torch
 from attention_cases import Case, _ls
+from near_cases import GPU_NEAR_CASES, check_near
 from test_triton_gpu import EDGES, HALVES, check, needs_hopper, poison  # noqa: F401 - a fixture
 
-from s2_kernels import dense, ranges
+from s2_kernels import dense, ranges, s2_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,3 +55,21 @@ def test_hopper_at_an_offset(case, dtype):
     """Queries that are the end, or the middle, of a longer sequence, or stand past all keys."""
     needs_hopper()
     check(case, dtype, backend="hopper")
+
+
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", GPU_NEAR_CASES, ids=str)
+def test_far_and_near_keys_in_one_launch(case, dtype, backend):
+    """A rank's chunk of a sequence, whose far blocks alone are in memory (near.Near)."""
+    if backend == "hopper":
+        needs_hopper()
+    check_near(case, dtype, "cuda", backend)
+
+
+def test_spared_multiprocessors_change_nothing():
+    needs_hopper()
+    q, k, v = (torch.randn(1, 4096, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    pattern, at = _ls(4, 4, 64, 4, 8), dict(return_lse=True, backend="hopper")
+    whole, spared = (s2_attention(q, k, v, pattern, **at, spare=n) for n in (0, 100))
+    assert all(torch.equal(x, y) for x, y in zip(whole, spared, strict=True))

@@ -6,8 +6,15 @@ import pytest
 from planner_cases import SIMPLE, eight_groups, make_model
 
 from s2_kernels import dense, local_stride
-from s2_kernels.exchange import plan_rank, received_blocks, zigzag
+from s2_kernels.exchange import (
+    forever_before,
+    near_start,
+    plan_rank,
+    received_blocks,
+    zigzag,
+)
 from s2_kernels.pattern import ranges, sliding_window
+from s2megatron.context_split import busiest
 from s2megatron.planner import context, memory
 from s2megatron.planner.constants import Attention, Link
 from s2megatron.planner.costs import attention_seconds, layer_seconds
@@ -104,24 +111,33 @@ def test_bytes_are_those_of_the_exchanges_plan(name, tp, c, blocks):
 def test_buffers_are_those_of_the_exchanges_plan(name):
     pattern, chunks = PATTERNS[name], zigzag(4, 64)
     plans = [plan_rank(pattern, chunks, rank) for rank in range(4)]
-    found = context.exchanged(pattern, 64, 4)
-    assert found.near == max(sum(len(v.near) for v in p.chunks) for p in plans) * 4
-    assert found.far == max(p.far_blocks for p in plans) * 4
+    found = busiest(pattern, 64, 4)
+    most_near = most_far = 0
+    for plan_of_rank in plans:
+        starts = [near_start(pattern, view.chunk) for view in plan_of_rank.chunks]
+        far = [max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
+        for view, start, before in zip(plan_of_rank.chunks, starts, far, strict=True):
+            assert view.before == before + view.chunk.start - start
+        near = sum(
+            v.chunk.stop - start for v, start in zip(plan_of_rank.chunks, starts, strict=True)
+        )
+        most_near, most_far = max(most_near, near), max(most_far, far[-1])
+    assert (found.near, found.far) == (4 * most_near, 4 * most_far)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_first_of_many_ranks_receives_most(name):
-    """`exchanged` looks at 16 ranks, or at as many as a window spans."""
+    """`busiest` looks at 16 ranks, or at as many as a window spans."""
     pattern, chunks = PATTERNS[name], zigzag(40, 640)
     found = max(received_blocks(pattern, chunks, rank) for rank in range(40))
-    assert context.exchanged(pattern, 640, 40).received == found
+    assert busiest(pattern, 640, 40).received == found
 
 
 def test_a_window_over_many_chunks_is_needed_most_by_a_late_rank():
     pattern, chunks = sliding_window(**HEADS, local_blocks=201), zigzag(40, 640)
     received = [received_blocks(pattern, chunks, rank) for rank in range(40)]
     assert max(received) > max(received[:16])
-    assert context.exchanged(pattern, 640, 40).received == max(received)
+    assert busiest(pattern, 640, 40).received == max(received)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -142,7 +158,7 @@ def test_zigzag_spreads_attention_evenly(name):
 def test_a_single_rank_exchanges_nothing():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=1)
     assert context.received_bytes(model, layout, 0) == 0
-    assert context.exchanged(model.patterns[0], 2048, 1).far == 0
+    assert busiest(model.patterns[0], 2048, 1).far == 0
     result = plan(SIMPLE, model, layout)
     assert result.context == 0 and "CP" not in result.axes
     assert context.copied_bytes(model, layout, 0) == (0, 0)
@@ -244,24 +260,26 @@ def test_every_micro_batch_exchanges():
 
 def test_copies_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
-    blocks, row = context.exchanged(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
+    blocks, row = busiest(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
     queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
     keys = row * (4 * blocks.received + 3 * blocks.far + 2 * blocks.near)
     gradients = row * (7 * blocks.far + 19 * blocks.received) + 6 * own
     assert context.copied_bytes(model, layout, 0) == (
         keys + 17 * queries, keys + gradients + 13 * queries)  # fmt: skip
     window = Model(model.shape, (sliding_window(heads=32, kv_heads=8, local_blocks=16),) * 2)
-    blocks = context.exchanged(window.patterns[0], 2048, 4)
+    blocks = busiest(window.patterns[0], 2048, 4)
     assert blocks.far == 0  # nothing to merge
     keys = row * (4 * blocks.received + 2 * blocks.near)
-    assert context.copied_bytes(window, layout, 0)[0] == keys + 2 * queries
+    gradients = row * 19 * blocks.received + 6 * own
+    assert context.copied_bytes(window, layout, 0) == (
+        keys + 2 * queries, keys + gradients + 2 * queries)  # fmt: skip
     assert context.copied_bytes(model, layout, 1) == (0, 0)  # Transformer Engine's own
     assert context.copied_bytes(model, replace(layout, fused=False), 1) > (0, 0)
 
 
 def test_buffers_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
-    blocks, row = context.exchanged(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
+    blocks, row = busiest(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
     queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
     assert context.buffer_bytes(model, layout, 0) == (
         row * (3 * blocks.received + 3 * blocks.far + blocks.near) + own + 3 * queries

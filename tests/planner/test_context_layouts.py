@@ -2,10 +2,9 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-from planner_cases import eight_groups, make_model
+from planner_cases import eight_groups, make_model, run_arguments
 
 from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
@@ -87,28 +86,15 @@ def test_the_run_and_the_planner_agree_on_what_divides(tp, cp, tokens):
         assert received == context.received_bytes(model, layout, 1)  # the layer table's
 
 
-def arguments(**changed):
-    given = {
-        "recompute_granularity": None, "tensor_model_parallel_size": 2,
-        "context_parallel_size": 4, "cp_comm_type": ["p2p"], "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None, "expert_model_parallel_size": 1,
-        "sequence_parallel": True, "micro_batch_size": 1, "global_batch_size": 8,
-        "use_distributed_optimizer": True, "overlap_grad_reduce": True,
-        "overlap_param_gather": True, "transformer_impl": "transformer_engine",
-        "gradient_accumulation_fusion": False, "bf16": True, "fp16": False,
-    }  # fmt: skip
-    return SimpleNamespace(**given | changed)
-
-
 def test_the_layout_of_a_run():
-    layout = layout_of(arguments(), 16)
+    layout = layout_of(run_arguments(), 16)
     assert (layout.tp, layout.cp, layout.dp, layout.cp_comm) == (2, 4, 2, RING)
     assert str(layout) == "TP 2 + SP, CP 4, PP 1, DP 2, recompute none"
-    assert layout_of(arguments(cp_comm_type="a2a"), 16).cp_comm == ULYSSES
-    assert layout_of(arguments(cp_comm_type=["all_gather"] * 2), 16).cp_comm == GATHER
+    assert layout_of(run_arguments(cp_comm_type="a2a"), 16).cp_comm == ULYSSES
+    assert layout_of(run_arguments(cp_comm_type=["all_gather"] * 2), 16).cp_comm == GATHER
     for kinds in (["p2p", "a2a"], ["a2a+p2p"]):
         with pytest.raises(ConfigError, match=re.escape(f"megatron.cp_comm_type={kinds}")):
-            layout_of(arguments(cp_comm_type=kinds), 16)
+            layout_of(run_arguments(cp_comm_type=kinds), 16)
 
 
 def test_a_search_takes_cp_where_it_helps():

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -194,7 +195,7 @@ def test_samples_are_counted_by_window_and_document():
 
 
 def test_from_a_source_tree_to_the_report(folder):
-    """scripts/quality/run.sh: an arm that goes on from the dense one's short phase."""
+    """scripts/quality/run.sh: an arm that goes on from its own short phase, in smaller blocks."""
     arm = "turned-dense-head"
     env = os.environ | ON_CPU | {
         "STUDY": str(folder / "study"), "TREE": str(folder / "tree"), "HOLD_OUT": "0.4 2",
@@ -251,7 +252,7 @@ def test_the_plan_names_arms_and_recipes_that_there_are(monkeypatch):
         assert len(text.split("@")[1]) < 60 and job.seconds(1, 3) + job.examination_seconds(3) < 560
     chosen = plan.expand([], parts)
     assert set(chosen) < set(everything) and not any("smollm2" in text for text in chosen)
-    with pytest.raises(ConfigError, match="part:frist: there is no such part; parts are first"):
+    with pytest.raises(ConfigError, match="part:frist: there is no such part; parts are own"):
         plan.expand(["part:frist"], parts)
 
 
@@ -310,6 +311,20 @@ def an_arm(folder, monkeypatch, program):
     (folder / "before").mkdir(exist_ok=True)
     (folder / "before" / results.TRAINED).write_text("checkpoints")
     return train_arm.Arm(config, recipe, folder / "data", folder / "out", before=folder / "before")
+
+
+def test_blocks_of_another_size_replace_the_pattern(tmp_path, monkeypatch):
+    """The trunk has the arm's pattern in blocks of 16; the recipe goes on in the arm's blocks."""
+    arm = an_arm(tmp_path, monkeypatch, "")
+    later = train_arm.options(arm, 0, 4)
+    assert "sparsity.on_resume=replace" in later
+    assert not any(option.startswith("sparsity.block_size") for option in later)
+    trunk = load_recipe(ROOT / "configs/quality/recipes/tiny-trunk.yaml")
+    first = train_arm.options(replace(arm, recipe=trunk, before=None), 0, 8)
+    assert "sparsity.block_size=16" in first and "sparsity.on_resume=replace" not in first
+    same = arm.recipe.model_copy(update={"phases": [p.model_copy(update={"block_size": 16})
+                                                    for p in arm.recipe.phases]})  # fmt: skip
+    assert "sparsity.on_resume=replace" not in train_arm.options(replace(arm, recipe=same), 0, 4)
 
 
 def test_a_phase_that_was_broken_off_is_trained_again(tmp_path, monkeypatch):

@@ -45,7 +45,11 @@ def test_what_does_not_fit_is_a_row_too():
 
 
 @pytest.mark.parametrize(
-    "config", [DecodeConfig(64, 4, 3, 2), DecodeConfig(32, 2, 5, 4, pdl=False)]
+    "config",
+    [
+        DecodeConfig(64, 4, 3, 2),
+        DecodeConfig(32, 2, 5, 4, pdl=False, start=8, prefetch=4, maxnreg=168),
+    ],
 )
 def test_configurations_have_names(config):
     assert decode_kernel.parse_config(str(config)) == config

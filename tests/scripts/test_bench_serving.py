@@ -10,6 +10,7 @@ from vllm_cases import environment
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 import serving as bench
+import serving_load
 
 OPTIONS = (
     "--device cpu --shape tiny --lengths 128,512 --batches 1,3 --tokens 6 --block-size 16 "
@@ -18,16 +19,28 @@ OPTIONS = (
 TINY = OPTIONS.split()
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
+LOAD = "--load 200 --lengths 400 --batches 32 --tokens 12 --pages 260"
+LOAD = [*TINY, *LOAD.split()]
+
+
+def run(folder, options):
     """Of "s2" alone: another provider would start vLLM once more."""
-    folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, str(ROOT / "scripts/bench/serving.py"), *TINY]
+    command = [sys.executable, str(ROOT / "scripts/bench/serving.py"), *options]
     command += ["--providers", "s2", "--in-this-process", str(folder / "out.json")]
     done = subprocess.run(command, env=environment(folder / "site"), text=True,
                           capture_output=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("bench"), TINY)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("load"), LOAD)
 
 
 def test_every_case_is_timed(result):
@@ -49,3 +62,28 @@ def test_the_page_has_a_row_for_each(result, tmp_path):
     page = bench.write([result, result | {"rows": [out_of_time]}], a).read_text()
     assert page.count("| s2 |") == 4 and page.count("| dense |") == 1 and "vllm 0.26.0" in page
     assert len(json.loads((tmp_path / "tried.json").read_text())) == 2
+
+
+def test_under_load_nothing_is_wrong_and_nothing_is_lost(load):
+    """200 requests of 1 to 400 tokens, in a pool for a few of them; a fifth is taken back."""
+    (row,) = load["rows"]
+    assert row["requests"] == 200 == row["taken_back"] + row["finished"]
+    assert row["taken_back"] > 20 and row["together"] > 8
+    assert row["wrong"] == row["ties"] == []
+    assert row["free_before"] == row["free_after"] == 259
+    assert row["host_late"] - row["host_early"] < 20
+
+
+def test_the_page_of_a_load_has_a_line(load, tmp_path):
+    a = bench.parse([*LOAD, "--out", str(tmp_path), "--name", "tried"])
+    page = bench.write([load], a).read_text()
+    assert page.splitlines()[-1].startswith("| 200 | ") and "float32" in page
+
+
+@pytest.mark.parametrize("under_load, verdict", [
+    ([5, 6, 7], "same"), ([5, 9, 1], "tie"), ([5, 8, 7], "wrong"), ([4, 6, 7], "wrong"),
+    ([5, 6], "wrong"),
+])  # fmt: skip
+def test_only_what_is_as_good_may_differ(under_load, verdict):
+    likely = [{5: -0.1, 4: -2.4}, {6: -1.0, 9: -1.0005}, {7: -0.5, 3: -1.5}]
+    assert serving_load.judge(under_load, [5, 6, 7], likely) == verdict

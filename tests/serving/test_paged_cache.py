@@ -1,5 +1,6 @@
 """Generation with a cache that evicts is generation without one; what does not fit is refused."""
 
+import functools
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from s2megatron.config import parse_config
 from s2megatron.errors import ConfigError
 from s2megatron.hf import PagedCache
 from s2megatron.serving import cache as cache_module
+from s2megatron.serving import fusing
 from s2megatron.serving import graph as graph_module
 from s2megatron.serving.pages import PagePool, pages_needed
 
@@ -188,7 +190,7 @@ def test_captured_steps_give_the_same_tokens(folder, ids, graphs_of_the_cpu):
     options = dict(attention_mask=mask, max_new_tokens=60, **GREEDY)
     expected = s2hf.generate(model, ids[:, :50], **options)
     cache = poisoned(PagedCache(model, max_length=110, batch_size=2))
-    cache.graph = graph_module.DecodeGraph(model, cache)
+    cache.graph = graph_module.DecodeGraph(model, cache, fuse=False)
     for _ in range(2):
         got = s2hf.generate(model, ids[:, :50], cache=cache, **options)
         assert torch.equal(got, expected)
@@ -198,10 +200,33 @@ def test_captured_steps_give_the_same_tokens(folder, ids, graphs_of_the_cpu):
     assert len(graphs_of_the_cpu) == 2 * 58  # 59 steps after each prompt, the first as usual
 
 
+def test_nothing_is_compiled_while_a_fused_step_is_captured(
+    folder, ids, graphs_of_the_cpu, monkeypatch
+):
+    """The first step, which compiles, has the shapes of the captured one, whatever it is given."""
+    monkeypatch.setattr(fusing, "no_compiler", lambda device: None)
+    monkeypatch.setattr(fusing, "Fusion", functools.partial(fusing.Fusion, backend="eager"))
+    model = s2hf.load(folder).eval()
+    caches = [PagedCache(model, max_length=60, batch_size=2) for _ in range(2)]
+    caches[1].graph = graph_module.DecodeGraph(model, caches[1], fuse=True)
+    stats = torch._dynamo.utils.counters["stats"]
+    compiled, before = [], stats["unique_graphs"]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :40], past_key_values=cache)
+        for n in range(40, 44):
+            step = ids[:, n : n + 1]
+            got = [model(step, past_key_values=caches[0]).logits,
+                   model(input_ids=step, past_key_values=caches[1]).logits]  # fmt: skip
+            assert torch.equal(*got)
+            compiled.append(stats["unique_graphs"] - before)
+    assert len(graphs_of_the_cpu) == 3 and 0 < compiled[0] == compiled[-1]
+
+
 def test_steps_that_ask_for_more_run_as_usual(folder, ids, graphs_of_the_cpu):
     model = s2hf.load(folder).eval()
     cache = PagedCache(model, max_length=60)
-    cache.graph = graph_module.DecodeGraph(model, cache)
+    cache.graph = graph_module.DecodeGraph(model, cache, fuse=False)
     with torch.no_grad():
         model(ids[:1, :40], past_key_values=cache)
         for n in range(40, 44):

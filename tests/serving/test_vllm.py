@@ -1,7 +1,14 @@
 """vLLM on the CPU serves tiny S2 models: tokens as transformers gives them, and no page is lost."""
 
 import pytest
-from vllm_cases import chosen_tokens, environment, make_folder, random_tokens, serve
+from vllm_cases import (
+    chosen_tokens,
+    environment,
+    make_folder,
+    random_tokens,
+    serve,
+    shortfall,
+)
 
 from s2_kernels import local_stride, ranges
 
@@ -24,6 +31,9 @@ PATTERNS = {
     "ranges": ranges(**SHAPE, bands=[(2, 1), (6, 2), (20, 4)]),
     "heads": local_stride(**SHAPE, local_blocks=3, stride=[2, 4, 4, 8], dense_heads=1),
 }
+
+
+LOW_PRECISION = ("bfloat16", "float16")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +75,10 @@ def reports(folder, prompts, short, tmp_path_factory):
     }  # fmt: skip
     ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp",
                  num_gpu_blocks_override=2000)  # fmt: skip
+    jobs["roomy"]["graphs"] = True
+    for dtype in LOW_PRECISION:
+        low = dict(num_gpu_blocks_override=2000, dtype=dtype, **options)
+        jobs[dtype] = dict(folder=str(folder), rounds=[texts], options=low)
     jobs["ranks"] = dict(folder=str(folder), options=options | ranks, rounds=[texts, texts])
     for seed, (name, pattern) in enumerate(PATTERNS.items()):
         for tp, pages in ((1, 80), (2, 60)):
@@ -119,6 +133,23 @@ def test_ranks_whose_heads_differ_share_page_tables(reports, expected):
     """Shards of stride 4 on two ranks of two KV heads each: what is held is what either keeps."""
     assert [one["tokens"] for one in reports["ranks"]["rounds"]] == [expected, expected]
     assert reports["ranks"]["rounds"][1]["cached"] == reports["roomy"]["rounds"][1]["cached"]
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_low_precision_chooses_tokens_that_are_as_good(dtype, reports, folder, prompts):
+    """As far as float32 says: with errors up to twice those of transformers in that precision."""
+    tokens = reports[dtype]["rounds"][0]["tokens"]
+    assert [len(new) for new in tokens] == [NEW] * len(prompts)
+    short, error, spread = shortfall(folder, prompts, tokens, dtype)
+    assert short <= 4 * error < spread / 3  # two logits are compared, each with its error
+
+
+def test_cuda_graphs_hold_what_a_step_needs(reports):
+    """Full ones of steps that only decode, piecewise ones of all others; see vllm_graphs.py."""
+    graphs = reports["roomy"]["graphs"]
+    assert graphs["support"] == "UNIFORM_SINGLE_TOKEN_DECODE"
+    assert set(graphs["modes"].values()) == {"FULL_AND_PIECEWISE"}
+    assert all(graphs["replayed"]) and graphs["pools"] == [1, 1, 1, 1]
 
 
 def test_no_page_is_lost(reports):

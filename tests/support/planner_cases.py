@@ -1,5 +1,7 @@
 """The 1.3B model and a machine of round numbers, for the planner's arithmetic by hand."""
 
+from types import SimpleNamespace
+
 from s2_kernels import dense, local_stride
 from s2megatron.accounting import ModelShape
 from s2megatron.planner.constants import Attention, Link, Machine
@@ -63,3 +65,17 @@ def eight_groups(stride: int, seq_len: int) -> Model:
     heads = {"heads": 32, "kv_heads": 8, "block_size": 64}
     sparse = local_stride(**heads, local_blocks=16, stride=stride, head_step=stride // 8)
     return Model(model.shape, (sparse, dense(**heads)))
+
+
+def run_arguments(**changed) -> SimpleNamespace:
+    """What `layout_of` reads of Megatron's arguments."""
+    given = {
+        "recompute_granularity": None, "tensor_model_parallel_size": 2,
+        "context_parallel_size": 4, "cp_comm_type": ["p2p"], "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None, "expert_model_parallel_size": 1,
+        "sequence_parallel": True, "micro_batch_size": 1, "global_batch_size": 8,
+        "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True, "transformer_impl": "transformer_engine",
+        "gradient_accumulation_fusion": False, "bf16": True, "fp16": False,
+    }  # fmt: skip
+    return SimpleNamespace(**given | changed)

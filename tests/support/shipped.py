@@ -17,14 +17,24 @@ import triton
 from aot import compiled, main_loops, usage
 from triton.backends.compiler import GPUTarget
 
-from s2_kernels import backward, backward_dkdv, decode, dense, forward, local_stride, ranges
+from s2_kernels import (
+    backward,
+    backward_dkdv,
+    decode,
+    decode_write,
+    dense,
+    forward,
+    local_stride,
+    ranges,
+)
+from s2_kernels import launch as launchers
 from s2_kernels.block_sparse import api as block_sparse
 from s2_kernels.block_sparse import kernels as sparse_kernels
 from s2_kernels.hopper.backward import launch_hopper_backward
-from s2_kernels.hopper.backward_fused import launch_hopper_fused
 from s2_kernels.hopper.forward import launch_hopper_forward
 from s2_kernels.hopper.forward_wide import launch_hopper_forward_wide
 from s2_kernels.launch import Packing
+from s2_kernels.near import Near
 
 SHARED = {80: 99, 90: 227, 100: 99}
 """Of each architecture, KiB of shared memory that a program may take: on GPUs other than Hopper,
@@ -45,10 +55,22 @@ def tensors(n, pattern, d, dtype, packed):
     return [torch.zeros(*batch, n, h, d, dtype=dtype) for h in heads], packing
 
 
-def portable(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, fused=False):
-    (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
-    out, lse = forward.launch_forward(q, k, v, pattern, 0.1, packing=packing)
-    options = dict(packing=packing, deterministic=not fused, tma_add=arch >= 90)
+def chunk_of(n, q, k, v, dout):
+    """The last 16 blocks of 64 as a context-parallel rank's chunk: (tensors, offset, near)."""
+    blocks = n // 64
+    near = Near(blocks - 20, -(-(blocks - 20) // 4))
+    keys = (near.row + 20) * 64
+    at = dict(q_offset=(blocks - 16) * 64, near=near)
+    return (q[:, :1024], k[:, :keys], v[:, :keys], dout[:, :1024]), at
+
+
+def portable(
+    arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, fused=False, near=False
+):
+    x, packing = tensors(n, pattern, d, dtype, packed)
+    (q, k, v, dout), at = chunk_of(n, *x) if near else (x, {})
+    out, lse = forward.launch_forward(q, k, v, pattern, 0.1, packing=packing, **at)
+    options = dict(packing=packing, deterministic=not fused, tma_add=arch >= 90, **at)
     backward.launch_backward(q, k, v, out, lse, dout, None, pattern, 0.1, **options)
 
 
@@ -60,26 +82,19 @@ def sparse(arch, n, d):
     sparse_kernels.launch_backward(q, k, v, out, lse, dout, None, *common)
 
 
-def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_offset=0):
+def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_offset=0, near=False):
     """q_offset: the first of n tokens that are queries; n or more: all are, past the keys."""
-    (q, k, v, dout), packing = tensors(n, pattern, d, dtype, packed)
+    x, packing = tensors(n, pattern, d, dtype, packed)
+    (q, k, v, dout), at = chunk_of(n, *x) if near else (x, dict(q_offset=q_offset))
     if 0 < q_offset < n:
         q, dout = q[:, q_offset:], dout[:, q_offset:]
     if q_offset >= n:
         k, v = k[:, : n // 64 * 64], v[:, : n // 64 * 64]
     if d > 128:
-        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1, q_offset)
+        out, lse = launch_hopper_forward_wide(q, k, v, pattern, 0.1, **at)
     else:
-        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing, q_offset)
-    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, q_offset)
-
-
-def fused(arch, n, d, packed=False, deterministic=False):
-    """The pass with five products, which nothing chooses by itself."""
-    (q, k, v, dout), packing = tensors(n, PATTERN, d, torch.bfloat16, packed)
-    lse = torch.zeros(*q.shape[:-3], PATTERN.heads, n)
-    inputs = (q, k, v, q, lse, dout, None, PATTERN, 0.1, packing)
-    launch_hopper_fused(*inputs, deterministic=deterministic)
+        out, lse = launch_hopper_forward(q, k, v, pattern, 0.1, packing, **at)
+    launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, **at)
 
 
 def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
@@ -91,7 +106,7 @@ def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
     for tokens in (1, 200):
         q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
         k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
-        decode.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
+        decode_write.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
         decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
@@ -108,6 +123,7 @@ PORTABLE = [
     (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
+    (portable, dict(d=128, near=True)),
 ]  # fmt: skip
 HOPPER = [
     *((hopper, dict(d=d)) for d in (64, 128, 256)),
@@ -117,10 +133,7 @@ HOPPER = [
     (hopper, dict(d=128, pattern=THREE_RANGES)),
     *((hopper, dict(d=d, q_offset=1001)) for d in (64, 128, 256)),
     *((hopper, dict(d=d, q_offset=10000, pattern=DENSE)) for d in (64, 128, 256)),
-    (fused, dict(d=64)),
-    (fused, dict(d=128)),
-    (fused, dict(d=128, packed=True)),
-    (fused, dict(d=128, deterministic=True)),
+    *((hopper, dict(d=d, near=True)) for d in (64, 128, 256)),
 ]
 ONCE = [
     (portable, dict(d=128)),
@@ -129,21 +142,19 @@ ONCE = [
     (paged, dict(d=128)),
 ]
 """Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
-HOLDING = {"s2_hopper_fused_kernel": "EX2"}
-"""What a kernel's main loops hold, where it has other loops with products."""
 
 
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    keys = ("packed", "fused", "deterministic", "pattern", "q_offset")
+    keys = ("packed", "fused", "pattern", "q_offset", "near")
     words += [key for key in keys if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
 
 def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
-    for module in (forward, backward, sparse_kernels, decode):
+    for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
     report = dict(usage=[], loops=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
@@ -155,8 +166,8 @@ def compile_all(arch: int, cases: list) -> dict:
             case = name_of(launch, options)
             report["usage"] += [vars(usage(x)) | dict(arch=arch, case=case) for x in new.values()]
             names = [(x.metadata.name, x) for x in new.values()]
-            names = [(n, x) for n, x in names if n.startswith("s2_hopper") and "sums" not in n]
-            report["loops"] += [(n, main_loops(x, HOLDING.get(n, "HGMMA"))) for n, x in names]
+            names = [(n, x) for n, x in names if n.startswith("s2_hopper")]
+            report["loops"] += [(n, main_loops(x)) for n, x in names]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]

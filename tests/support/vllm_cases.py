@@ -14,7 +14,7 @@ from convert_models import make_model, run_tree
 from launches import ROOT
 
 import s2megatron.hf as s2hf
-from s2_kernels.record import record
+from s2_kernels.record import ARCHITECTURE_PREFIX, record
 from s2megatron.config import parse_config
 
 VLLM = Path(sys.prefix) / "vllm"
@@ -59,7 +59,8 @@ def make_folder(name: str, folder: Path, sparsity: dict, **changes) -> Path:
         heads=sizes.num_attention_heads,
         kv_heads=sizes.num_key_value_heads,
     )
-    change_config(folder, s2=record(patterns))
+    names = [ARCHITECTURE_PREFIX + name for name in sizes.architectures or [type(model).__name__]]
+    change_config(folder, s2=record(patterns), architectures=names)
     return folder
 
 
@@ -85,6 +86,26 @@ def chosen_tokens(folder: Path, prompts: list[list[int]], tokens: list[list[int]
             logits = model(torch.tensor([prompt + new]), use_cache=False).logits
         out.append(logits[0, len(prompt) - 1 : -1].argmax(-1).tolist())
     return out
+
+
+def shortfall(folder: Path, prompts, tokens, dtype: str) -> tuple[float, float, float]:
+    """How much worse than the best choice `tokens` are, by the logits of transformers in float32.
+
+    Returns:
+        The most that a chosen token's logit lies below the best one's; the most that a logit of
+        transformers in `dtype` is off; how far below the best logit the mean one lies.
+    """
+    exact, low = (s2hf.load(folder, dtype=d).eval() for d in (torch.float32, getattr(torch, dtype)))
+    short, error, spread = [], [], []
+    for prompt, new in zip(prompts, tokens, strict=True):
+        ids, places = torch.tensor([prompt + new]), slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            right, off = (m(ids, use_cache=False).logits[0, places].float() for m in (exact, low))
+        best = right.amax(-1)
+        short.append((best - right.gather(1, torch.tensor(new)[:, None])[:, 0]).max())
+        error.append((off - right).abs().max())
+        spread.append((best - right.mean(-1)).mean())
+    return float(max(short)), float(max(error)), float(min(spread))
 
 
 def serve(jobs: list[dict], folder: Path, changes=ON_CPU) -> list[dict]:

@@ -2,6 +2,7 @@
 
 A job is a folder, options of `LLM`, and rounds of requests; of each round the tokens are noted and
 what the cache held. Without rounds only the configuration is made, which is where most is refused.
+"without_plugin" stands in the last job only.
 With a pattern in place of a folder random requests meet the cache alone (vllm_traffic.py).
 One process runs all jobs, because importing vLLM takes longer than a job.
 """
@@ -37,6 +38,11 @@ def serve(job: dict) -> dict:
         "block_size": groups[0].kv_cache_spec.block_size,
         "rounds": [],
     }
+    if job.get("graphs"):
+        from vllm_graphs import graphs
+
+        model = core.model_executor.driver_worker.worker.get_model()
+        report["graphs"] = graphs(engine, model)
     for one in job["rounds"]:
         if one.get("forget"):
             assert core.scheduler.reset_prefix_cache()
@@ -68,6 +74,8 @@ def configure(job: dict) -> dict:
     """What vLLM would serve, or why it refuses to, before it loads weights."""
     from vllm.engine.arg_utils import EngineArgs
 
+    if job.get("without_plugin"):
+        forget_plugin()
     try:
         config = EngineArgs(model=job["folder"], **{**ALWAYS, **job["options"]})
         config = config.create_engine_config()
@@ -77,6 +85,16 @@ def configure(job: dict) -> dict:
         "architectures": config.model_config.hf_config.architectures,
         "block_size": config.cache_config.block_size,
     }
+
+
+def forget_plugin() -> None:
+    """vLLM as it is where no plugin has been found."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for names in (ModelRegistry.models, MODELS_CONFIG_MAP):
+        for name in [name for name in names if name.startswith("S2")]:
+            del names[name]
 
 
 def count_preemptions(scheduler) -> list:

@@ -1,6 +1,7 @@
 """Transformer Engine and Apex are found by what they bring; stand-ins take their places here."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,15 @@ APEX = {"apex/__init__.py": "", "apex/optimizers.py": "class FusedAdam: pass"}
 APEX_ADAM = APEX | {"amp_C.py": "def multi_tensor_adam(): pass"}
 APEX_FUSION = {"fused_weight_gradient_mlp_cuda.py": "def wgrad_gemm_accum_fp32(): pass"}
 BROKEN_FUSION = {"fused_weight_gradient_mlp_cuda.py": "raise ImportError('undefined symbol')"}
-NAMES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+NAMES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda",
+         "nvidia_resiliency_ext")  # fmt: skip
+
+
+def resiliency(version: str) -> dict:
+    """NVIDIA's package that writes checkpoints in the background, by its name alone."""
+    folder = f"nvidia_resiliency_ext-{version}.dist-info"
+    metadata = f"Name: nvidia-resiliency-ext\nVersion: {version}\n"
+    return {"nvidia_resiliency_ext/__init__.py": "", f"{folder}/METADATA": metadata}
 
 
 @pytest.fixture
@@ -137,3 +146,34 @@ def test_half_removed_transformer_engine_is_named(install, tmp_path):
     with pytest.raises(ConfigError, match="half-removed") as error:
         find_backends()
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(("gpu", "strategy"), [(True, "nvrx"), (False, "mcore")])
+def test_who_writes_checkpoints_in_the_background(install, gpu, strategy):
+    """NVIDIA's writer asks for a GPU as it starts: on the CPU it would end with the first save."""
+    install(resiliency("0.6.0"))
+    found = replace(find_backends(), cuda=gpu)
+    assert found.resiliency == "0.6.0"
+    assert default_options(found, {})["async_strategy"] == strategy
+    asked = {"async_save": True, "async_strategy": "nvrx"}
+    assert default_options(found, asked | {"async_strategy": "mcore"})["async_strategy"] == "mcore"
+    if gpu:
+        assert default_options(found, asked)["async_strategy"] == "nvrx"
+    else:
+        with pytest.raises(ConfigError, match="'nvrx' needs nvidia-resiliency-ext and a GPU"):
+            default_options(found, asked)
+        default_options(found, asked | {"async_save": False})  # then Megatron does not look at it
+
+
+def test_without_nvidias_writer(install):
+    found = replace(find_backends(), cuda=True)
+    assert found.resiliency is None and default_options(found, {})["async_strategy"] == "mcore"
+    with pytest.raises(ConfigError, match="leave the option out"):
+        default_options(found, {"async_save": True, "async_strategy": "nvrx"})
+
+
+@pytest.mark.parametrize("version", ["0.4.1", "0.5.0"])
+def test_a_writer_that_megatron_does_not_import_beside_is_refused(install, version):
+    install(resiliency(version))
+    with pytest.raises(ConfigError, match=f"{version} is installed, .*install 0.6 or newer"):
+        find_backends()

@@ -189,7 +189,6 @@ def resolve(folder, **chosen) -> output.Output:
 def test_options_of_an_output_folder(tmp_path):
     options = resolve(tmp_path).options
     checkpoints = str(tmp_path / "checkpoints")
-    assert options.pop("async_strategy") in ("nvrx", "mcore")
     assert options == {
         "save": checkpoints, "save_interval": 1000, "ckpt_format": "torch_dist",
         "tensorboard_dir": str(tmp_path / "tensorboard"), "exit_signal_handler": True,
@@ -198,19 +197,8 @@ def test_options_of_an_output_folder(tmp_path):
     own = resolve(tmp_path, save_interval=5, use_persistent_ckpt_worker=False).options
     assert own["save_interval"] == 5 and own["use_persistent_ckpt_worker"] is False
     plain = resolve(tmp_path, async_save=False).options
-    assert "use_persistent_ckpt_worker" not in plain and "async_strategy" not in plain
+    assert "use_persistent_ckpt_worker" not in plain
     assert output.resolve(OutputConfig(), {"save": "x"}) is None
-
-
-@pytest.mark.parametrize(("there", "strategy"), [(None, "mcore"), ("a spec", "nvrx")])
-def test_writer_of_nvidias_package_where_it_is_installed(tmp_path, monkeypatch, there, strategy):
-    asked = []
-    monkeypatch.setattr(
-        output.importlib.util, "find_spec", lambda name: asked.append(name) or there
-    )
-    assert resolve(tmp_path).options["async_strategy"] == strategy
-    assert asked == ["nvidia_resiliency_ext"]
-    assert resolve(tmp_path, async_strategy="mcore").options["async_strategy"] == "mcore"
 
 
 @pytest.mark.parametrize(

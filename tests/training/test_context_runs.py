@@ -69,6 +69,52 @@ def test_a_checkpoint_resumes_at_another_context_parallel_size(home, one_rank, s
     assert_same(got, one_rank, first=11)
 
 
+BUCKETS = ["megatron.use_distributed_optimizer=true", "megatron.save_interval=2",
+           "megatron.dist_ckpt_optim_fully_reshardable=false",
+           "megatron.overlap_grad_reduce=true", "megatron.ddp_bucket_size=20000"]  # fmt: skip
+"""Of 172,608 parameters: several buckets."""
+
+
+@pytest.fixture(scope="module")
+def by_bucket(home):
+    """Checkpoints of step 2 at CP 1 and CP 2, with the optimizer's state by bucket."""
+    for ranks in (1, 2):
+        save = [f"megatron.save={home / f'bucket-{ranks}'}", "megatron.exit_interval=2"]
+        split = f"megatron.context_parallel_size={ranks}"
+        train_on(home, f"bucket-{ranks}-saved", *BUCKETS, *save, split, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ranks", "cp"),
+    [(1, 2, 2), (2, 1, 1), (2, 2, 1)],
+    ids=["CP1 to CP2", "CP2 to CP1", "CP2 to DP2"],
+)
+def test_optimizer_state_by_bucket_resumes_at_another_size(home, one_rank, by_bucket, saved, ranks,
+                                                           cp):  # fmt: skip
+    """A bucket is cut among the ranks of DP x CP, as it is among those of DP alone."""
+    got = losses(
+        home / "run.yaml",
+        home / f"bucket-{saved}-{ranks}-{cp}",
+        f"megatron.load={home / f'bucket-{saved}'}",
+        "megatron.exit_interval=4",
+        f"megatron.context_parallel_size={cp}",
+        *BUCKETS,
+        ranks=ranks,
+    )
+    assert got == pytest.approx({step: one_rank[step] for step in (3, 4)}, abs=1e-4)
+
+
+def test_losses_per_token_of_one_rank(home, one_rank):
+    """calculate_per_token_loss: Megatron divides by the tokens of all ranks and micro-batches."""
+    options = ["megatron.calculate_per_token_loss=true", "megatron.exit_interval=5"]
+    one = train_on(home, "tokens-one", *options, ranks=1)
+    two = train_on(home, "tokens-cp2", *options, *CP2, ranks=2)
+    assert sorted(two) == [1, 2, 3, 4, 5]
+    assert two == pytest.approx(one, abs=1e-4)
+    mean = {step: one_rank[step] for step in one}
+    assert one != pytest.approx(mean, abs=1e-4)  # these micro-batches do differ in tokens
+
+
 def test_experts_spread_over_context_parallel_ranks(home):
     """From one rank's weights: Megatron draws those of experts by expert-parallel rank."""
     options = [

@@ -246,6 +246,21 @@ def test_errors_of_loading_and_of_saving_are_told_apart(tmp_path):
     assert explain(ValueError("x"), load="a", step=None, save="b") is None
 
 
+def test_optimizer_state_of_other_buckets_is_named(tmp_path):
+    """As Megatron told it of one bucket where there had been several."""
+    source, scope = "def load_checkpoint():\n    raise RuntimeError(text)\n", {
+        "text": "Global shape mismatch for loaded (torch.Size([24576])) and expected ((43072,)) "
+        "tensor for key optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, "
+        "torch.float32).bucket_idx_0.param"
+    }  # fmt: skip
+    exec(compile(source, "megatron/training/checkpointing.py", "exec"), scope)
+    with pytest.raises(RuntimeError) as error:
+        scope["load_checkpoint"]()
+    told = explain(error.value, load=str(tmp_path), step=4, save=None)
+    assert "iter_0000004: its optimizer's state was saved by bucket" in told
+    assert "go on with the overlap_grad_reduce and ddp_bucket_size" in told
+
+
 # --- a real run
 
 

@@ -19,7 +19,7 @@ from ports import free_port
 from s2megatron.errors import ConfigError
 from s2megatron.plot import read_scalars
 from s2megatron.training.backends import find_backends
-from s2megatron.training.resume_layout import check_layout, check_resumable
+from s2megatron.training.resume_layout import check_layout, check_resumable, told_of_buckets
 
 STOP, END = 3, 6
 LAYOUTS = {
@@ -218,6 +218,38 @@ def test_state_by_bucket_is_refused_at_another_tp_with_both_ways_out():
     check_layout(run_options(no_load_optim=True), saved, Path("runs/iter_0000003"))
     saved["content_metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
     check_layout(run_options(), saved, Path("runs/iter_0000003"))
+
+
+BY_BUCKET = {"distrib_optim_sharding_type": "dp_reshardable"}
+OVERLAP = {"overlap_grad_reduce": True, "data_parallel_size": 8, "context_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "was"),
+    [
+        ({}, {}, ""),
+        ({}, OVERLAP, "megatron.overlap_grad_reduce=false"),
+        (OVERLAP, OVERLAP | {"data_parallel_size": 20}, ""),  # 40 ranks: the same size
+        (OVERLAP, OVERLAP | {"context_parallel_size": 8},
+         "megatron.overlap_grad_reduce=true megatron.ddp_bucket_size=40000000"),
+        (OVERLAP | {"data_parallel_size": 32}, OVERLAP, "megatron.ddp_bucket_size=64000000"),
+        (OVERLAP, OVERLAP | {"ddp_bucket_size": 40_000_000, "context_parallel_size": 8}, ""),
+        (OVERLAP | {"ddp_bucket_size": 5000}, OVERLAP, "megatron.ddp_bucket_size=5000"),
+        (OVERLAP | {"ddp_num_buckets": 4}, OVERLAP | {"ddp_num_buckets": 3},
+         "megatron.ddp_num_buckets=4"),
+        (OVERLAP | {"ddp_num_buckets": 4}, OVERLAP | {"ddp_num_buckets": 4,
+                                                      "data_parallel_size": 64}, ""),
+    ],
+)  # fmt: skip
+def test_other_buckets_are_told(saved, now, was):
+    common = {"args": run_options(**saved), "content_metadata": BY_BUCKET}
+    lines = told_of_buckets(run_options(**now), common)
+    assert bool(lines) == bool(was)
+    assert not lines or (lines[0].count(was) == 2 and lines[0].endswith(was))
+    by_parameter = common | {"content_metadata": {}}
+    assert told_of_buckets(run_options(**now), by_parameter) == []
+    plain = run_options(**now, use_distributed_optimizer=False)
+    assert told_of_buckets(plain, common) == []
 
 
 @pytest.mark.parametrize("saved, wanted, refused", [(1, 2, True), (2, 1, True), (2, 4, False)])

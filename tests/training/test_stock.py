@@ -1,5 +1,7 @@
 """`python -m s2megatron.stock SCRIPT ...`: how it ends, which is what torchrun and SLURM see."""
 
+import multiprocessing
+import runpy
 import sys
 
 import pytest
@@ -61,6 +63,31 @@ def test_errors_of_the_script_stay(script, barriers):
     with pytest.raises(ZeroDivisionError):
         script("1 / 0")
     assert barriers == []
+
+
+WAITS = """
+import threading
+threading.Thread(target=threading.Event().wait).start()  # as NCCL's destructors, with a peer gone
+1 / 0
+"""
+
+
+def test_rank_that_fails_waits_for_nothing(script, tmp_path, monkeypatch, capfd):
+    """Left to the interpreter's own end it would stay, and torchrun would wait for it."""
+    error = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error))
+    script("")
+    (tmp_path / "pretrain_gpt.py").write_text(WAITS)
+    monkeypatch.setattr(sys, "argv", ["stock", str(tmp_path / "pretrain_gpt.py")])
+    rank = multiprocessing.get_context("fork").Process(
+        target=runpy.run_module, args=("s2megatron.stock",), kwargs={"run_name": "__main__"}
+    )
+    rank.start()
+    rank.join(20)
+    status = rank.exitcode
+    rank.kill()
+    assert status == 1 and "ZeroDivisionError" in error.read_text()
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_script_finds_its_arguments_and_its_folder(script, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """A background writer of checkpoints that dies is noticed, whatever training waits for."""
 
+import ast
+import importlib.util
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,9 +77,50 @@ def test_writer_of_megatrons_queue_and_of_nvidias(name, monkeypatch):
     assert current_writer() is None
     setattr(saves._async_calls_queue, name, SimpleNamespace(process="the writer"))
     assert current_writer() == "the writer"
-    saves._async_calls_queue = SimpleNamespace()
-    with pytest.raises(AttributeError):  # another version's: it is not left unwatched in silence
-        current_writer()
+
+
+@pytest.mark.parametrize(
+    ("queue", "why"),
+    [
+        (SimpleNamespace(caller=1), "has none of _persistent_caller, persistent_caller"),
+        (SimpleNamespace(persistent_caller=SimpleNamespace(worker=1)), "has no 'process'"),
+    ],
+    ids=["another name", "another caller"],
+)
+def test_writer_that_cannot_be_found_is_told_once(queue, why, monkeypatch):
+    """Of a version with other names: the run goes on, unwatched, and says so."""
+    saves = SimpleNamespace(_async_calls_queue=queue)
+    monkeypatch.setitem(sys.modules, "megatron.training", SimpleNamespace(async_utils=saves))
+    monkeypatch.setattr(writer_watch, "INTERVAL", 0.01)
+    told = []
+    watch = WriterWatch(lambda reason: pytest.fail(reason), tell=told.append)
+    watch._thread.join(20)
+    (line,) = told
+    assert f"is not watched: types.SimpleNamespace {why}. Should it die" in line
+    assert line.endswith("megatron.async_strategy=mcore is watched")
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "megatron.core.dist_checkpointing.strategies.async_utils",
+        "nvidia_resiliency_ext.checkpointing.async_ckpt.core",
+    ],
+)
+def test_names_stand_in_the_packages_sources(module):
+    """Read and not imported: the one takes seconds, the other needs a GPU's libraries."""
+    package, _, rest = module.partition(".")
+    if (spec := importlib.util.find_spec(package)) is None:
+        pytest.skip(f"{package} is not installed")
+    file = Path(spec.submodule_search_locations[0], *rest.split(".")).with_suffix(".py")
+    kinds = {
+        node.name: {attribute.attr for attribute in ast.walk(node)
+                    if isinstance(attribute, ast.Attribute)}
+        for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)
+    }  # fmt: skip
+    assert kinds["AsyncCallsQueue"] & set(writer_watch.CALLERS)
+    assert "process" in kinds["PersistentAsyncCaller"]
 
 
 def test_rank_ends_with_the_reason_for_its_agent(tmp_path, monkeypatch, capfd):

@@ -10,6 +10,7 @@ import logging
 import torch
 
 from s2_kernels.launch import Packing, capability, takes_descriptor
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
 
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
@@ -40,6 +41,7 @@ def why_not(
     pattern: LayerPattern,
     packing: Packing | None,
     q_offset: int = 0,
+    near: Near | None = None,
 ) -> str | None:
     """What keeps the Hopper kernels from these inputs; None where they take them.
 
@@ -59,10 +61,11 @@ def why_not(
         return f"packed sequences with head size {q.shape[-1]} (up to {WIDEST})"
     if packing is not None and q_offset:
         return "packed sequences at a q_offset other than 0"
-    past = packing is None and q_offset + q.shape[1] > k.shape[1]
-    if past and all_seen(pattern, k.shape[1], q_offset) is None:
+    n_keys = count_keys(k, near, pattern)
+    past = packing is None and q_offset + q.shape[1] > n_keys
+    if past and (near or all_seen(pattern, n_keys, q_offset) is None):
         return "queries at positions past the last key"
-    if packing is None and q.shape[1] < min(FEWEST_QUERIES, k.shape[1]):
+    if packing is None and q.shape[1] < min(FEWEST_QUERIES, n_keys):
         return f"fewer than {FEWEST_QUERIES} queries of a longer sequence"
     if packing is not None and packing.cu_k.data_ptr() != packing.cu_q.data_ptr():
         return "packed sequences with cu_seqlens_k of their own"
@@ -80,6 +83,7 @@ def takes(
     q_offset: int,
     backend: str,
     which: str,
+    near: Near | None = None,
 ) -> bool:
     """Whether a pass, "forward" or "backward", runs here: asked for and possible, or "auto".
 
@@ -90,7 +94,7 @@ def takes(
     """
     if backend == "triton":
         return False
-    reason = why_not(q, k, v, pattern, packing, q_offset)
+    reason = why_not(q, k, v, pattern, packing, q_offset, near)
     if reason and backend == "hopper":
         raise ValueError(
             f"backend='hopper' does not take {reason}: q {tuple(q.shape)}, k {tuple(k.shape)}, "

@@ -15,6 +15,7 @@ from s2_kernels.hopper.backward_dq import launch_hopper_dq
 from s2_kernels.hopper.backward_dq_wide import launch_hopper_dq_wide
 from s2_kernels.hopper.primitives import term_lead
 from s2_kernels.launch import Packing, empty_like, takes_descriptor
+from s2_kernels.near import Near, clear_far
 from s2_kernels.pattern import LayerPattern
 
 
@@ -30,19 +31,22 @@ def launch_hopper_backward(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
-    if all_seen(pattern, k.shape[-3], q_offset) is not None:
+    if near is None and all_seen(pattern, k.shape[-3], q_offset) is not None:
         q_offset = k.shape[-3]  # any position past the keys; here columns and rows begin together
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
+    clear_far(near, pattern, dk, dv)
     if q.shape[-1] > WIDEST:
         inputs = (q, k, v, dout, *row_terms(out, lse, dout, dlse, term_lead(q_offset)))
-        launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale, q_offset)
-        launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale, q_offset)
+        launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale, q_offset, near, spare)
+        launch_hopper_dkdv_wide(*inputs, dk, dv, pattern, softmax_scale, q_offset, near, spare)
         return dq, dk, dv
-    common = (pattern, softmax_scale, packing, q_offset)
+    common = (pattern, softmax_scale, packing, q_offset, near, spare)
     lse2, delta = launch_hopper_dq(q, k, v, out, lse, dout, dlse, dq, *common)
     launch_hopper_dkdv(q, k, v, dout, lse2, delta, dk, dv, *common)
     return dq, dk, dv

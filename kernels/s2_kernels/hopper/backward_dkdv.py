@@ -50,6 +50,7 @@ from s2_kernels.hopper.primitives import (
     make_notes,
     next_item,
     offset_or_none,
+    persistent_programs,
     read_scalar,
     store_rows,
     store_some_rows,
@@ -59,14 +60,14 @@ from s2_kernels.hopper.primitives import (
 )
 from s2_kernels.launch import (
     Packing,
-    concurrent_programs,
     counter_for,
     device_table,
     on_grid,
     pad,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import load_rule
+from s2_kernels.primitives import key_row, load_rule
 from s2_kernels.schedule import column_pairs
 
 STAGES = 3
@@ -119,13 +120,15 @@ class Work(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of sequences, heads, items and queries; q_offset; the scale."""
+    """Numbers of sequences, heads, items and queries; q_offset, near (`Reach`); the scale."""
 
     batch: gl.tensor
     heads: gl.tensor
     items: gl.tensor
     s: gl.tensor
     q_offset: gl.tensor
+    near_start: gl.tensor
+    near_row: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
     kv_heads: gl.tensor
@@ -223,7 +226,10 @@ def producer(
             on_diagonal = (first == columns[w]) & (first < end)
             n_whole = end - first - on_diagonal.to(gl.int32)
             share = gl.where(at.slot < 0, at.slot, at.slot + w * at.n_pieces)
-            row = gl.where(columns[w] < 0, FAR, start + columns[w] * 64)
+            row = start + columns[w] * 64
+            if sizes.near_start is not None:
+                row = key_row(at.rule, row, sizes.near_start, sizes.near_row, B, N_BANDS)
+            row = gl.where(columns[w] < 0, FAR, row)
             n_there = gl.where(columns[w] < 0, 64, length - columns[w] * 64)
             n_left = length - (end - 1) * 64
             tiles = (high - end, end - first, n_whole, first - low)
@@ -398,7 +404,11 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_items", "s", "q_offset", "kv_heads"])
+@gluon.jit(
+    do_not_specialize=[
+        "batch", "heads", "n_items", "s", "q_offset", "near_start", "near_row", "kv_heads"
+    ]
+)  # fmt: skip
 def s2_hopper_dkdv_kernel(
     d_q,
     d_k,
@@ -422,6 +432,8 @@ def s2_hopper_dkdv_kernel(
     n_items,
     s,
     q_offset,
+    near_start,
+    near_row,
     scale,
     scale_log2,
     B: gl.constexpr,
@@ -453,7 +465,9 @@ def s2_hopper_dkdv_kernel(
         q_bufs, do_bufs, lse_bufs, delta_bufs, q_ready, do_ready, free,
         k_bufs, v_bufs, notes, kv_ready, kv_free,
     )  # fmt: skip
-    sizes = Sizes(batch, heads, n_items, s, q_offset, scale, scale_log2, kv_heads)
+    sizes = Sizes(
+        batch, heads, n_items, s, q_offset, near_start, near_row, scale, scale_log2, kv_heads
+    )
     work = Work(p_items, p_taken, p_table, p_partial)
     stores = Output(p_dk, p_dv, strides_dk, strides_dv)
     gl.warp_specialize(
@@ -480,18 +494,21 @@ def launch_hopper_dkdv(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
     b, s, h, d, *_ = extents(q)
     g = k.shape[-2]
-    programs = concurrent_programs(q.device, num_warps=8)
+    programs = persistent_programs(q.device, spare)
     if packing:
         # Pairs of one more class begin anew; blocks of 256 may have a pair past the end.
         extra = pattern.n_bands // 2 if pattern.block_size == 64 else pattern.block_size // 256
         items = packed_slots(packing.cu_q, s, extra)
         n_items, n_slots = len(items) * g, 0
     else:
-        work = column_pairs(pattern, s, b, programs, q.device, k.shape[1], q_offset)
+        t = count_keys(k, near, pattern)
+        work = column_pairs(pattern, s, b, programs, q.device, t, q_offset, near=near)
         items, n_items, n_slots = work.items, len(work.items), work.n_slots
     partial = lse2.new_empty((n_slots * b, ROWS, 2 * pad(d)))
     on_grid(s2_hopper_dkdv_kernel, (min(programs, n_items),))(
@@ -517,6 +534,7 @@ def launch_hopper_dkdv(
         n_items,
         s,
         offset_or_none(q, k, q_offset),
+        *(near or (None, None)),
         softmax_scale,
         softmax_scale * math.log2(math.e),
         B=pattern.block_size,

@@ -56,20 +56,21 @@ from s2_kernels.hopper.primitives import (
     make_notes,
     next_item,
     offset_or_none,
+    persistent_programs,
     read_scalar,
     strides_and_size,
     term_descriptor,
     write_notes,
 )
 from s2_kernels.launch import (
-    concurrent_programs,
     counter_for,
     device_table,
     on_grid,
     pad,
 )
+from s2_kernels.near import Near, count_keys
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import head_offset, load_rule
+from s2_kernels.primitives import head_offset, key_row, load_rule
 from s2_kernels.schedule import single_columns
 
 COUNT, DIAGONAL, ITEM = map(gl.constexpr, range(3))
@@ -128,11 +129,16 @@ class Work(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of heads, of items; the last query's half-tile and 1; q_offset; the scale."""
+    """Numbers of heads, of items; the last query's half-tile and 1; the scale.
+
+    q_offset to near_row: `Reach`.
+    """
 
     heads: gl.tensor
     rows: gl.tensor
     q_offset: gl.tensor
+    near_start: gl.tensor
+    near_row: gl.tensor
     items: gl.tensor
     scale_log2: gl.tensor
 
@@ -163,10 +169,10 @@ def load_place(desc, terms, i_batch, i_head, row, term, at, turn, memory):
 
 
 @gluon.jit
-def load_column(desc, i_batch, i_kv, column, buf, ready):
+def load_column(desc, i_batch, i_kv, row, buf, ready):
     """K or V of an item."""
     mbarrier.expect(ready, desc.block_type.nbytes)
-    load_rows(desc, i_batch, i_kv, column * 64, ready, buf)
+    load_rows(desc, i_batch, i_kv, row, ready, buf)
 
 
 @gluon.jit
@@ -191,6 +197,9 @@ def producer(
         low = begin + (end - begin) * piece // n_pieces
         high = begin + (end - begin) * (piece + 1) // n_pieces
         on_diagonal = (low == column) & (low < high)
+        k_row = column * 64
+        if sizes.near_start is not None:
+            k_row = key_row(rule, k_row, sizes.near_start, sizes.near_row, B, N_BANDS)
         n = gl.maximum(high - low, 1)
         for i_member in range(GROUP):
             i_head = i_kv * GROUP + i_member
@@ -205,9 +214,9 @@ def producer(
                 if (i_member == 0) & (i == 0):
                     mbarrier.wait(k.free.index(0), i_round & 1 ^ 1)
                     write_notes(memory.notes, 0, (n, on_diagonal.to(gl.int32), item))
-                    load_column(descs.k, i_batch, i_kv, column, k.bufs.index(0), k.ready.index(0))
+                    load_column(descs.k, i_batch, i_kv, k_row, k.bufs.index(0), k.ready.index(0))
                     mbarrier.wait(v.free.index(0), i_round & 1 ^ 1)
-                    load_column(descs.v, i_batch, i_kv, column, v.bufs.index(0), v.ready.index(0))
+                    load_column(descs.v, i_batch, i_kv, k_row, v.bufs.index(0), v.ready.index(0))
                 load_place(
                     descs.dout, descs.delta, i_batch, i_head, row, term, at, turn + 1, memory
                 )
@@ -356,7 +365,8 @@ def store_share(p_tile, b_sum):
 @gluon.jit
 def consumer(
     memory, work, sizes, out,
-    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, B: gl.constexpr,
+    N_BANDS: gl.constexpr,
 ):  # fmt: skip
     """dv (warpgroup 0) or dk (1) of every item, stored, or as a piece's share in float32."""
     k, v, tiles = memory.k, memory.v, memory.tiles
@@ -380,9 +390,13 @@ def consumer(
         i_kv, column = gl.load(p_item), gl.load(p_item + 1)
         slot, i_batch = gl.load(p_item + 4), gl.load(p_item + 5)
         if slot < 0:
-            p_tile = out.base + head_offset(out.strides, i_batch, i_kv, column * 64)
+            row = column * 64
+            if sizes.near_start is not None:
+                rule = load_rule(work.rules, i_kv, N_BANDS)
+                row = key_row(rule, row, sizes.near_start, sizes.near_row, B, N_BANDS)
+            p_tile = out.base + head_offset(out.strides, i_batch, i_kv, row)
             b_out16 = b_out.to(tiles.bufs.dtype)
-            store_sum(p_tile, out.strides[1], None, out.t - column * 64, b_out16, D)
+            store_sum(p_tile, out.strides[1], None, out.t - row, b_out16, D)
         else:
             at = (slot.to(gl.int64) * out.batch + i_batch) * 2 + (1 - WARPGROUP)
             store_share(out.partial + at * (64 * BLOCK_D), b_out)
@@ -391,11 +405,15 @@ def consumer(
         item = read_scalar(memory.notes, ITEM)
 
 
-@gluon.jit(do_not_specialize=["batch", "heads", "n_rows", "q_offset", "n_items", "t"])
+@gluon.jit(
+    do_not_specialize=[
+        "batch", "heads", "n_rows", "q_offset", "near_start", "near_row", "n_items", "t"
+    ]
+)  # fmt: skip
 def s2_hopper_dkdv_wide_kernel(
     d_q, d_k, d_v, d_dout, d_lse2, d_delta, p_dk, p_dv, strides_dk, strides_dv,
-    p_items, p_taken, p_table, p_partial, batch, heads, n_rows, q_offset, n_items, t,
-    scale, scale_log2,
+    p_items, p_taken, p_table, p_partial, batch, heads, n_rows, q_offset, near_start, near_row,
+    n_items, t, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr, GROUP: gl.constexpr,
     TERM_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -422,13 +440,13 @@ def s2_hopper_dkdv_wide_kernel(
         make_notes(3),
     )
     work = Work(p_items, p_taken, p_table)
-    sizes = Sizes(heads, n_rows, q_offset, n_items, scale_log2)
+    sizes = Sizes(heads, n_rows, q_offset, near_start, near_row, n_items, scale_log2)
     dv_out = Output(p_dv, strides_dv, p_partial, batch, t, scale)
     dk_out = Output(p_dk, strides_dk, p_partial, batch, t, scale)
     gl.warp_specialize(
         [
-            (consumer, (memory, work, sizes, dv_out, 0, GROUP, D)),
-            (consumer, (memory, work, sizes, dk_out, 1, GROUP, D)),
+            (consumer, (memory, work, sizes, dv_out, 0, GROUP, D, B, N_BANDS)),
+            (consumer, (memory, work, sizes, dk_out, 1, GROUP, D, B, N_BANDS)),
             (producer, (descs, memory, work, sizes, B, N_BANDS, GROUP)),
         ],
         [4, 1],
@@ -448,12 +466,14 @@ def launch_hopper_dkdv_wide(
     pattern: LayerPattern,
     softmax_scale: float,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> None:
     """Writes dk and dv, as s2_kernels.backward_dkdv.launch_dkdv."""
     b, s, h, d, *_ = extents(q)
-    g, t = k.shape[-2], k.shape[-3]
-    slots = concurrent_programs(q.device, num_warps=8)
-    work = single_columns(pattern, s, b, slots, q.device, t, q_offset)
+    g, t = k.shape[-2], count_keys(k, near, pattern)
+    slots = persistent_programs(q.device, spare)
+    work = single_columns(pattern, s, b, slots, q.device, t, q_offset, near)
     partial = lse2.new_empty((work.n_slots * b, ROWS, 2 * pad(d)))
     on_grid(s2_hopper_dkdv_wide_kernel, (min(slots, len(work.items)),))(
         descriptor(q),
@@ -474,8 +494,9 @@ def launch_hopper_dkdv_wide(
         h,
         -(-(q_offset + s) // ROWS),
         offset_or_none(q, k, q_offset),
+        *(near or (None, None)),
         len(work.items),
-        t,
+        k.shape[-3],
         softmax_scale,
         softmax_scale * math.log2(math.e),
         D=d,

@@ -49,8 +49,9 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.launch import Packing, device_table, on_grid, pad
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LOG2E, load_rule
+from s2_kernels.primitives import LOG2E, key_row, load_rule
 
 EDGES, KEPT, UNSEEN = map(gl.constexpr, range(3))
 """Notes of an item: see lists.QueryList."""
@@ -103,6 +104,8 @@ class Sizes(NamedTuple):
     s: gl.tensor
     q_offset: gl.tensor
     all_seen: gl.tensor
+    near_start: gl.tensor
+    near_row: gl.tensor
     rows: gl.tensor
     scale: gl.tensor
     scale_log2: gl.tensor
@@ -148,6 +151,8 @@ def producer(
             column = item.start + listed_half(tiles, p, B, N_BANDS) * 64
             if sizes.all_seen is not None:
                 column = p * 64
+            if sizes.near_start is not None:
+                column = key_row(rule, column, sizes.near_start, sizes.near_row, B, N_BANDS)
             mbarrier.wait(memory.kv_free.index(stage), phase ^ 1)
             ready = memory.k_ready.index(stage)
             mbarrier.expect(ready, descs.k.block_type.nbytes)
@@ -291,17 +296,11 @@ def consumer(
             )
         row = where.row + WARPGROUP * 64
         b_dq16 = (b_dq * sizes.scale).to(memory.dq.dtype)
-        if PACKED and row + 64 > where.length:  # TMA would write over the next sequence
+        if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
             store_some_rows(
-                b_dq16,
-                store.base,
-                store.strides,
-                where.batch,
-                where.head,
-                where.start,
-                row,
-                where.length,
-            )
+                b_dq16, store.base, store.strides, where.batch, where.head, where.start, row,
+                where.length, sizes.q_offset,
+            )  # fmt: skip
         else:
             dq_buf.store(b_dq16)
             fence_async_shared()
@@ -309,7 +308,11 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen", "rows"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row", "rows"
+    ]
+)  # fmt: skip
 def s2_hopper_dq_kernel(
     d_q,
     d_k,
@@ -332,6 +335,8 @@ def s2_hopper_dq_kernel(
     s,
     q_offset,
     all_seen,
+    near_start,
+    near_row,
     rows,
     scale,
     scale_log2,
@@ -362,7 +367,9 @@ def s2_hopper_dq_kernel(
     )
     terms = Terms(p_lse, p_dlse, p_lse2, p_delta)
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2)
+    sizes = Sizes(
+        heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, rows, scale, scale_log2
+    )
     store = Output(d_dq, p_dq, strides_dq)
     gl.warp_specialize(
         [
@@ -388,6 +395,8 @@ def launch_hopper_dq(
     softmax_scale: float,
     packing: Packing | None = None,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes dq; returns the row terms lse2 and delta, float32 [b, h, rows].
 
@@ -395,11 +404,11 @@ def launch_hopper_dq(
     lse, dlse: [b, h, s], or [h, T] packed, contiguous.
     """
     b, s, h, d, *_ = extents(q)
-    reach = reach_of(q, k, pattern, q_offset)
+    reach = reach_of(q, k, pattern, q_offset, near)
     lead = term_lead(reach.q_offset or 0)
     rows = term_rows(s, packing.n_seqs) if packing else -(-(lead + s) // 4) * 4  # 16 bytes, for TMA
     lse2, delta = lse.new_empty((b, h, rows)), lse.new_empty((b, h, rows))
-    work = query_items(pattern, q, packing, reach)
+    work = query_items(pattern, q, packing, reach, spare)
     on_grid(s2_hopper_dq_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),

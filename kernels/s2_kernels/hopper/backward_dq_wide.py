@@ -55,8 +55,9 @@ from s2_kernels.hopper.primitives import (
     write_notes,
 )
 from s2_kernels.launch import device_table, on_grid
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import head_offset, load_rule
+from s2_kernels.primitives import head_offset, key_row, load_rule
 
 K_STAGES = gl.constexpr(2)
 
@@ -126,6 +127,8 @@ def producer(
             column = listed_half(tiles, p, B, N_BANDS) * 64
             if sizes.all_seen is not None:
                 column = p * 64
+            if sizes.near_start is not None:
+                column = key_row(rule, column, sizes.near_start, sizes.near_row, B, N_BANDS)
             stage, phase = done % K_STAGES, done // K_STAGES & 1
             mbarrier.wait(k.free.index(stage), phase ^ 1)
             mbarrier.expect(k.ready.index(stage), descs.k.block_type.nbytes)
@@ -254,10 +257,14 @@ def consumer(
         store_sum(p_tile, out.strides[1], first, sizes.s - row, b_dq16, D)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen", "rows"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row", "rows"
+    ]
+)  # fmt: skip
 def s2_hopper_dq_wide_kernel(
     d_q, d_k, d_v, d_dout, p_dq, p_lse2, p_delta, p_items, p_starts, p_table, strides_dq,
-    heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2,
+    heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, rows, scale, scale_log2,
     D: gl.constexpr, B: gl.constexpr, N_BANDS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles.
@@ -285,7 +292,9 @@ def s2_hopper_dq_wide_kernel(
         make_notes(6),
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, rows, scale, scale_log2)
+    sizes = Sizes(
+        heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, rows, scale, scale_log2
+    )
     out, terms = Output(p_dq, strides_dq), Terms(p_lse2, p_delta)
     gl.warp_specialize(
         [
@@ -309,11 +318,13 @@ def launch_hopper_dq_wide(
     pattern: LayerPattern,
     softmax_scale: float,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> None:
     """Writes dq, as s2_kernels.backward_dq.launch_dq."""
     b, s, h, d, *_ = extents(q)
-    reach = reach_of(q, k, pattern, q_offset)
-    work = query_items(pattern, q, None, reach)
+    reach = reach_of(q, k, pattern, q_offset, near)
+    work = query_items(pattern, q, None, reach, spare)
     on_grid(s2_hopper_dq_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),

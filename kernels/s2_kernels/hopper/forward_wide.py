@@ -59,12 +59,15 @@ from s2_kernels.hopper.primitives import (
     reach_of,
     read,
     read_scalar,
+    store_some_rows,
+    strides_and_size,
     write_notes,
 )
 from s2_kernels.hopper.softmax import LAG, first_max, rescale, row_sum, spread
 from s2_kernels.launch import device_table, empty_like, on_grid
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import LN2, load_rule
+from s2_kernels.primitives import LN2, key_row, load_rule
 
 STAGES = 2
 NOTES = gl.constexpr(4)
@@ -86,11 +89,13 @@ class Memory(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where out (by descriptor, through bufs) and lse go."""
+    """Where out and lse go: out by descriptor through bufs, or by pointer (None without offset)."""
 
     desc: tma.tensor_descriptor
+    base: gl.tensor
     lse: gl.tensor
     bufs: gl.shared_memory_descriptor
+    strides: tuple
 
 
 @gluon.jit
@@ -141,6 +146,8 @@ def producer(
                 if sizes.all_seen is not None:
                     i_half = p
                 col = gl.where(p < n_before, i_half * 64, item.position + (p - n_before) * 64)
+                if sizes.near_start is not None:
+                    col = key_row(rule, col, sizes.near_start, sizes.near_row, B, N_BANDS)
                 tile = done + p
                 mbarrier.wait(k.free.index(tile % STAGES), tile // STAGES & 1 ^ 1)
                 # How far beyond its own number a row sees columns, of either warpgroup.
@@ -251,12 +258,17 @@ def store_tile(b_acc, b_m, b_l, item, out, tables, sizes, WARPGROUP: gl.constexp
     out_buf = out.bufs.index(WARPGROUP)
     b_out = (b_acc * b_inverse[:, None]).to(out.bufs.dtype)
     halves = b_out.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
-    for i in gl.static_range(2):
-        tma.store_wait(0)  # of the half before
-        out_buf.store(gl.convert_layout(halves[i], half_layout))
-        fence_async_shared()
-        at = [item.batch, item.head, row, i * HALF]
-        async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
+    if sizes.q_offset is not None and row < 0:
+        store_some_rows(
+            b_out, out.base, out.strides, item.batch, item.head, 0, row, sizes.s, sizes.q_offset
+        )
+    else:
+        for i in gl.static_range(2):
+            tma.store_wait(0)  # of the half before
+            out_buf.store(gl.convert_layout(halves[i], half_layout))
+            fence_async_shared()
+            at = [item.batch, item.head, row, i * HALF]
+            async_store(out.desc, at, out_buf.reshape([1, 1, 64, HALF]))
 
 
 @gluon.jit
@@ -327,10 +339,14 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "n_slots", "s", "q_offset", "all_seen"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "group", "n_slots", "s", "q_offset", "all_seen", "near_start", "near_row"
+    ]
+)  # fmt: skip
 def s2_hopper_forward_wide_kernel(
-    d_q, d_k, d_v, d_out, p_lse, p_items, p_starts, p_table,
-    heads, group, n_slots, s, q_offset, all_seen, scale_log2,
+    d_q, d_k, d_v, d_out, p_out, p_lse, p_items, p_starts, p_table, strides_out,
+    heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2,
     B: gl.constexpr, N_BANDS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as fit the GPU. Items: schedule.query_tiles."""
@@ -355,8 +371,8 @@ def s2_hopper_forward_wide_kernel(
         k_notes,
     )
     tables = Tables(p_items, p_starts, p_table)
-    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, scale_log2)
-    out = Output(d_out, p_lse, out_bufs)
+    sizes = Sizes(heads, group, n_slots, s, q_offset, all_seen, near_start, near_row, scale_log2)
+    out = Output(d_out, p_out, p_lse, out_bufs, strides_out)
     gl.warp_specialize(
         [
             (consumer, (memory, tables, sizes, out, 0, STAGES)),
@@ -375,22 +391,26 @@ def launch_hopper_forward_wide(
     pattern: LayerPattern,
     softmax_scale: float,
     q_offset: int = 0,
+    near: Near | None = None,
+    spare: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
-    reach = reach_of(q, k, pattern, q_offset)
-    work = query_items(pattern, q, None, reach)
+    reach = reach_of(q, k, pattern, q_offset, near)
+    work = query_items(pattern, q, None, reach, spare)
     on_grid(s2_hopper_forward_wide_kernel, (work.programs,))(
         descriptor(q),
         descriptor(k),
         descriptor(v),
         descriptor(out, columns=128),
+        None if reach.q_offset is None else out,
         lse,
         work.items,
         work.starts,
         device_table(pattern, q.device),
+        None if reach.q_offset is None else strides_and_size(out),
         h,
         h // k.shape[-2],
         work.slots,

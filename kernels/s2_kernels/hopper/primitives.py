@@ -18,6 +18,7 @@ from s2_kernels.hopper import all_seen
 from s2_kernels.hopper.compat import async_load, async_store, thread_barrier
 from s2_kernels.hopper.packed import packed_slots
 from s2_kernels.launch import Packing, concurrent_programs, pad
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.schedule import count_query_tiles, query_tiles
 
@@ -181,21 +182,29 @@ def load_rows(desc, i_batch, i_head, row, ready, buffer):
 
 
 @gluon.jit
-def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length):
-    """The rows of b_x [64, D] that a sequence has, without TMA, which stops at the tensor only."""
+def store_some_rows(b_x, p_base, strides, i_batch, i_head, start, row, length, q_offset=None):
+    """The rows of b_x [64, D] that a sequence has, where TMA cannot store them.
+
+    Of packed sequences it would write over the next one. Queries at an offset may begin in the
+    middle of a tile, at a row below 0: Hopper's stores take that for an illegal instruction, while
+    its loads fill up with zeros.
+    """
     layout: gl.constexpr = b_x.type.layout
     D: gl.constexpr = b_x.shape[1]
     o_row = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     p_base += i_batch.to(gl.int64) * strides[0] + i_head.to(gl.int64) * strides[2]
     p_rows = p_base + (start + o_row).to(gl.int64) * strides[1]
-    mask = (o_row < length)[:, None] & (o_d < strides[3])[None, :]
+    there = o_row < length
+    if q_offset is not None:
+        there &= o_row >= 0
+    mask = there[:, None] & (o_d < strides[3])[None, :]
     gl.store(p_rows[:, None] + o_d[None, :], b_x, mask=mask)
 
 
 @gluon.jit
 def store_rows(desc, i_batch, i_head, row, buffer):
-    """64 rows of a head out of a buffer [64, D]; rows outside of the tensor are left out."""
+    """64 rows of a head out of a buffer [64, D], from 0 on; rows past the tensor are left out."""
     D: gl.constexpr = buffer.shape[1]
     async_store(desc, [i_batch, i_head, row, 0], buffer.reshape([1, 1, 64, D]))
 
@@ -215,12 +224,21 @@ class QueryItems(NamedTuple):
     programs: int
 
 
+def persistent_programs(device: torch.device, spare: int) -> int:
+    """How many programs to launch: one a multiprocessor, but for those to be spared."""
+    return max(1, concurrent_programs(device, num_warps=8) - spare)
+
+
 def query_items(
-    pattern: LayerPattern, q: torch.Tensor, packing: Packing | None, reach: "Reach"
+    pattern: LayerPattern,
+    q: torch.Tensor,
+    packing: Packing | None,
+    reach: "Reach",
+    spare: int = 0,
 ) -> QueryItems:
     """The query tiles of q [b, s, h, d], or of a packed batch [T, h, d]."""
     b, s, h, *_ = extents(q)
-    programs = concurrent_programs(q.device, num_warps=8)
+    programs = persistent_programs(q.device, spare)
     if packing:
         slots = packed_slots(packing.cu_q, s)
         return QueryItems(slots, None, len(slots), min(programs, h * len(slots)))
@@ -238,16 +256,27 @@ class Reach(NamedTuple):
         q_offset: position of the first query; None where every query stands at the position of its
             row, and there are as many keys.
         all_seen: `hopper.all_seen`. Positions do not matter then, and q_offset is None.
+        near_start, near_row: of `near.Near`; None where every key lies in the row of its position.
     """
 
     q_offset: int | None
     all_seen: int | None
+    near_start: int | None
+    near_row: int | None
 
 
-def reach_of(q: torch.Tensor, k: torch.Tensor, pattern: LayerPattern, q_offset: int) -> Reach:
+def reach_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: LayerPattern,
+    q_offset: int,
+    near: Near | None = None,
+) -> Reach:
     """How far queries at an offset reach."""
+    if near is not None:
+        return Reach(q_offset, None, *near)
     seen = all_seen(pattern, k.shape[-3], q_offset)
-    return Reach(offset_or_none(q, k, q_offset) if seen is None else None, seen)
+    return Reach(offset_or_none(q, k, q_offset) if seen is None else None, seen, None, None)
 
 
 def offset_or_none(q: torch.Tensor, k: torch.Tensor, q_offset: int) -> int | None:

@@ -1,0 +1,207 @@
+"""A step's small operations as few kernels: norms, rotary embeddings, gated MLPs, by torch.compile.
+
+transformers writes RMSNorm as eight operations and a rotary embedding as twelve. For one token each
+is a kernel of two microseconds, and together they cost a captured step more than its attention.
+While a step runs, `Fusion.active` puts compiled forwards on the modules of one model; before and
+after it, and in any other model, modules run as transformers has them.
+
+What is compiled is transformers' own code, module by module, so that a model of another kind gets
+what is found in it. Only the sum of a layer's residual belongs to no module: `_fused_layer` adds it
+where a layer was seen to compute what `_is_prenorm` says. Roundings to 16 bits are kept where that
+code has them; sums over a row are added in another order.
+"""
+
+import contextlib
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+ROTARY = "apply_rotary_pos_emb"
+PRENORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+"""What the layers of a decoder with norms before attention and MLP are called in transformers."""
+_log = logging.getLogger(__name__)
+
+
+class Fusion:
+    """The compiled forwards of a model's modules.
+
+    Each class is compiled once, for the shapes of this model's steps.
+
+    Args:
+        model: a decoder of transformers.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, backend: str = "inductor"):
+        self._backend = backend
+        self._compiled: dict[tuple, Callable] = {}
+        self._forwards: list[tuple[nn.Module, Callable]] = []
+        self.counts: dict[str, int] = {}
+        for module in model.modules():
+            forward = None if "forward" in vars(module) else self._forward(module)
+            if forward is not None:
+                self._forwards.append((module, forward))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {name}" for name, count in self.counts.items()) or "nothing"
+
+    def _forward(self, module: nn.Module) -> Callable | None:
+        """What a module runs in place of its forward; None: its own."""
+        parts = {name for name, _ in module.named_children()}
+        own = type(module).forward
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            name, fused = "RMSNorms", self._once(own, own)
+        elif _is_gated(module):
+            name, fused = "gated MLPs", self._once(own, own)
+        elif "q_proj" in parts and (rotary := _rotary_of(own)) is not None:
+            # Attention itself stays as it is.
+            replaced = {ROTARY: self._once(rotary, rotary)}
+            name, fused = "rotary embeddings", _own_copy(own, replaced)
+        elif _is_untouched(module, parts) and self._once_known(own, lambda: _is_prenorm(module)):
+            rest = _add_norm_mlp_add if _is_gated(module.mlp) else _add_norm
+            end = self._once((rest, type(module.mlp).forward), rest)
+            name, fused = "residual sums", functools.partial(_fused_layer, end)
+        else:
+            return None
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return functools.partial(fused, module)
+
+    def _once(self, key, function: Callable) -> Callable:
+        return self._once_known(key, lambda: self._compile(function))
+
+    def _once_known(self, key, made: Callable):
+        if key not in self._compiled:
+            self._compiled[key] = made()
+        return self._compiled[key]
+
+    def _compile(self, function: Callable) -> Callable:
+        # Dynamo counts how often a code object was compiled: this one is for these shapes alone.
+        options = {"emulate_precision_casts": True} if self._backend == "inductor" else None
+        return torch.compile(
+            _own_copy(function), fullgraph=True, dynamic=False, backend=self._backend,
+            options=options,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The model's modules run the compiled forwards within it."""
+        for module, forward in self._forwards:
+            vars(module)["forward"] = forward
+        try:
+            yield
+        finally:
+            for module, _ in self._forwards:
+                del vars(module)["forward"]
+
+
+_FUSIONS: weakref.WeakKeyDictionary[nn.Module, dict[int, Fusion]] = weakref.WeakKeyDictionary()
+"""Of each model, by the sequences of a step: caches of one size compile once."""
+
+
+def fusion_of(model: nn.Module, batch: int) -> Fusion | None:
+    """The `Fusion` for steps of `batch` tokens, told in a line when it is made.
+
+    None, and the reason told, where nothing can be compiled.
+    """
+    reason = no_compiler(model.device)
+    if reason is not None:
+        _log.warning("s2: small operations of a step are not fused: %s", reason)
+        return None
+    made = _FUSIONS.setdefault(model, {})
+    if batch not in made:
+        made[batch] = Fusion(model)
+        _log.info("s2: fused in steps of one token: %s", made[batch])
+    return made[batch]
+
+
+@functools.cache
+def no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot make kernels for a device here; None where it can."""
+    try:
+        torch.compile(_own_copy(_twice), dynamic=False)(torch.ones(8, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return "torch.compile: " + " ".join(str(error).split("\n\n")[0].split())
+    return None
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x + x
+
+
+def _rotary_of(forward: Callable) -> Callable | None:
+    """The function by which an attention module's forward rotates; None where it has another."""
+    if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    found = forward.__globals__.get(ROTARY)
+    return found if isinstance(found, types.FunctionType) else None
+
+
+def _is_gated(module: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return {*names} <= {name for name, _ in module.named_children()}
+
+
+def _is_untouched(layer: nn.Module, parts: set[str]) -> bool:
+    """Whether a layer has the parts of `PRENORM`, and nobody has replaced what one of them does."""
+    return parts >= {*PRENORM} and not any("forward" in vars(getattr(layer, x)) for x in PRENORM)
+
+
+def _is_prenorm(layer: nn.Module) -> bool:
+    """Whether a layer is x + attn(norm(x)), then x + mlp(norm(x)), tried out with other parts."""
+    parts = {name: torch.full((1, 1, 2), 10.0**i) for i, name in enumerate(PRENORM)}
+    seen = []
+
+    def part(name: str) -> Callable:
+        def forward(hidden_states, *_, **__):
+            seen.append((name, hidden_states.flatten().tolist()))
+            return (parts[name], None) if name == "self_attn" else parts[name]
+
+        return forward
+
+    modules = {name: getattr(layer, name) for name in PRENORM}
+    for name, module in modules.items():
+        vars(module)["forward"] = part(name)
+    try:
+        out = type(layer).forward(layer, torch.full((1, 1, 2), 0.5))
+    finally:
+        for module in modules.values():
+            del vars(module)["forward"]
+    expected = [(name, [x, x]) for name, x in zip(PRENORM, (0.5, 1, 10.5, 100), strict=True)]
+    return seen == expected and isinstance(out, Tensor) and out.flatten().tolist() == [1010.5] * 2
+
+
+def _fused_layer(end: Callable, layer: nn.Module, hidden_states: Tensor, **options) -> Tensor:
+    """The forward of a layer that `_is_prenorm` holds for, its end compiled."""
+    normed = layer.input_layernorm(hidden_states)
+    attended, _ = layer.self_attn(hidden_states=normed, **options)
+    if _is_gated(layer.mlp):
+        return end(layer, hidden_states, attended)
+    hidden_states, normed = end(layer, hidden_states, attended)
+    return hidden_states + layer.mlp(normed)
+
+
+def _add_norm(layer: nn.Module, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = residual + attended
+    norm = layer.post_attention_layernorm
+    return hidden, type(norm).forward(norm, hidden)
+
+
+def _add_norm_mlp_add(layer: nn.Module, residual: Tensor, attended: Tensor) -> Tensor:
+    hidden, normed = _add_norm(layer, residual, attended)
+    return hidden + type(layer.mlp).forward(layer.mlp, normed)
+
+
+def _own_copy(function: Callable, replaced: dict | None = None) -> Callable:
+    """The same function, with code of its own, that sees other globals where `replaced` has any."""
+    seen = function.__globals__ if replaced is None else function.__globals__ | replaced
+    copy = types.FunctionType(
+        function.__code__.replace(), seen, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
