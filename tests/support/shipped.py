@@ -207,7 +207,7 @@ def assert_that_all_fit(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # the front end makes millions of small objects: collecting took a twelfth
+    gc.freeze()  # the front end makes millions of small objects: a twentieth of the time
     gc.set_threshold(100_000)
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     others = ONCE if "once" in sys.argv else PORTABLE
