@@ -29,6 +29,11 @@ WIDE_DKDV_LOOPS = [  # the warpgroup of dk, that of dv
     ["HGMMA", "WAIT 0", "HGMMA", "WAIT 0"],
     ["EX2", "HGMMA", "WAIT 1", "WAIT 0"],
 ]
+OTHER_LOOPS = dict(
+    s2_hopper_forward_wide_kernel=[[["HGMMA", "WAIT 1", "EX2", "WAIT 0", "EX2"]] * 2]
+)
+"""Of single variants: with keys in two parts ptxas moves one exponential a row, that of the
+rescaling, before the second wait."""
 HOPPER_VARIANTS = {name: 5 if "wide" in name else 13 for name in HOPPER}
 """How often each kernel is compiled: shipped.HOPPER."""
 
@@ -47,7 +52,8 @@ def test_all_fit_and_spill_no_more_than_they_did(report):
     for x in report["usage"]:
         if x["kernel"] in HOPPER:
             written = HOPPER[x["kernel"]]
-            stack = AT_AN_OFFSET.get(x["kernel"], 0) if "q_offset" in x["case"] else 0
+            at_an_offset = x["case"].endswith(("q_offset", "near"))
+            stack = AT_AN_OFFSET.get(x["kernel"], 0) if at_an_offset else 0
             assert x["registers"] == 168 and x["stack"] <= max(stack, written["stack"]), x
             assert x["shared"] <= written["shared"] * 1024, x
         elif x["arch"] == 90:
@@ -92,13 +98,16 @@ def test_hopper_main_loops(report, kernel):
     """Both warpgroups' loops: no spills but a scalar, and work under the products as written."""
     variants = [loops for name, loops in report["loops"] if name == kernel]
     assert len(variants) == HOPPER_VARIANTS[kernel]
+    others = []
     for loops in variants:
         assert len(loops) == 2
         for loop in loops:
             assert loop["loads"] <= 2 and loop["stores"] == 0
         written = HOPPER[kernel]["loop"]
         expected = [written] * 2 if written else WIDE_DKDV_LOOPS
-        assert [loop["ops"] for loop in loops] == expected
+        found = [loop["ops"] for loop in loops]
+        others += [found] if found != expected else []
+    assert others == OTHER_LOOPS.get(kernel, [])
 
 
 def test_a_second_length_compiles_nothing(report):

@@ -60,7 +60,7 @@ def by_triton(case, x, config=None, **options):
     return dict(out=out, lse=lse, dq=grads[0], dk=dk, dv=dv)
 
 
-@pytest.mark.parametrize("case", NEAR_CASES, ids=str)
+@pytest.mark.parametrize("case", NEAR_CASES[2::3], ids=str)
 def test_portable_kernels_give_the_same_bits_as_with_all_keys(case):
     """Tiles are visited in the same order, wherever they lie. (Columns that nobody sees are cut
     otherwise, so that dk and dv may differ by the order of their sums.)"""
