@@ -39,7 +39,7 @@ from triton.language import constexpr
 SECONDS = 60
 """How long a partition waits for a barrier before it gives up."""
 here = threading.local()
-"""Of a partition: its launch, program and programs; what it has under way; its dice."""
+"""Of a partition: its launch, program and programs; products and stores under way; its dice."""
 
 
 class Launch:
@@ -127,14 +127,10 @@ class Shared:
         return Shared(self.data.permute(order))
 
     def load(self, layout):
-        here.loaded.append(Loaded.of(self.data))
-        return here.loaded[-1]
+        return Loaded.of(self.data)
 
     def store(self, x):
-        """A partition's loads come before its stores that follow: only TMA overtakes them."""
         assert x.dtype == self.data.dtype
-        while here.loaded:
-            here.loaded.pop().read()
         self.data.copy_(x)
 
 
@@ -264,8 +260,7 @@ def start(launch, program, programs, dice, function, arguments):
 
     def run():
         here.launch, here.program, here.programs = launch, program, programs
-        here.products, here.stores, here.loaded = [], [], []
-        here.dice = random.Random(dice)
+        here.products, here.stores, here.dice = [], [], random.Random(dice)
         try:
             function(*arguments)
             assert not here.products, "a product is not waited for"

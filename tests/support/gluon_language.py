@@ -84,12 +84,6 @@ class Loaded(Tile):
         loaded.source = source
         return loaded
 
-    def read(self):
-        """Reads it now, unless it was read before."""
-        if self.__dict__.get("source") is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                self.copy_(self.__dict__.pop("source"))
-
     @classmethod
     def __torch_function__(cls, function, kinds, arguments=(), options=None):
         with torch._C.DisableTorchFunctionSubclass():

@@ -24,6 +24,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -31,23 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from s2_kernels.hopper.compat import async_load
-from s2_kernels.hopper.forward_steps import (
-    Finished,
-    Memory,
-    Output,
-    Place,
-    attend_item,
-    attend_tiles,
-    first_scores,
-    mask_first,
-    pass_over,
-    read_item,
-    store_lse,
-    store_out,
-    store_staged,
-    turn,
-    write_item,
-)
 from s2_kernels.hopper.lists import FAR, QueryList, listed_position, query_list
 from s2_kernels.hopper.primitives import (
     OPTIONS,
@@ -63,27 +47,21 @@ from s2_kernels.hopper.primitives import (
     query_item,
     query_items,
     reach_of,
+    read_scalar,
+    store_rows,
+    store_some_rows,
     strides_and_size,
+    write_notes,
 )
-from s2_kernels.hopper.softmax import (
-    first_exponents,
-    first_softmax,
-    pack,
-    row_sum,
-    unpack,
-)
+from s2_kernels.hopper.softmax import exponents, first_softmax, pack, rescale, row_sum, unpack
 from s2_kernels.launch import Packing, device_table, empty_like, on_grid, pad
 from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import block_at, key_row, load_rule
+from s2_kernels.primitives import LN2, block_at, key_row, load_rule
 
-EARLY, IN_STEP, SECOND, ROOMY = map(gl.constexpr, (1, 2, 4, 8))
-SEAMS = dict(today=0, early=1, in_step=2, roomy=2 + 8, second=2 + 4, second_roomy=2 + 4 + 8)
-"""How a consumer goes from item to item, by the flags above:
-
-`consumer`; EARLY: K of the next item's first tile is free before out is stored.
-IN_STEP: `consumer_in_step`. SECOND: the second tile's scores are made while out is stored. ROOMY:
-out goes through Q's place, so that K has a third."""
+PLACE, KEPT, EDGES, DIAGONAL, HIDDEN = map(gl.constexpr, (0, 5, 6, 7, 8))
+"""Notes of an item: five of its `Place`, n_kept, n_edges, and for `mask_first`: hidden is for
+warpgroup 0, the next note for 1."""
 
 
 class Inputs(NamedTuple):
@@ -92,6 +70,25 @@ class Inputs(NamedTuple):
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
     v: tma.tensor_descriptor
+
+
+class Memory(NamedTuple):
+    """What the partitions share: Q of both warpgroups, rings of K and V tiles, notes on an item."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    notes: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """Where an item lies in memory: of its `QueryItem` what who stores it must know."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    row: gl.tensor
+    start: gl.tensor
+    length: gl.tensor
 
 
 class Sizes(NamedTuple):
@@ -109,6 +106,24 @@ class Sizes(NamedTuple):
     near_start: gl.tensor
     near_row: gl.tensor
     scale_log2: gl.tensor
+
+
+class Output(NamedTuple):
+    """Where out and lse go: by descriptor through bufs, or by pointer."""
+
+    desc: tma.tensor_descriptor
+    base: gl.tensor
+    lse: gl.tensor
+    bufs: gl.shared_memory_descriptor
+    strides: tuple
+    heads: gl.tensor
+
+
+@gluon.jit
+def turn(tile, ring):
+    """Where a tile, counted over all items, lies in a ring, and its barriers' phase."""
+    STAGES: gl.constexpr = ring.bufs.shape[0]
+    return tile % STAGES, tile // STAGES & 1
 
 
 @gluon.jit
@@ -181,9 +196,127 @@ def producer(
 
 
 @gluon.jit
-def consumer(
-    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
+def pass_over(low, high, ring):
+    """Leaves the tiles low..high-1 to the other warpgroup."""
+    for tile in range(low, high):
+        stage, phase = turn(tile, ring)
+        mbarrier.wait(ring.ready.index(stage), phase)
+        mbarrier.arrive(ring.free.index(stage))
+
+
+@gluon.jit
+def write_item(notes, item, tiles, diagonal):
+    """Notes of an item, for `read_item`. diagonal: see `mask_first`."""
+    write_notes(notes, PLACE, Place(item.batch, item.head, item.row, item.start, item.length))
+    hidden_0 = gl.where(tiles.n_edges > 0, 0, 1)
+    write_notes(notes, KEPT, (tiles.n_kept, tiles.n_edges, diagonal, hidden_0, tiles.unseen))
+
+
+@gluon.jit
+def read_item(notes, WARPGROUP: gl.constexpr):
+    """Where an item lies; half-tiles that all rows see, and others; how its first tile is masked.
+
+    That is by (diagonal, hidden): see `mask_first`.
+    """
+    where = Place(
+        read_scalar(notes, 0),
+        read_scalar(notes, 1),
+        read_scalar(notes, 2),
+        read_scalar(notes, 3),
+        read_scalar(notes, 4),
+    )
+    masked = read_scalar(notes, DIAGONAL), read_scalar(notes, HIDDEN + WARPGROUP)
+    return where, read_scalar(notes, KEPT), read_scalar(notes, EDGES), masked
+
+
+@gluon.jit
+def mask_first(b_s, masked):
+    """Scores [64, 128] of an item's first tile: its second half lies on the diagonal.
+
+    There, row m sees the columns up to m + diagonal: 0, or 64 where it is no diagonal. It is read
+    from a note: of a constant, the compiler would keep the whole mask in registers from item to
+    item. The first half may be hidden from all rows.
+    """
+    diagonal, hidden = masked
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_0, b_1 = gl.split(gl.reshape(b_s, [64, 2, 64]).permute([0, 2, 1]))
+    b_0 = gl.where(hidden > 0, float("-inf"), b_0)
+    b_1 = gl.convert_layout(b_1, layout)
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout)) + diagonal
+    o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    b_1 = gl.where(o_n[None, :] <= o_m[:, None], b_1, float("-inf"))
+    b_1 = gl.convert_layout(b_1, b_0.type.layout)
+    joined = gl.join(b_0, b_1).permute([0, 2, 1]).reshape([64, 128])
+    return gl.convert_layout(joined, b_s.type.layout)
+
+
+@gluon.jit
+def attend_tiles(
+    low, high, last, b_q, b_p, b_acc, b_m, b_l, scale_log2, memory, N: gl.constexpr
 ):  # fmt: skip
+    """Tiles low..high-1, counted over all items: scores of one, then P V of the one before.
+
+    That is tile `last`, whose b_p [64, 128] comes in; the tile that comes out as such has its own.
+    N: columns of these tiles, 128 or 64; the other columns' probabilities are zeros.
+    """
+    k, v = memory.k, memory.v
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, b_acc.type.layout, 2)
+    for tile in range(low, high):
+        stage, phase = turn(tile, k)
+        before, phase_before = turn(last, v)
+        zeros = gl.zeros([64, N], gl.float32, s_layout)
+        k_buf = k.bufs.index(stage).slice(0, N, 0)
+        b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
+        mbarrier.wait(k.ready.index(stage), phase)
+        t_s = warpgroup_mma(b_q, k_buf.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v.ready.index(before), phase_before)
+        t_acc = warpgroup_mma(b_p16, v.bufs.index(before), b_acc, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
+        mbarrier.arrive(k.free.index(stage))
+        b_t, b_m, b_rise = exponents(b_s, b_m, scale_log2)
+        b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
+        mbarrier.arrive(v.free.index(before))
+        b_rescale = gl.exp2(-b_rise)
+        b_acc = rescale(b_acc, b_rescale)
+        b_next = gl.exp2(b_t)
+        b_l = b_l * b_rescale + gl.convert_layout(row_sum(b_next), b_l.type.layout)
+        b_next = pack(b_next, v.bufs.dtype)
+        if N == 64:
+            b_next = gl.join(b_next, gl.zeros_like(b_next)).permute([0, 2, 1]).reshape([64, 64])
+        b_p = gl.convert_layout(b_next, b_p.type.layout)
+        last = tile
+    return last, b_p, b_acc, b_m, b_l
+
+
+@gluon.jit
+def store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Stores out and lse of a warpgroup's 64 rows of an item; the next item waits for out."""
+    row = where.row + WARPGROUP * 64
+    b_sum, b_max = gl.sum(b_l, 1), gl.max(b_m, 1)
+    o_lse = row + gl.arange(0, 64, layout=b_sum.type.layout)
+    p_lse = out.lse + (where.batch * out.heads + where.head).to(gl.int64) * sizes.s + where.start
+    there = o_lse < where.length
+    if sizes.q_offset is not None:
+        there &= o_lse >= 0
+    gl.store(p_lse + o_lse, (b_max + gl.log2(b_sum)) * LN2, mask=there)
+    b_factor = gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, b_acc.type.layout))
+    b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
+    if (PACKED and row + 64 > where.length) or (sizes.q_offset is not None and row < 0):
+        store_some_rows(
+            b_out, out.base, out.strides, where.batch, where.head, where.start, row, where.length,
+            sizes.q_offset,
+        )  # fmt: skip
+    else:
+        out_buf = out.bufs.index(WARPGROUP)
+        tma.store_wait(0)  # of the item before, long gone
+        out_buf.store(b_out)
+        fence_async_shared()
+        store_rows(out.desc, where.batch, where.head, where.start + row, out_buf)
+
+
+@gluon.jit
+def consumer(memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Attends from 64 query rows of every item and stores out and lse.
 
     The scores of an item's first tile are issued before the last P V of the item before is done.
@@ -196,14 +329,16 @@ def consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     zeros = gl.zeros([64, 128], gl.float32, s_layout)
     n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
-    b_q, where, n_kept, n_edges, masked, b_s = first_scores(memory, zeros, q_layout, WARPGROUP)
-    mbarrier.arrive(q.free.index(0))
-    if SEAM & EARLY:
-        mbarrier.arrive(k.free.index(WARPGROUP))
+    mbarrier.wait(q.ready.index(0), 0)
+    b_q = q.bufs.index(WARPGROUP).load(q_layout)
+    where, n_kept, n_edges, masked = read_item(memory.notes, WARPGROUP)
+    pass_over(0, WARPGROUP, k)
+    mbarrier.wait(k.ready.index(WARPGROUP), 0)
+    b_s = warpgroup_mma(b_q, k.bufs.index(WARPGROUP).permute([1, 0]), zeros, use_acc=False)
+    mbarrier.arrive(q.free.index(0))  # not before Q is used: it may be on its way until then
     tile = 0
     for i_round in range(n_items):
-        if not SEAM & EARLY:
-            mbarrier.arrive(k.free.index((tile + WARPGROUP) % k.bufs.shape[0]))
+        mbarrier.arrive(k.free.index((tile + WARPGROUP) % k.bufs.shape[0]))
         pass_over(tile + 1, tile + 2 - WARPGROUP, k)
         b_s = mask_first(b_s, masked)
         b_p, b_m, b_l = first_softmax(b_s, sizes.scale_log2)
@@ -241,127 +376,13 @@ def consumer(
         t_s = warpgroup_mma(
             b_q, k.bufs.index(k_stage).permute([1, 0]), zeros, use_acc=False, is_async=True
         )
-        if SEAM & EARLY:  # lse under the products; K is free before out is on its way
-            b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
-            b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-            mbarrier.arrive(v.free.index(stage))
-            b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
-            b_s, b_out = warpgroup_mma_wait(0, deps=[t_s, b_out])
-            mbarrier.arrive(k.free.index(k_stage), pred=more)
-            mbarrier.arrive(q.free.index(0), pred=more)
-            store_out(Finished(b_out, where, out), sizes, PACKED, WARPGROUP)
-        else:
-            b_acc = warpgroup_mma_wait(1, deps=[t_acc])
-            mbarrier.arrive(v.free.index(stage))
-            b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
-            b_out = (b_acc * b_factor[:, None]).to(out.bufs.dtype)
-            store_out(Finished(b_out, where, out), sizes, PACKED, WARPGROUP)
-            b_s = warpgroup_mma_wait(0, deps=[t_s])
-            mbarrier.arrive(q.free.index(0), pred=more)
-        where = where_next
-    tma.store_wait(0)
-
-
-@gluon.jit
-def consumer_in_step(
-    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
-):  # fmt: skip
-    """As `consumer`, but from item to item it goes as from tile to tile (SEAMS).
-
-    The last P V of an item hides the search for the maximum in the next item's first tile, whose K
-    is free as soon as it is read. Out is stored after that tile's softmax: by itself (IN_STEP), or
-    while the scores of the second tile are made.
-    """
-    q, k, v = memory.q, memory.k, memory.v
-    BLOCK_D: gl.constexpr = v.bufs.shape[2]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    zeros = gl.zeros([64, 128], gl.float32, s_layout)
-    n_items = count_items(tables, sizes.heads * sizes.slots, PACKED)
-    b_q, where, n_kept, n_edges, masked, b_s = first_scores(memory, zeros, q_layout, WARPGROUP)
-    mbarrier.arrive(k.free.index(WARPGROUP))
-    b_t, b_m = first_exponents(mask_first(b_s, masked), sizes.scale_log2)
-    b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-    b_factor = gl.zeros([64], gl.float32, gl.SliceLayout(1, o_layout))
-    # Before the first item there is nothing to store, and behind the last row nothing is.
-    where = Place(where.batch, where.head, where.length, where.start, where.length)
-    tile = 0
-    for i_round in range(n_items):
-        more = i_round + 1 < n_items
-        b_p = gl.exp2(b_t)
-        b_l = row_sum(b_p)
-        b_p = pack(b_p, v.bufs.dtype)
-        finished = Finished((b_acc * b_factor[:, None]).to(out.bufs.dtype), where, out)
-        b_acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-        low, last, other = tile + 2, tile + WARPGROUP, tile + 1 - WARPGROUP
-        pass_over(tile + 1, tile + 2 - WARPGROUP, k)
-        pass_over(other, other + 1, v)
-        b_q = q.bufs.index(WARPGROUP).load(q_layout)
-        where, n_kept, n_edges, _ = read_item(memory.notes, WARPGROUP)
-        second = gl.where(n_kept > 1, 1, 0)
-        if SEAM & SECOND and not PACKED and sizes.q_offset is None:
-            if second == 0:
-                store_staged(finished, WARPGROUP)
-            last, b_p, b_acc, b_m, b_l = attend_tiles(
-                low, low + second, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128,
-                finished, WARPGROUP,
-            )  # fmt: skip
-        else:
-            store_out(finished, sizes, PACKED, WARPGROUP)
-            last, b_p, b_acc, b_m, b_l = attend_tiles(
-                low, low + second, last, b_q, b_p, b_acc, b_m, b_l, sizes.scale_log2, memory, 128
-            )
-        if SEAM & ROOMY:  # out went through Q's place
-            tma.store_wait(0)
-        # Q and the notes may be on their way to registers until they were used, or a tile later.
-        mbarrier.arrive(q.free.index(0), pred=more & (second == 1))
-        low, n_kept = low + second, n_kept - 2 * second
-        tile, last, b_p, b_acc, b_m, b_l = attend_item(
-            low, n_kept, n_edges, last, b_q, b_p, b_acc, b_m, b_l, sizes, memory, WARPGROUP
-        )
-        mbarrier.arrive(q.free.index(0), pred=more & (second == 0))
-        # The next item's first tile. After the last item, whatever lies there.
-        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
-        if WARPGROUP == 1:
-            k_stage, phase = turn(tile, k)
-            mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
-            mbarrier.arrive(k.free.index(k_stage), pred=more)
-        k_stage, phase = turn(tile + WARPGROUP, k)
-        b_p16 = unpack(b_p, v.bufs.dtype, p_layout)
-        mbarrier.wait(k.ready.index(k_stage), phase, pred=more)
-        q_buf, k_buf = q.bufs.index(WARPGROUP), k.bufs.index(k_stage).permute([1, 0])
-        t_s = warpgroup_mma(q_buf, k_buf, zeros, use_acc=False, is_async=True)
-        stage, phase = turn(last, v)
-        mbarrier.wait(v.ready.index(stage), phase)
-        t_acc = warpgroup_mma(b_p16, v.bufs.index(stage), b_acc, is_async=True)
-        b_factor = store_lse(b_m, b_l, where, sizes, out, o_layout, WARPGROUP)
-        _, _, _, masked = read_item(memory.notes, WARPGROUP)
-        # Waits that are over, as in `keep_order`: ptxas would free K after lse and the search for
-        # the maximum, and wait for P V before that.
-        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
-        b_s = warpgroup_mma_wait(1, deps=[t_s])
-        mbarrier.arrive(k.free.index(k_stage), pred=more)
-        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
-        b_t, b_m = first_exponents(mask_first(b_s, masked), sizes.scale_log2)
-        mbarrier.wait(q.ready.index(0), i_round + 1 & 1, pred=more)
-        b_acc, b_t = warpgroup_mma_wait(0, deps=[t_acc, b_t])
+        b_acc = warpgroup_mma_wait(1, deps=[t_acc])
         mbarrier.arrive(v.free.index(stage))
-    finished = Finished((b_acc * b_factor[:, None]).to(out.bufs.dtype), where, out)
-    store_out(finished, sizes, PACKED, WARPGROUP)
+        store_tile(b_acc, b_m, b_l, where, sizes, out, PACKED, WARPGROUP)
+        where = where_next
+        b_s = warpgroup_mma_wait(0, deps=[t_s])
+        mbarrier.arrive(q.free.index(0), pred=more)
     tma.store_wait(0)
-
-
-@gluon.jit
-def any_consumer(
-    memory, tables, sizes, out, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, SEAM: gl.constexpr
-):  # fmt: skip
-    """The consumer of this seam."""
-    if SEAM & IN_STEP:
-        consumer_in_step(memory, tables, sizes, out, PACKED, WARPGROUP, SEAM)
-    else:
-        consumer(memory, tables, sizes, out, PACKED, WARPGROUP, SEAM)
 
 
 @gluon.jit(
@@ -394,7 +415,6 @@ def s2_hopper_forward_kernel(
     PACKED: gl.constexpr,
     K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
-    SEAM: gl.constexpr,
 ):
     """Grid: as many programs as fit the GPU. Items: see primitives.QueryItems."""
     BLOCK_D: gl.constexpr = d_q.block_type.shape[3]
@@ -404,10 +424,7 @@ def s2_hopper_forward_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 128, BLOCK_D], layout)
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 128, BLOCK_D], layout)
-    if SEAM & ROOMY:
-        out_bufs = q_bufs
-    else:
-        out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
+    out_bufs = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], q_layout)
     q_notes = make_notes(10)
     q_ready, q_free = make_barriers(1, 1), make_barriers(1, 2)
     k_ready, k_free = make_barriers(K_STAGES, 1), make_barriers(K_STAGES, 2)
@@ -423,8 +440,8 @@ def s2_hopper_forward_kernel(
     out = Output(d_out, p_out, p_lse, out_bufs, strides_out, heads)
     gl.warp_specialize(
         [
-            (any_consumer, (memory, tables, sizes, out, PACKED, 0, SEAM)),
-            (any_consumer, (memory, tables, sizes, out, PACKED, 1, SEAM)),
+            (consumer, (memory, tables, sizes, out, PACKED, 0)),
+            (consumer, (memory, tables, sizes, out, PACKED, 1)),
             (producer, (Inputs(d_q, d_k, d_v), memory, tables, sizes, B, N_BANDS, PACKED)),
         ],
         [4, 1],
@@ -442,12 +459,8 @@ def launch_hopper_forward(
     q_offset: int = 0,
     near: Near | None = None,
     spare: int = 0,
-    seam: str = "today",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before.
-
-    seam: of SEAMS. Only scripts/bench/forward_variants.py asks for another than today's.
-    """
+    """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
     out = empty_like(q, d)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
@@ -473,10 +486,8 @@ def launch_hopper_forward(
         B=pattern.block_size,
         N_BANDS=pattern.n_bands,
         PACKED=packing is not None,
-        # What fits 227 KiB of shared memory.
-        K_STAGES=(3 if SEAMS[seam] & ROOMY.value else 2) if pad(d) == 128 else 6,
+        K_STAGES=2 if pad(d) == 128 else 6,  # what fits 227 KiB of shared memory
         V_STAGES=3 if pad(d) == 128 else 6,
-        SEAM=SEAMS[seam],
         **OPTIONS,
     )
     return out, lse if packing is None else lse[0]

@@ -114,17 +114,10 @@ def row_sum(b_p):
 
 
 @gluon.jit
-def first_exponents(b_s, scale_log2):
-    """What the probabilities of a first tile's scores [64, N] are powers of 2 of; the maxima."""
-    b_m = first_max(b_s, scale_log2)
-    return b_s * scale_log2 - spread(b_m, b_s), b_m
-
-
-@gluon.jit
 def first_softmax(b_s, scale_log2):
     """Probabilities of a first tile's scores [64, N], and of its rows maximum and sum [64, 4]."""
-    b_t, b_m = first_exponents(b_s, scale_log2)
-    b_p = gl.exp2(b_t)
+    b_m = first_max(b_s, scale_log2)
+    b_p = gl.exp2(b_s * scale_log2 - spread(b_m, b_s))
     return b_p, b_m, row_sum(b_p)
 
 
