@@ -281,8 +281,7 @@ def test_what_the_hopper_kernels_leave_to_the_portable_ones():
     q, k = on_hopper(200, 4), on_hopper(328, 2)
     with pytest.raises(ValueError, match=r"past the last key.*200.*328.*129; choose 'auto'"):
         hopper.takes(q, k, k, pattern, None, 129, "hopper", "forward")
-    # What has only been emulated is for those who ask for it.
-    assert hopper.takes(q, k, k, pattern, None, 128, "hopper", "forward")
-    assert not hopper.takes(q, k, k, pattern, None, 128, "auto", "forward")
-    assert not hopper.takes(q, k, k, pattern, None, 0, "auto", "forward")
+    for backend in ("hopper", "auto"):
+        assert hopper.takes(q, k, k, pattern, None, 128, backend, "forward")
+        assert hopper.takes(q, k, k, pattern, None, 0, backend, "forward")
     assert hopper.takes(q, q, q, dense(heads=4), None, 0, "auto", "forward")

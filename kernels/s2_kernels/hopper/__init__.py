@@ -18,8 +18,6 @@ HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.
 FEWEST_QUERIES = 128
 """Queries of a longer sequence below which the portable kernels run: a query tile would be mostly
 empty, and a work list would be made for every token that is decoded."""
-UNPROVEN = "queries at an offset, or fewer than keys, have not run on a GPU there yet"
-"""Why "auto" leaves to the portable kernels what backend="hopper" takes."""
 WIDEST = 128
 """Head size above which other kernels run: forward_wide, backward_dq_wide, backward_dkdv_wide."""
 
@@ -87,8 +85,6 @@ def takes(
 ) -> bool:
     """Whether a pass, "forward" or "backward", runs here: asked for and possible, or "auto".
 
-    "auto" leaves out what has only been emulated (`UNPROVEN`).
-
     Raises:
         ValueError: asked for and not possible.
     """
@@ -100,9 +96,6 @@ def takes(
             f"backend='hopper' does not take {reason}: q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"q_offset {q_offset}; choose 'auto' or 'triton'"
         )
-    at_offset = packing is None and (q_offset or q.shape[1] != k.shape[1])
-    if backend == "auto" and not reason and at_offset:
-        reason = UNPROVEN
     if reason and q.is_cuda and capability(q.device)[0] == 9:
         announce(which, reason)
     return reason is None
