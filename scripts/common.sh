@@ -21,21 +21,28 @@ find_python() {
     return 1
 }
 
+# .venv with Python and pip, if there is none.
+make_empty_venv() {
+    local python
+    .venv/bin/python -c '' 2>/dev/null && return
+    python=$(find_python) || return 1
+    echo "== making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv
+}
+
 # make_venv EXTRAS: .venv with the package (editable) and its EXTRAS, e.g. "" or "[test]". Installs
-# again only when setup.py, kernels/pyproject.toml or constraints.txt changed.
+# again only when setup.py, kernels/pyproject.toml or constraints.txt changed. pip would compile all
+# 12,000 files to bytecode; Python does it for those that are imported, once, if it may keep it.
 make_venv() {
-    local extras=$1 python stamp want
+    local extras=$1 stamp want
+    unset PYTHONDONTWRITEBYTECODE
     stamp=".venv/installed$(echo "$extras" | tr -d '[]' | tr ',' '-')"
     want=$(cat setup.py kernels/pyproject.toml constraints.txt | cksum)
-    if ! .venv/bin/python -c '' 2>/dev/null; then
-        python=$(find_python) || return 1
-        echo "== making .venv with $("$python" --version)"
-        rm -rf .venv
-        "$python" -m venv .venv
-    fi
+    make_empty_venv || return 1
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "== installing s2megatron$extras into .venv (torch is 4.7 GB on disk; a few minutes)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
             -c constraints.txt -e ".$extras" || return 1
         echo "$want" >"$stamp"
     fi
@@ -75,9 +82,12 @@ make_vllm() {
 find_training_python() {
     local root=$1
     python=${PYTHON:-$root/.venv/bin/python}
-    if ! "$python" -c 'import s2megatron, s2_kernels' 2>/dev/null; then
-        if ! PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" \
-            "$python" -c 'import s2megatron, s2_kernels, megatron.core' 2>/dev/null; then
+    # They are looked up, not imported: torch alone takes seconds, and the run imports it again.
+    local there='import sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))'
+    if ! "$python" -c "$there" torch s2megatron s2_kernels 2>/dev/null; then
+        if ! PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" "$python" -c "$there" \
+            torch s2megatron s2_kernels megatron.core 2>/dev/null; then
             echo "$python cannot import s2megatron and Megatron: install them (docs/install.md), or name an interpreter that can: PYTHON=/path/to/python $0" >&2
             return 1
         fi

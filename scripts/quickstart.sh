@@ -50,7 +50,8 @@ train() {
 start=$SECONDS
 [ "$(reached)" -ge "$steps" ] || train "megatron.exit_interval=$steps"
 [ "$(reached)" -ge $((steps + 20)) ] || { echo "== resuming from the checkpoint for 20 more steps"; train; }
-.venv/bin/s2megatron show configs/quickstart.yaml --plot "$run/masks.png" --blocks 16 >"$run/layers.txt"
+[ "$run/masks.png" -nt configs/quickstart.yaml ] ||
+    .venv/bin/s2megatron show configs/quickstart.yaml --plot "$run/masks.png" --blocks 16 >"$run/layers.txt"
 .venv/bin/python scripts/quality/quickstart_report.py "$run" "$steps" $((SECONDS - start))
 
 model="$run/model-hf"

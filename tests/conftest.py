@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run under the interpreter, which must be chosen at import."""
 
+import gc
 import os
 
 import pytest
@@ -12,14 +13,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-LONG = ["scripts", "launch", "training", "convert", "convert_runs", "scaling", "layouts"]
-LONG += ["aot", "aot_newest", "vllm", "vllm_models"]
-"""Test files that take a minute or more: they start first, so that no worker ends with one."""
+LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "triton", "training"]
+LONG += ["hopper_lists", "vllm", "vllm_server", "vllm_models", "convert", "layouts", "scaling"]
+LONG += ["study", "model_checks", "convert_errors"]
+"""Test files that take half a minute of a core or more, the longest first: so no worker ends with
+one while the other is idle."""
 
 
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: garbage collections need not look at its objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

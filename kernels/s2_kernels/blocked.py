@@ -40,7 +40,10 @@ class _Tiles:
         self.block = pattern.block_size
         self.t = count_keys(k, near, pattern)
         self.n_blocks = -(-self.t // self.block)
+        # Made once, and sliced for the mask of each tile.
         self.in_block = torch.arange(self.block, device=k.device)
+        self.ids = torch.arange(self.n_blocks, device=k.device)
+        self.positions = torch.arange(q_offset, q_offset + s, device=k.device)
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """[b, t, g, d] -> [b, g, N/B, B, d], padded with zeros where B does not divide t."""
@@ -67,11 +70,9 @@ class _Tiles:
         last_kept = range(*kept[-1].indices(self.n_blocks))[-1]
         if last_kept < i and (last_kept + 1) * self.block <= self.t:
             return None
-        device = self.in_block.device
-        ids = torch.cat([torch.arange(s.start, s.stop, s.step, device=device) for s in kept])
+        ids = torch.cat([self.ids[s] for s in kept])
         cols = (ids[:, None] * self.block + self.in_block).flatten()
-        at = torch.arange(rows.start, rows.stop, device=device) + self.q_offset
-        return (cols <= at[:, None]) & (cols < self.t)
+        return (cols <= self.positions[rows, None]) & (cols < self.t)
 
 
 def _gather(blocks: torch.Tensor, kept: list[slice]) -> torch.Tensor:

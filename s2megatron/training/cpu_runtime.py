@@ -57,12 +57,18 @@ class _Event:
         return 0.0
 
 
+_ASKS_FOR_A_DEVICE = frozenset({"cuda", "pin_memory", "type", "to"})
+"""Calls that name a device without a keyword."""
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices in every torch call; `.cuda()` and `.pin_memory()` do nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if not kwargs and name not in _ASKS_FOR_A_DEVICE:  # most calls, thousands in a step
+            return func(*args)
+        kwargs = kwargs or {}
         if name in ("cuda", "pin_memory") and args and isinstance(args[0], torch.Tensor):
             return args[0]
         if name == "type" and len(args) == 1 and not kwargs:

@@ -1,6 +1,7 @@
 """Megatron's own options, checked against Megatron's own parser."""
 
 import argparse
+import functools
 from typing import Any
 
 from megatron.training.arguments import add_megatron_arguments
@@ -24,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.replace("argument --", "megatron.", 1))
 
 
+@functools.cache  # Megatron reads the source of its options for their help: 0.1 s each time
 def megatron_parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(_Parser(allow_abbrev=False))
 

@@ -88,3 +88,36 @@ def losses(config: Path, folder: Path, *overrides: str, ranks: int = 1) -> dict[
     done = start(config, f"megatron.tensorboard_dir={folder}", *overrides, ranks=ranks)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return dict(read_scalars(folder)["lm loss"])
+
+
+def write_weights(folder: Path, corpus: str, **options) -> None:
+    """Makes `folder` the start of runs to compare: a run file of TINY, and one checkpoint.
+
+    Megatron's initial weights depend on the layout, so all of them start from these (`train_on`).
+
+    Args:
+        corpus: the dataset's prefix.
+        options: of Megatron, beside TINY's.
+    """
+    tree = TINY | {"data": {"train": [corpus], "tokenizer": "bytes"}}
+    tree["megatron"] = tree["megatron"] | options
+    config = write_run_file(folder / "run.yaml", tree)
+    once = ["megatron.save_interval=1", "megatron.train_iters=1", "megatron.lr_decay_iters=20"]
+    done = start(config, f"megatron.save={folder / 'init'}", *once)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def train_on(home: Path, name: str, *overrides: str, ranks: int) -> dict[int, float]:
+    """Losses from those weights on, without their optimizer state and iteration count."""
+    anew = [f"megatron.{name}=true" for name in ("finetune", "no_load_optim", "no_load_rng")]
+    load = f"megatron.load={home / 'init'}"
+    return losses(home / "run.yaml", home / name, load, *anew, *overrides, ranks=ranks)
+
+
+def assert_same(got: dict[int, float], expected: dict[int, float], first: int = 1) -> None:
+    """The same losses from iteration `first` on to the last of TINY's."""
+    assert sorted(got) == list(range(first, TINY["megatron"]["train_iters"] + 1))
+    differences = {step: abs(got[step] - expected[step]) for step in got}
+    worst = max(differences.values())
+    print(f"largest loss difference over {len(got)} steps: {worst:.2e}")
+    assert worst < 1e-4, differences

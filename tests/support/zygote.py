@@ -12,6 +12,7 @@ of the agent start real ones.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -27,7 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 AHEAD = ("s2megatron.layer_spec", "s2megatron.training.gpt_loop", "s2megatron.training.train",
-         "s2megatron.cli", "torch.utils.tensorboard")  # fmt: skip
+         "s2megatron.cli", "torch.utils.tensorboard",
+         "megatron.core.tokenizers.text")  # fmt: skip
+"""The last one a run imports late, whatever its tokenizer: with transformers, a second's work."""
 GRACE = 10
 """Seconds that the other ranks of a run have when one has failed."""
 
@@ -104,6 +107,8 @@ def main(path: str) -> None:
     cpu_runtime.install()  # before our modules, as the launcher does
     for name in AHEAD:
         importlib.import_module(name)
+    _read_sources_of_options_once()
+    gc.freeze()  # collections in the children need not look at what came with the imports
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished runs need no burial
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path + ".new")
@@ -117,6 +122,21 @@ def main(path: str) -> None:
                 _be_launcher(connection)
                 os._exit(0)
             connection.close()
+
+
+def _read_sources_of_options_once() -> None:
+    """Megatron parses the source of its dataclasses for every parser that it makes, five a run."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read, found = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def read_once(self, owner: type) -> dict[str, str]:
+        if owner not in found:
+            found[owner] = read(self, owner)
+        return dict(found[owner])
+
+    ArgumentGroupFactory._get_field_docstrings = read_once
+    importlib.import_module("s2megatron.training.megatron_options").megatron_parser()
 
 
 def _be_launcher(connection: socket.socket) -> None:

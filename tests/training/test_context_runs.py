@@ -5,11 +5,10 @@ masked, so that the tokens which count lie unevenly on the ranks. Layer 1 is den
 """
 
 import pytest
-from launches import TINY, losses, start, write_run_file
+from launches import assert_same, losses, train_on, write_weights
 
 from s2megatron.data import write_dataset
 
-STEPS = 20
 CP2 = ["megatron.context_parallel_size=2"]
 FULL = ["megatron.recompute_granularity=full", "megatron.recompute_method=uniform",
         "megatron.recompute_num_layers=1"]  # fmt: skip
@@ -36,44 +35,13 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("context")
     texts = [bytes(range(65, 70 + i % 23)).decode() * (1 + i % 5) for i in range(400)]
     write_dataset(iter(texts), str(folder / "corpus"))
-    tree = TINY | {"data": {"train": [str(folder / "corpus")], "tokenizer": "bytes"}}
-    tree["megatron"] = tree["megatron"] | {"eod_mask_loss": True}
-    write_run_file(folder / "run.yaml", tree)
-    done = start(
-        folder / "run.yaml",
-        f"megatron.save={folder / 'init'}",
-        "megatron.save_interval=1",
-        "megatron.train_iters=1",
-        "megatron.lr_decay_iters=20",
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    write_weights(folder, str(folder / "corpus"), eod_mask_loss=True)
     return folder
-
-
-def train(home, name, *overrides, ranks):
-    """From the initial weights, without their optimizer state and iteration count."""
-    return losses(
-        home / "run.yaml",
-        home / name,
-        f"megatron.load={home / 'init'}",
-        "megatron.finetune=true",
-        "megatron.no_load_optim=true",
-        "megatron.no_load_rng=true",
-        *overrides,
-        ranks=ranks,
-    )
 
 
 @pytest.fixture(scope="module")
 def one_rank(home):
-    return train(home, "one", *SAVE, f"megatron.save={home / 'one-ck'}", ranks=1)
-
-
-def assert_same(got: dict[int, float], expected: dict[int, float], first: int = 1) -> None:
-    assert sorted(got) == list(range(first, STEPS + 1))
-    worst = max(abs(got[step] - expected[step]) for step in got)
-    print(f"largest loss difference over {len(got)} steps: {worst:.2e}")
-    assert worst < 1e-4, got
+    return train_on(home, "one", *SAVE, f"megatron.save={home / 'one-ck'}", ranks=1)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -81,7 +49,7 @@ def test_losses_of_one_rank(home, one_rank, name):
     ranks, options = RUNS[name]
     if name == SPREAD:
         options = [*options, *SAVE, f"megatron.save={home / 'spread-ck'}"]
-    assert_same(train(home, name, *options, ranks=ranks), one_rank)
+    assert_same(train_on(home, name, *options, ranks=ranks), one_rank)
 
 
 @pytest.mark.parametrize(("saved_by", "ranks"), [("spread", 1), ("one", 2)])
@@ -113,7 +81,7 @@ def by_bucket(home):
     for ranks in (1, 2):
         save = [f"megatron.save={home / f'bucket-{ranks}'}", "megatron.exit_interval=2"]
         split = f"megatron.context_parallel_size={ranks}"
-        train(home, f"bucket-{ranks}-saved", *BUCKETS, *save, split, ranks=ranks)
+        train_on(home, f"bucket-{ranks}-saved", *BUCKETS, *save, split, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +107,8 @@ def test_optimizer_state_by_bucket_resumes_at_another_size(home, one_rank, by_bu
 def test_losses_per_token_of_one_rank(home, one_rank):
     """calculate_per_token_loss: Megatron divides by the tokens of all ranks and micro-batches."""
     options = ["megatron.calculate_per_token_loss=true", "megatron.exit_interval=5"]
-    one = train(home, "tokens-one", *options, ranks=1)
-    two = train(home, "tokens-cp2", *options, *CP2, ranks=2)
+    one = train_on(home, "tokens-one", *options, ranks=1)
+    two = train_on(home, "tokens-cp2", *options, *CP2, ranks=2)
     assert sorted(two) == [1, 2, 3, 4, 5]
     assert two == pytest.approx(one, abs=1e-4)
     mean = {step: one_rank[step] for step in one}
@@ -160,7 +128,7 @@ def test_experts_spread_over_context_parallel_ranks(home):
     save = ["megatron.train_iters=1", "megatron.save_interval=1", f"megatron.save={home / 'moe'}"]
     losses(home / "run.yaml", home / "moe0", *options, *save)
     options += ["megatron.train_iters=4", f"megatron.load={home / 'moe'}"]
-    one = train(home, "moe1", *options, ranks=1)
-    two = train(home, "moe2", *options, *CP2, "megatron.expert_model_parallel_size=2", ranks=2)
+    one = train_on(home, "moe1", *options, ranks=1)
+    two = train_on(home, "moe2", *options, *CP2, "megatron.expert_model_parallel_size=2", ranks=2)
     assert len(one) == 4
     assert max(abs(one[step] - two[step]) for step in one) < 1e-4

@@ -5,9 +5,8 @@ same batches in float32, and are compared step by step.
 """
 
 import pytest
-from launches import TINY, losses, start, write_run_file
-
-from s2megatron.data import documents, find_files, write_dataset
+from agents import make_corpus
+from launches import assert_same, losses, start, train_on, write_weights
 
 STEPS = 20
 
@@ -16,50 +15,14 @@ STEPS = 20
 def home(tmp_path_factory):
     """A folder with a corpus, a run file, and a checkpoint of initial weights."""
     folder = tmp_path_factory.mktemp("training")
-    import json
-    import os
-
-    files = find_files([os.path.dirname(json.__file__)], (".py",))
-    write_dataset(documents(files), str(folder / "corpus"))
-    tree = TINY | {"data": {"train": [str(folder / "corpus")], "tokenizer": "bytes"}}
-    write_run_file(folder / "run.yaml", tree)
-    done = start(
-        folder / "run.yaml",
-        f"megatron.save={folder / 'init'}",
-        "megatron.save_interval=1",
-        "megatron.train_iters=1",
-        "megatron.lr_decay_iters=20",
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    write_weights(folder, make_corpus(folder))
     return folder
-
-
-def train(home, name, *overrides, ranks):
-    """From the initial weights, without their optimizer state and iteration count."""
-    return losses(
-        home / "run.yaml",
-        home / name,
-        f"megatron.load={home / 'init'}",
-        "megatron.finetune=true",
-        "megatron.no_load_optim=true",
-        "megatron.no_load_rng=true",
-        *overrides,
-        ranks=ranks,
-    )
 
 
 @pytest.fixture(scope="module")
 def one_rank(home):
-    return train(home, "one", f"megatron.save={home / 'one-ck'}", "megatron.save_interval=10",
+    return train_on(home, "one", f"megatron.save={home / 'one-ck'}", "megatron.save_interval=10",
                  ranks=1)  # fmt: skip
-
-
-def assert_same(got: dict[int, float], expected: dict[int, float], first: int = 1) -> None:
-    assert sorted(got) == list(range(first, STEPS + 1))
-    differences = {step: abs(got[step] - expected[step]) for step in got}
-    worst = max(differences.values())
-    print(f"largest loss difference over {len(got)} steps: {worst:.2e}")
-    assert worst < 1e-4, differences
 
 
 LAYOUTS = {
@@ -83,7 +46,7 @@ def test_one_rank_learns(one_rank):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_gives_the_losses_of_one_rank(home, one_rank, name):
     save = [f"megatron.save={home / name}-ck", "megatron.save_interval=10"]
-    got = train(home, name, *LAYOUTS[name], *(save if name == "tp2_sp" else []), ranks=2)
+    got = train_on(home, name, *LAYOUTS[name], *(save if name == "tp2_sp" else []), ranks=2)
     assert_same(got, one_rank)
 
 
@@ -119,8 +82,8 @@ def test_sparse_is_not_dense_and_infinite_lifetimes_are(home, one_rank):
     three = ["megatron.train_iters=3", "megatron.lr_decay_iters=20"]
     whole = ["sparsity.default.stride=1", "sparsity.on_resume=replace"]
     dense = ["sparsity.default={kind: dense}", "sparsity.on_resume=replace"]
-    stride_1 = train(home, "stride1", *three, *whole, ranks=1)
-    all_dense = train(home, "dense", *three, *dense, ranks=1)
+    stride_1 = train_on(home, "stride1", *three, *whole, ranks=1)
+    all_dense = train_on(home, "dense", *three, *dense, ranks=1)
     for step in (1, 2, 3):
         assert stride_1[step] == pytest.approx(all_dense[step], abs=1e-5)
     assert abs(one_rank[1] - all_dense[1]) > 1e-3
