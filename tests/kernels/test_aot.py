@@ -30,10 +30,10 @@ WIDE_DKDV_LOOPS = [  # the warpgroup of dk, that of dv
     ["EX2", "HGMMA", "WAIT 1", "WAIT 0"],
 ]
 OTHER_LOOPS = dict(
-    s2_hopper_forward_wide_kernel=[[["HGMMA", "WAIT 1", "EX2", "WAIT 0", "EX2"]] * 2]
+    s2_hopper_forward_wide_kernel=[[["HGMMA", "WAIT 1", "EX2", "WAIT 0", "EX2"]] * 2] * 2
 )
-"""Of single variants: with keys in two parts ptxas moves one exponential a row, that of the
-rescaling, before the second wait."""
+"""Of single variants: at an offset, and with keys in two parts, ptxas moves one exponential a row,
+that of the rescaling, before the second wait."""
 HOPPER_VARIANTS = {name: 5 if "wide" in name else 13 for name in HOPPER}
 """How often each kernel is compiled: shipped.HOPPER."""
 
@@ -86,9 +86,6 @@ VARIANTS = {
     "s2_decode_kernel": 10,
     "s2_merge_kernel": 10,
     "s2_write_kernel": 5,
-    "s2_hopper_sums_begin_kernel": 4,
-    "s2_hopper_sums_limits_kernel": 1,
-    "s2_hopper_sums_end_kernel": 4,
     **HOPPER_VARIANTS,
 }
 
