@@ -5,6 +5,7 @@ own layout, because Megatron's initial weights depend on the layout.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from agents import make_corpus
-from in_process import call_on_gpus, call_on_ranks
+from in_process import Crashed, call_on_gpus, call_on_ranks
 from launches import ROOT
 from ports import free_port
 
@@ -150,7 +151,16 @@ def check_resumed(losses: dict, kind: str, first: str, then: str, tolerance: flo
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    return losses_of(tmp_path_factory.mktemp("resume"), KINDS, call_on_ranks)
+    """All runs, in two processes that make and destroy their groups some forty times, as none does.
+
+    Gloo's own thread crashed there in one of three runs of the suite (torch 2.11; the kernel's log
+    has "pt_gloo_runloop: segfault" in malloc). Then all are run once more, and it is told.
+    """
+    try:
+        return losses_of(tmp_path_factory.mktemp("resume"), KINDS, call_on_ranks)
+    except Crashed as crash:
+        warnings.warn(f"a process crashed, all runs once more: {crash}", stacklevel=1)
+        return losses_of(tmp_path_factory.mktemp("again"), KINDS, call_on_ranks)
 
 
 @pytest.mark.parametrize(
