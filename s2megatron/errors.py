@@ -32,10 +32,12 @@ def hide_import_warnings() -> None:
     """Megatron says nine times while it is imported that TE and Apex are missing.
 
     The start table says once which backend each part uses. torch and Megatron also say
-    that a checkpoint is read by a single process, which is what was asked.
+    that a checkpoint is read by a single process, which is what was asked. A docstring of
+    Megatron's has an escape sequence that is none; Python says so when it makes that bytecode.
     """
     missing = "Transformer Engine and Apex are not|Apex is not installed|Only transformer-engine"
     warnings.filterwarnings("ignore", message=missing)
     warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unin")
+    warnings.filterwarnings("ignore", message="invalid escape sequence", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime"

@@ -430,9 +430,12 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     config = config or decode_config(d, dv, m, pattern.block_size, q.dtype, q.device)
     pdl = config.pdl and takes_pdl(s2_decode_kernel, q.device)
     threads = 32 * config.num_warps
-    prefetch = config.prefetch
-    if not pdl or not _prefetches(k_pages, v_pages, config, pattern.block_size):
-        prefetch = 0
+    prefetch = config.prefetch if pdl else 0
+    if prefetch and not _prefetches(k_pages, v_pages, config, pattern.block_size):
+        raise ValueError(
+            f"config {config}: prefetch={prefetch} takes tiles of at most a block, and pages and "
+            "rows of whole 16 bytes without gaps; give 0"
+        )
     programs = programs or config.per_sm * multiprocessors(q.device)
     n_tiles_q = triton.cdiv(s, tokens)
     units, rows = b * kv_heads * n_tiles_q, tokens * group

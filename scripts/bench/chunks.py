@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from s2_kernels import LayerPattern, dense, local_stride  # noqa: E402 - found by the line above
+from s2_kernels import LayerPattern, dense, local_stride
 
 BLOCK = 64
 

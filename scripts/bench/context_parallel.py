@@ -34,11 +34,11 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 # Found by the line above, which lets the script run in a checkout that is not installed.
-from s2_kernels import dense, local_stride  # noqa: E402
-from s2_kernels.exchange import block_bytes, received_blocks, sent_blocks, zigzag  # noqa: E402
-from s2megatron.attention import context_parallel  # noqa: E402
-from s2megatron.attention.context_parallel import ContextAttention  # noqa: E402
-from s2megatron.provenance import describe  # noqa: E402
+from s2_kernels import dense, local_stride
+from s2_kernels.exchange import block_bytes, received_blocks, sent_blocks, zigzag
+from s2megatron.attention import context_parallel
+from s2megatron.attention.context_parallel import ContextAttention
+from s2megatron.provenance import describe
 
 COLUMNS = {
     "tokens": "tokens",

@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 # Found by the line above, which lets the script run in a checkout that is not installed.
-from s2_kernels import LayerPattern, dense, local_stride  # noqa: E402
-from s2_kernels.cache import alive_pages  # noqa: E402
-from s2_kernels.record import record  # noqa: E402
-from s2megatron import provenance  # noqa: E402
+from s2_kernels import LayerPattern, dense, local_stride
+from s2_kernels.cache import alive_pages
+from s2_kernels.record import record
+from s2megatron import provenance
 
 PROVIDERS = ("s2 graph", "s2", "dense pages graph", "dense sdpa")
 

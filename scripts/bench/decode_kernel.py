@@ -30,11 +30,11 @@ import triton.language as tl
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-from s2_kernels import decode, dense, local_stride, ranges  # noqa: E402
-from s2_kernels.cache import alive_blocks, alive_pages  # noqa: E402
-from s2_kernels.decode import DecodeConfig, decode_config, launch_decode  # noqa: E402
-from s2_kernels.decode_write import launch_write  # noqa: E402
-from s2_kernels.paged import paged_reference  # noqa: E402
+from s2_kernels import decode, dense, local_stride, ranges
+from s2_kernels.cache import alive_blocks, alive_pages
+from s2_kernels.decode import DecodeConfig, decode_config, launch_decode
+from s2_kernels.decode_write import launch_write
+from s2_kernels.paged import paged_reference
 
 CONFIGS = [
     "n64w4s4x2c4", "n64w4s4x2c0", "n64w4s4x2c12", "n64w4s3x3c4r168", "n64w4s4x4c4",

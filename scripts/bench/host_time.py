@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from s2_kernels import local_stride, s2_attention  # noqa: E402
-from s2megatron.provenance import describe, in_words, machine  # noqa: E402
+from s2_kernels import local_stride, s2_attention
+from s2megatron.provenance import describe, in_words, machine
 
 AHEAD = 20_000_000
 """Cycles that the device is kept busy, while the host goes on: about 10 ms."""

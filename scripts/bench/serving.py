@@ -27,11 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
-import serving_load  # noqa: E402
+import serving_load
 
-from s2_kernels import dense, local_stride  # noqa: E402
-from s2_kernels.record import record  # noqa: E402
-from s2megatron import provenance  # noqa: E402
+from s2_kernels import dense, local_stride
+from s2_kernels.record import record
+from s2megatron import provenance
 
 PROVIDERS = ("s2", "dense")
 VOCAB = 32000

@@ -1,7 +1,8 @@
-"""Runs that stop and go on at another layout, many of them in the same two processes.
+"""Runs that stop and go on at another layout.
 
-An import of Megatron costs more than these runs: the processes stay, and between two runs Megatron
-forgets its globals and the process group is made anew, of both ranks or of one.
+Forked processes have one run each. Under torchrun, where an import of Megatron costs more than a
+run, processes have many: between two of them Megatron forgets its globals, and the process group is
+made anew, of both ranks or of one.
 """
 
 import contextlib
@@ -34,9 +35,10 @@ def run_all(plan: str) -> dict:
         cpu_runtime.prepare_environment()
         cpu_runtime.install()
     rank, errors = int(os.environ["RANK"]), {}
-    for run in json.loads(Path(plan).read_text()):
-        if rank >= run["ranks"]:
-            continue
+    runs = [run for run in json.loads(Path(plan).read_text()) if rank < run["ranks"]]
+    for run in runs:
+        if errors:
+            forget_run()
         if run["stopped"]:
             go_on_from(Path(run["stopped"]), Path(run["folder"]), run["stop"], rank)
         error = errors[run["name"]] = one_run(run, rank)
@@ -62,8 +64,6 @@ def one_run(run: dict, rank: int) -> str:
             train(run["config"], run["overrides"])
         except Exception:
             return traceback.format_exc()
-        finally:
-            forget_run()
     return ""
 
 
