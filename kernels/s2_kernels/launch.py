@@ -162,8 +162,7 @@ def empty_like(x: torch.Tensor, size: int) -> torch.Tensor:
     So what enters as Megatron's [s, b, h, d] leaves as it: its reshape to [s, b, h * d] is a view.
     """
     if isinstance(x, Operand):
-        like = empty_like(x.meta(), size)
-        return x.recorder.allocate(tuple(like.shape), like.stride(), x.dtype)
+        return x.new_like(size)
     if size == x.shape[-1]:
         return torch.empty_like(x)
     order = sorted(range(x.dim() - 1), key=lambda dim: x.stride(dim), reverse=True)
