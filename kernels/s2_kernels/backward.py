@@ -153,14 +153,14 @@ def launch_backward(
         lse, dlse = lse[None], None if dlse is None else dlse[None]
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    dq, dk, dv = empty_like(q, q.shape[-1]), empty_like(k, k.shape[-1]), empty_like(v, v.shape[-1])
+    clear_far(near, pattern, dk, dv)
     lse2, delta = row_terms(out, lse, dout, dlse)
     kind = "separate" if deterministic else "fused"
     size, where = max(q.shape[-1], v.shape[-1]), capability(q.device)
     dkdv_config = dkdv_config or backward_config(kind, size, q.dtype, where)
     dkdv_config = fit(dkdv_config, pattern.block_size, gather=False)
-    dq, dk, dv = empty_like(q, q.shape[-1]), empty_like(k, k.shape[-1]), empty_like(v, v.shape[-1])
     precision = "tf32" if tf32 else "ieee"
-    clear_far(near, pattern, dk, dv)
     common = (pattern, softmax_scale, q_offset, packing, near)
     inputs = (q, k, v, dout, lse2, delta)
     if deterministic:

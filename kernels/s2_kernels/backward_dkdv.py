@@ -39,7 +39,7 @@ from s2_kernels.primitives import (
     store_rows,
 )
 from s2_kernels.schedule import ColumnWork, column_work, round_up
-from s2_kernels.tiles import Matrix, add_to_dkdv, load
+from s2_kernels.tiles import Matrix, add_to_dkdv, load, matrix_of
 
 
 @triton.jit(
@@ -155,10 +155,8 @@ def s2_dkdv_kernel(
         o_row = o_q + q_offset
         m_row = o_row < end_row
         start = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, start_q)
-        p_qh = p_q + head_offset(strides_q, i_batch, i_head, start_q)
-        p_do = p_dout + head_offset(strides_dout, i_batch, i_head, start_q)
-        q = Matrix(p_qh, d_q, strides_q[1], i_batch, i_head)
-        dout = Matrix(p_do, d_dout, strides_dout[1], i_batch, i_head)
+        q = matrix_of(p_q, d_q, strides_q, i_batch, i_head, start_q)
+        dout = matrix_of(p_dout, d_dout, strides_dout, i_batch, i_head, start_q)
         lse2 = Matrix(p_lse2 + start, d_lse2, 1, i_batch, i_head)
         delta = Matrix(p_delta + start, d_delta, 1, i_batch, i_head)
         at = start_q + row

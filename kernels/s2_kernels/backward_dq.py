@@ -31,7 +31,7 @@ from s2_kernels.primitives import (
     store_rows,
     walk_of,
 )
-from s2_kernels.tiles import Matrix, add_to_dq, load
+from s2_kernels.tiles import add_to_dq, matrix_of, query_operands, score
 
 
 @triton.jit(
@@ -84,15 +84,11 @@ def s2_dq_kernel(
     if at.first > at.last:
         return
     o_q = at.positions - q_offset  # rows of q in memory, from start_q on
-    p_q += head_offset(strides_q, at.batch, at.head, at.start_q)
-    p_k += head_offset(strides_k, at.batch, at.kv_head, at.start_k)
-    p_v += head_offset(strides_v, at.batch, at.kv_head, at.start_k)
-    p_dout += head_offset(strides_dout, at.batch, at.head, at.start_q)
-    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
-    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
+    q, k, v = query_operands(at, p_q, p_k, p_v, d_k, d_v, strides_q, strides_k, strides_v)
+    dout = matrix_of(p_dout, None, strides_dout, at.batch, at.head, at.start_q)
     start = head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, at.start_q)
-    b_q = load_rows(p_q, o_q, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
-    b_dout = load_rows(p_dout, o_q, strides_dout[1], at.there, DV, BLOCK_DV)  # [M, DV]
+    b_q = load_rows(q.base, o_q, q.stride, at.there, D, BLOCK_D)  # [M, D]
+    b_dout = load_rows(dout.base, o_q, dout.stride, at.there, DV, BLOCK_DV)  # [M, DV]
     b_lse2 = tl.load(p_lse2 + start + o_q, mask=at.there, other=float("inf"))  # [M]
     b_delta = tl.load(p_delta + start + o_q, mask=at.there, other=0.0)
     b_dq = tl.zeros([M, BLOCK_D], tl.float32)
@@ -102,9 +98,7 @@ def s2_dq_kernel(
     walk = walk_of(at, p_table, M, N, B, N_BANDS)
     for p in tl.range(0, walk.tiles):
         keys = key_tile(at, walk, (near_start, near_row), p, N, B, N_SEGMENTS, N_BANDS)
-        b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        b_k, b_v, b_s = score(b_q, k, v, keys, D, DV, BLOCK_D, BLOCK_DV, N, TMA, PRECISION)
         if p >= walk.interior:
             b_s = mask_scores(
                 b_s, walk.rule, at.positions, keys.positions, keys.block, at.t,

@@ -42,7 +42,13 @@ from s2_kernels.decode_lists import (
 from s2_kernels.decode_prefetch import prefetch_share
 from s2_kernels.launch import capability, device_table, on_grid, pad, takes_pdl
 from s2_kernels.pattern import LayerPattern
-from s2_kernels.primitives import finish_softmax, lifetime, load_rule, online_softmax
+from s2_kernels.primitives import (
+    finish_softmax,
+    lifetime,
+    load_rule,
+    online_softmax,
+    start_softmax,
+)
 
 MOST_UNITS = 4096
 """Units of a launch: every program adds up the lengths of all lists."""
@@ -114,9 +120,7 @@ def attend_pages(
     The page number of a tile is asked for one tile ahead: so the loads of K and V, which the
     compiler starts several tiles ahead, never wait for it.
     """
-    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
-    b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M, 8], tl.float32)
+    b_acc, b_m, b_l = start_softmax(M, BLOCK_DV)
     o_n = tl.arange(0, N)
     block = tile_blocks(segments, low, N, B, N_BANDS)
     page = load_page(p_pages, block, stride_pages, N, B)

@@ -38,10 +38,11 @@ from s2_kernels.primitives import (
     load_rows,
     mask_scores,
     query_program,
+    start_softmax,
     store_rows,
     walk_of,
 )
-from s2_kernels.tiles import Matrix, add_values, load
+from s2_kernels.tiles import add_values, query_operands, score
 
 
 @triton.jit
@@ -55,9 +56,7 @@ def attend_tiles(
     t = program.t
     for p in tl.range(low, high):
         keys = key_tile(program, walk, near, p, N, B, N_SEGMENTS, N_BANDS)
-        b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)  # [N, DV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
+        b_k, b_v, b_s = score(b_q, k, v, keys, D, DV, BLOCK_D, BLOCK_DV, N, TMA, PRECISION)
         if MASKED:
             b_s = mask_scores(
                 b_s, walk.rule, program.positions, keys.positions, keys.block, t,
@@ -113,15 +112,9 @@ def s2_forward_kernel(
     if at.first > at.last:
         return
     o_q = at.positions - q_offset  # rows of q in memory, from start_q on
-    p_q += head_offset(strides_q, at.batch, at.head, at.start_q)
-    p_k += head_offset(strides_k, at.batch, at.kv_head, at.start_k)
-    p_v += head_offset(strides_v, at.batch, at.kv_head, at.start_k)
-    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
-    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
-    b_q = load_rows(p_q, o_q, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
-    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
-    b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M, 8], tl.float32)
+    q, k, v = query_operands(at, p_q, p_k, p_v, d_k, d_v, strides_q, strides_k, strides_v)
+    b_q = load_rows(q.base, o_q, q.stride, at.there, D, BLOCK_D)  # [M, D]
+    b_acc, b_m, b_l = start_softmax(M, BLOCK_DV)
 
     SPANS: tl.constexpr = M > B
     N_SEGMENTS: tl.constexpr = 2 * N_BANDS + 1 if SPANS else N_BANDS + 1

@@ -91,6 +91,7 @@ class Plan:
         outputs: (shape, strides, dtype) of what the pass returns.
         parts, scratch: where the parts begin in the scratch memory, and its size (bytes).
         counters: how many counters that are 0 (launch.fresh_counter).
+        zeroed: (which output, shape, strides), what of outputs is set to 0 before all launches.
     """
 
     outputs: tuple[tuple, ...]
@@ -99,6 +100,7 @@ class Plan:
     counters: int
     maps: tuple[TensorMap, ...]
     launches: tuple[Launch, ...]
+    zeroed: tuple[tuple, ...] = ()
 
     def run(self, tensors: tuple, device: torch.device) -> tuple[torch.Tensor, ...] | None:
         """The pass on the current stream of a device.
@@ -119,6 +121,8 @@ class Plan:
             for shape, strides, dtype in self.outputs
         )
         addresses += [x.data_ptr() for x in made]
+        for i, shape, strides in self.zeroed:
+            made[i].as_strided(shape, strides).zero_()
         if self.scratch:
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
             start = scratch.data_ptr()
@@ -150,7 +154,7 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
     Kernels that were not compiled yet are.
 
     Raises:
-        CannotRecordError: the launcher does more than allocate and launch.
+        CannotRecordError: the launcher does more than allocate, set outputs to 0, and launch.
     """
     recorder = Recorder(tensors, device)
     results = launcher(*recorder.inputs) or ()
@@ -165,6 +169,9 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
     where = {slot: i for i, slot in enumerate(order) if slot is not None}
     maps: dict[tuple, TensorMap] = {}
     launches = [_prepare(noted, where, maps) for noted in recorder.launches]
+    places = [x.slot for x in results]
+    if any(x.slot not in places for x in recorder.zeroed):
+        raise CannotRecordError("memory that is set to 0 and not returned")
     return Plan(
         outputs=tuple((x.shape, x.strides, x.dtype) for x in results),
         parts=tuple(parts.values()),
@@ -172,6 +179,7 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
         counters=len(recorder.counters),
         maps=tuple(maps.values()),
         launches=tuple(launches),
+        zeroed=tuple((places.index(x.slot), x.shape, x.strides) for x in recorder.zeroed),
     )
 
 

@@ -229,6 +229,15 @@ def mask_scores(
 
 
 @triton.jit
+def start_softmax(M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """b_acc, b_m and b_l of rows that have seen nothing yet, for `online_softmax`."""
+    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    b_m = tl.full([M], float("-inf"), tl.float32)
+    b_l = tl.zeros([M, 8], tl.float32)
+    return b_acc, b_m, b_l
+
+
+@triton.jit
 def online_softmax(b_s, b_acc, b_m, b_l, scale_log2, MASKED: tl.constexpr):
     """One step of the softmax over keys, in base 2, for a tile of raw scores [M, N].
 

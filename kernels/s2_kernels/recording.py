@@ -1,8 +1,8 @@
 """What launchers see while a plan is made: tensors without memory, which note what is launched.
 
 A launcher is called with an `Operand` for each tensor of a pass. It asks for shapes and strides,
-allocates, and launches as ever; the `Recorder` keeps the allocations and the launches, from which
-plans.py makes a plan. Nothing runs, and the GPU is not asked.
+allocates, sets to 0, and launches as ever; the `Recorder` keeps all that, and plans.py makes a plan
+of it. Nothing runs, and the GPU is not asked.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 
 class CannotRecordError(Exception):
-    """A launcher does more than allocate and launch; it goes on being called every time."""
+    """A launcher does what no plan can do again; it goes on being called every time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,26 @@ class Operand:
             raise CannotRecordError(f"a part of a tensor, {index}")
         return replace(self, shape=self.shape[1:], strides=self.strides[1:])
 
+    def narrow(self, dim: int, start: int, length: int) -> "Operand":
+        """The first `length` of a dimension: like all views here it begins where the tensor does.
+
+        Raises:
+            CannotRecordError: another start.
+        """
+        if start:
+            raise CannotRecordError(f"a part of a tensor from {start} on")
+        return replace(self, shape=(*self.shape[:dim], length, *self.shape[dim + 1 :]))
+
+    def zero_(self) -> None:
+        """A plan does it before all launches.
+
+        Raises:
+            CannotRecordError: something was launched before, which may have written there.
+        """
+        if self.recorder.launches:
+            raise CannotRecordError("memory that is set to 0 after a launch")
+        self.recorder.zeroed.append(self)
+
     def contiguous(self) -> "Operand":
         if not is_contiguous(self.shape, self.strides):
             raise CannotRecordError(f"a copy of a tensor with strides {self.strides}")
@@ -132,12 +152,14 @@ class Recorder:
         inputs: an operand for each tensor that the pass is given, None where there is none.
         slots: an operand for each place, in order: the inputs first, then what is allocated.
         counters: slots of counters that are 0 at the start of a launch (launch.fresh_counter).
+        zeroed: what was set to 0, before all launches.
         launches: what was launched, in order.
     """
 
     def __init__(self, tensors: tuple[torch.Tensor | None, ...], device: torch.device):
         self.device, self.slots = device, []
         self.counters: set[int] = set()
+        self.zeroed: list[Operand] = []
         self.launches: list[Noted] = []
         self.inputs = tuple(
             None if x is None else self.allocate(tuple(x.shape), x.stride(), x.dtype)

@@ -1,8 +1,8 @@
-"""One step of each kernel: what a tile of keys or of queries adds, however the tile was found.
+"""What a program begins with, and what a tile of keys or of queries adds, however it was found.
 
 Patterns of lifetimes (forward.py, backward_dq.py, backward_dkdv.py) and block masks
-(block_sparse/kernels.py) differ in how a program finds its tiles and in what it masks. What they do
-with a tile is here. Shapes and formulas as in forward.py and backward.py.
+(block_sparse/kernels.py) differ in how a program finds its tiles and in what it masks. Which rows
+it works on, and what it does with a tile, is here. Shapes and formulas as in forward.py and backward.py.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from s2_kernels.primitives import load_terms, load_tile, online_softmax
+from s2_kernels.primitives import head_offset, load_terms, load_tile, online_softmax
 
 
 class Matrix(NamedTuple):
@@ -18,7 +18,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         base: pointer to the head's first row (of the sequence, where sequences are packed).
-        desc: descriptor over [batch, head, row, d], or None.
+        desc: descriptor over [batch, head, row, d]; `base` once more where there is none, since
+            Triton 3.6 cannot return a tuple that holds None.
         stride: from row to row.
         batch, head: where the head lies, for the descriptor.
     """
@@ -31,12 +32,48 @@ class Matrix(NamedTuple):
 
 
 @triton.jit
+def matrix_of(p_x, d_x, strides, i_batch, i_head, first):
+    """A head's rows from row `first` on, of a tensor with strides (batch, row, head).
+
+    d_x: its descriptor, or None. Packed sequences begin at some row of batch 0, others at row 0.
+    """
+    p_x += head_offset(strides, i_batch, i_head, first)
+    if d_x is None:
+        d_x = p_x
+    matrix = Matrix(p_x, d_x, strides[1], i_batch, i_head)
+    return matrix
+
+
+@triton.jit
+def query_operands(at, p_q, p_k, p_v, d_k, d_v, strides_q, strides_k, strides_v):
+    """q of the head that a program over query rows works on, and k and v of its KV head.
+
+    at: a `QueryProgram`, or the same of block_sparse.
+    """
+    q = matrix_of(p_q, None, strides_q, at.batch, at.head, at.start_q)
+    k = matrix_of(p_k, d_k, strides_k, at.batch, at.kv_head, at.start_k)
+    v = matrix_of(p_v, d_v, strides_v, at.batch, at.kv_head, at.start_k)
+    return q, k, v
+
+
+@triton.jit
 def load(of, o_row, m_row, row, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
          TMA: tl.constexpr):  # fmt: skip
     """Tile [ROWS, BLOCK_D] of a Matrix: the rows o_row, or through TMA from `row` in memory on."""
     return load_tile(
         of.base, of.desc, of.stride, o_row, m_row, of.batch, of.head, row, D, BLOCK_D, ROWS, TMA
     )
+
+
+@triton.jit
+def score(b_q, k, v, keys, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+          BLOCK_DV: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """Of a `KeyTile`: keys [N, D], values [N, DV], and the raw scores [M, N] of b_q [M, D]."""
+    b_k = load(k, keys.rows, keys.there, keys.first_row, D, BLOCK_D, N, TMA)
+    b_v = load(v, keys.rows, keys.there, keys.first_row, DV, BLOCK_DV, N, TMA)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    return b_k, b_v, b_s
 
 
 @triton.jit

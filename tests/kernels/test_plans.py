@@ -91,6 +91,13 @@ def test_descriptors_of_addresses_that_came_before_are_kept(report):
     assert made == dict(first=4, again=0, other=4)
 
 
+def test_a_plan_sets_the_gradients_of_far_blocks_to_0(report):
+    """Kernels write those that a head has; four rows of 64 tokens, from the first on."""
+    assert len(report["zeroed"]) == 8
+    for name, found in report["zeroed"].items():
+        assert found == [[4 * 64, True]] * 2, name
+
+
 def test_decoding_has_plans_too(report):
     kernels = ["s2_write_kernel", "s2_decode_kernel", "s2_merge_kernel"]
     assert report["paged"]["token"] == dict(same=True, passes=2, kernels=kernels)
@@ -162,6 +169,26 @@ def test_the_oldest_plan_goes(monkeypatch):
         assert found.find(key, key, (), None) is None  # a pass that comes once gets no plan
         assert found.find(key, key, (), None) == f"plan of {key}" == found.get(key)
     assert found.get((1,)) is None and found.get((2,)) and found.get((3,))
+
+
+def test_what_is_set_to_0_too_late_or_for_nobody_is_not_recorded():
+    """A plan does it before all launches, and only to what it returns."""
+
+    def late(x):
+        made = x.new_empty(x.shape)
+        x.recorder.note(None, (), (made,), {})
+        made.zero_()
+
+    def middle(x):
+        x.new_empty(x.shape).narrow(0, 1, 1).zero_()
+
+    for launcher, words in (
+        (late, "after a launch"),
+        (middle, "a part of a tensor from 1 on"),
+        (lambda x: x.new_empty(x.shape).zero_(), "not returned"),
+    ):
+        with pytest.raises(plans.CannotRecordError, match=words):
+            plans.record(launcher, (torch.zeros(4, 2),), torch.device("cpu"))
 
 
 def test_what_cannot_be_recorded_is_not_tried_again(monkeypatch):

@@ -20,14 +20,18 @@ from triton import knobs
 from s2_kernels import backward_dkdv, local_stride, plans, s2_attention, s2_attention_varlen
 from s2_kernels.hopper import backward_dkdv as hopper_dkdv
 from s2_kernels.hopper import backward_dkdv_wide, primitives
+from s2_kernels.near import Near
 from s2_kernels.paged import paged_attention, write_pages
 
 WIDE = dict(heads=4, local_blocks=4, stride=4)
 
 
 def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="bshd", packed=False,
-         lse=False, odd=False, q_offset=0):  # fmt: skip
-    """Inputs that differ in what a plan depends on, and the function that attends to them."""
+         lse=False, odd=False, q_offset=0, near=None):  # fmt: skip
+    """Inputs that differ in what a plan depends on, and the function that attends to them.
+
+    With `near` there are no queries but the last of n positions, from q_offset on.
+    """
     pattern = local_stride(**WIDE, kv_heads=kv_heads)
     heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads)
 
@@ -37,7 +41,8 @@ def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="
         elif layout == "sbhd":
             found = [torch.randn(n, 2, h, d, dtype=dtype).transpose(0, 1) for h in heads]
         else:
-            rows = (n - q_offset, n, n)
+            keys = n - (near.start - near.row) * pattern.block_size if near else n
+            rows = (n - q_offset, keys, keys)
             found = [
                 torch.randn(2, r, h, d + 8 * odd, dtype=dtype)[..., :d]
                 for r, h in zip(rows, heads, strict=True)
@@ -51,11 +56,13 @@ def case(backend, *, n=640, d=128, kv_heads=None, dtype=torch.bfloat16, layout="
         if packed:
             options |= dict(cu_seqlens_q=cu_seqlens, max_seqlen_q=n)
             return s2_attention_varlen(q, k, v, pattern, **options)
-        return s2_attention(q, k, v, pattern, q_offset=q_offset, **options)
+        return s2_attention(q, k, v, pattern, q_offset=q_offset, near=near, **options)
 
     return inputs, attend, lse
 
 
+CHUNK = dict(n=1280, q_offset=960, near=Near(start=9, row=4))
+"""As a rank of context parallelism has it: a row of far blocks belongs to no head."""
 CASES = {
     "hopper": dict(backend="hopper"),
     "hopper-gqa-sbhd": dict(backend="hopper", kv_heads=2, layout="sbhd"),
@@ -75,6 +82,9 @@ CASES = {
     "triton-packed": dict(backend="triton", packed=True),
     "triton-float32": dict(backend="triton", dtype=torch.float32, d=64),
     "triton-odd-rows": dict(backend="triton", d=128, odd=True),
+    "hopper-near": dict(backend="hopper", **CHUNK),
+    "hopper-d256-near": dict(backend="hopper", d=256, **CHUNK),
+    "triton-near": dict(backend="triton", kv_heads=2, **CHUNK),
 }
 
 
@@ -229,6 +239,25 @@ def descriptors(gpu: StubGPU) -> dict:
     return found
 
 
+def zeroed(gpu: StubGPU) -> dict:
+    """Tokens of dk and of dv that are 0 after a backward pass in which no kernel runs, by plan and
+    without. What nobody wrote is NaN."""
+    found = {}
+    torch.use_deterministic_algorithms(True)  # it fills new memory
+    for backend in ("hopper", "triton"):
+        inputs, attend, _ = case(backend, **CHUNK)
+        tensors = inputs()
+        for name, by_plan in (("direct", False), ("first", True), ("second", True), ("plan", True)):
+            plans.ON = by_plan
+            out, _ = attend(*tensors)
+            grads = torch.autograd.grad(out, tensors, torch.zeros_like(out))
+            zeros = [(x == 0).all(-1).all(-1).all(0) for x in grads[1:]]
+            assert all(x.isnan().any() for x in grads)
+            found[f"{backend} {name}"] = [(x.sum().item(), x[0].item()) for x in zeros]
+    torch.use_deterministic_algorithms(False)
+    return found
+
+
 @contextlib.contextmanager
 def placed(output: torch.Tensor):
     """Within the context outputs of this shape lie where `output` lies."""
@@ -284,6 +313,7 @@ def report() -> dict:
         found["changes"] = changes(gpu)
         found["descriptors"] = descriptors(gpu)
         found["paged"] = paged(gpu)
+        found["zeroed"] = zeroed(gpu)
     return found
 
 

@@ -1,7 +1,8 @@
 """Kernels that walk lists of blocks: forward, dk and dv, and dq, for `block_sparse_attention`.
 
-What a tile adds is written once, for these and for forward.py, backward_dkdv.py and backward_dq.py:
-in tiles.py. This file says where the next tile comes from. A tile is a block or a part of one.
+What a program begins with and what a tile adds is written once, for these and for forward.py,
+backward_dkdv.py and backward_dq.py: in tiles.py. This file says where the next tile comes from. A
+tile is a block or a part of one.
 
 Shapes: b batch, s query tokens, t KV tokens, h query heads, g KV heads, d and dv head sizes, B
 block size, M query rows and N KV rows of a tile. Lists as in `BlockTables`.
@@ -28,8 +29,25 @@ from s2_kernels.launch import (
     rows_and_heads,
     takes_descriptor,
 )
-from s2_kernels.primitives import finish_softmax, head_offset, load_rows, mask_scores, store_rows
-from s2_kernels.tiles import Matrix, add_to_dkdv, add_to_dq, add_values, load
+from s2_kernels.primitives import (
+    KeyTile,
+    finish_softmax,
+    head_offset,
+    load_rows,
+    mask_scores,
+    start_softmax,
+    store_rows,
+)
+from s2_kernels.tiles import (
+    Matrix,
+    add_to_dkdv,
+    add_to_dq,
+    add_values,
+    load,
+    matrix_of,
+    query_operands,
+    score,
+)
 
 
 @triton.jit
@@ -49,11 +67,16 @@ def listed_tile(p_blocks, start, p, ROWS: tl.constexpr, B: tl.constexpr):
 
 
 class SparseQueries(NamedTuple):
-    """What a program over query rows works on: tile, heads, rows [M], which exist, their block."""
+    """What a program over query rows works on: heads, rows [M], which exist, their block.
+
+    start_q, start_k: where a sequence begins in memory, for `query_operands`: at row 0.
+    """
 
     batch: tl.tensor
     head: tl.tensor
     kv_head: tl.tensor
+    start_q: tl.tensor
+    start_k: tl.tensor
     rows: tl.tensor
     there: tl.tensor
     block: tl.tensor
@@ -65,9 +88,26 @@ def sparse_queries(s, heads, group, M: tl.constexpr, B: tl.constexpr):
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_batch = tl.program_id(1) // heads
     i_head = tl.program_id(1) % heads
-    o_row = i_tile * M + tl.arange(0, M)
-    program = SparseQueries(i_batch, i_head, i_head // group, o_row, o_row < s, i_tile * M // B)
+    o_row, zero = i_tile * M + tl.arange(0, M), i_batch * 0
+    program = SparseQueries(
+        i_batch, i_head, i_head // group, zero, zero, o_row, o_row < s, i_tile * M // B
+    )
     return program
+
+
+@triton.jit
+def score_listed_tile(
+    at, p_blocks, start, p, t, b_q, k, v,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys [N, D], values [N, DV] and masked scores [M, N] of the p-th tile of a list of blocks."""
+    i_k, column, o_col = listed_tile(p_blocks, start, p, N, B)
+    keys = KeyTile(o_col, i_k, o_col < t, o_col, column)  # position and row are the same
+    b_k, b_v, b_s = score(b_q, k, v, keys, D, DV, BLOCK_D, BLOCK_DV, N, TMA, PRECISION)
+    if (i_k == at.block) | (column + N > t):
+        b_s = mask_scores(b_s, 0, at.rows, o_col, i_k, t, False, N, B, 0)
+    return b_k, b_v, b_s
 
 
 @triton.jit(do_not_specialize=["s", "t", "nq", "stride_lse_b", "stride_lse_h", "heads", "group"])
@@ -106,31 +146,21 @@ def s2_sparse_forward_kernel(
 ):
     """out and lse of one query tile of one head. Grid: (query tiles, heads * batch)."""
     at = sparse_queries(s, heads, group, M, B)
-    zero = at.batch * 0
-    p_q += head_offset(strides_q, at.batch, at.head, zero)
-    p_k += head_offset(strides_k, at.batch, at.kv_head, zero)
-    p_v += head_offset(strides_v, at.batch, at.kv_head, zero)
-    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
-    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
-    b_q = load_rows(p_q, at.rows, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
-    b_acc = tl.zeros([M, BLOCK_DV], tl.float32)
-    b_m = tl.full([M], float("-inf"), tl.float32)
-    b_l = tl.zeros([M, 8], tl.float32)
+    q, k, v = query_operands(at, p_q, p_k, p_v, d_k, d_v, strides_q, strides_k, strides_v)
+    b_q = load_rows(q.base, at.rows, q.stride, at.there, D, BLOCK_D)  # [M, D]
+    b_acc, b_m, b_l = start_softmax(M, BLOCK_DV)
 
     start, n_tiles = tile_list(p_ends, at.head // mask_group, at.block, nq, B // N)
     for p in tl.range(0, n_tiles):
-        i_k, column, o_col = listed_tile(p_blocks, start, p, N, B)
-        b_k = load(k, o_col, o_col < t, column, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, o_col, o_col < t, column, DV, BLOCK_DV, N, TMA)  # [N, DV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-        if (i_k == at.block) | (column + N > t):
-            b_s = mask_scores(b_s, 0, at.rows, o_col, i_k, t, False, N, B, 0)
+        b_k, b_v, b_s = score_listed_tile(
+            at, p_blocks, start, p, t, b_q, k, v, D, DV, BLOCK_D, BLOCK_DV, N, B, TMA, PRECISION
+        )
         b_acc, b_m, b_l = add_values(b_s, b_v, b_acc, b_m, b_l, scale_log2, True, PRECISION)
 
     b_out, b_lse = finish_softmax(b_acc, b_m, b_l)
-    p_out += head_offset(strides_out, at.batch, at.head, zero)
+    p_out += head_offset(strides_out, at.batch, at.head, at.start_q)
     store_rows(p_out, at.rows, strides_out[1], at.there, b_out, DV, BLOCK_DV)
-    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, zero)
+    p_lse += head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, at.start_q)
     tl.store(p_lse + at.rows, b_lse, mask=at.there)
 
 
@@ -174,31 +204,23 @@ def s2_sparse_dq_kernel(
 ):
     """dq of one query tile of one head; grid and loop of the forward kernel."""
     at = sparse_queries(s, heads, group, M, B)
-    zero = at.batch * 0
-    p_q += head_offset(strides_q, at.batch, at.head, zero)
-    p_k += head_offset(strides_k, at.batch, at.kv_head, zero)
-    p_v += head_offset(strides_v, at.batch, at.kv_head, zero)
-    p_dout += head_offset(strides_dout, at.batch, at.head, zero)
-    k = Matrix(p_k, d_k, strides_k[1], at.batch, at.kv_head)
-    v = Matrix(p_v, d_v, strides_v[1], at.batch, at.kv_head)
-    o_terms = head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, zero) + at.rows
-    b_q = load_rows(p_q, at.rows, strides_q[1], at.there, D, BLOCK_D)  # [M, D]
-    b_dout = load_rows(p_dout, at.rows, strides_dout[1], at.there, DV, BLOCK_DV)  # [M, DV]
+    q, k, v = query_operands(at, p_q, p_k, p_v, d_k, d_v, strides_q, strides_k, strides_v)
+    dout = matrix_of(p_dout, None, strides_dout, at.batch, at.head, at.start_q)
+    o_terms = head_offset((stride_lse_b, 1, stride_lse_h), at.batch, at.head, at.start_q) + at.rows
+    b_q = load_rows(q.base, at.rows, q.stride, at.there, D, BLOCK_D)  # [M, D]
+    b_dout = load_rows(dout.base, at.rows, dout.stride, at.there, DV, BLOCK_DV)  # [M, DV]
     b_lse2 = tl.load(p_lse2 + o_terms, mask=at.there, other=float("inf"))  # [M]
     b_delta = tl.load(p_delta + o_terms, mask=at.there, other=0.0)
     b_dq = tl.zeros([M, BLOCK_D], tl.float32)
 
     start, n_tiles = tile_list(p_ends, at.head // mask_group, at.block, nq, B // N)
     for p in tl.range(0, n_tiles):
-        i_k, column, o_col = listed_tile(p_blocks, start, p, N, B)
-        b_k = load(k, o_col, o_col < t, column, D, BLOCK_D, N, TMA)  # [N, D]
-        b_v = load(v, o_col, o_col < t, column, DV, BLOCK_DV, N, TMA)  # [N, DV]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, N]
-        if (i_k == at.block) | (column + N > t):
-            b_s = mask_scores(b_s, 0, at.rows, o_col, i_k, t, False, N, B, 0)
+        b_k, b_v, b_s = score_listed_tile(
+            at, p_blocks, start, p, t, b_q, k, v, D, DV, BLOCK_D, BLOCK_DV, N, B, TMA, PRECISION
+        )
         b_dq = add_to_dq(b_s, b_k, b_v, b_dout, b_lse2, b_delta, b_dq, scale_log2, PRECISION)
 
-    p_dq += head_offset(strides_dq, at.batch, at.head, zero)
+    p_dq += head_offset(strides_dq, at.batch, at.head, at.start_q)
     store_rows(p_dq, at.rows, strides_dq[1], at.there, b_dq * scale, D, BLOCK_D)
 
 
@@ -263,10 +285,8 @@ def s2_sparse_dkdv_kernel(
     for j in tl.range(0, group):
         i_head = i_kv * group + j
         o_terms = head_offset((stride_lse_b, 1, stride_lse_h), i_batch, i_head, zero)
-        p_qh = p_q + head_offset(strides_q, i_batch, i_head, zero)
-        p_do = p_dout + head_offset(strides_dout, i_batch, i_head, zero)
-        q = Matrix(p_qh, d_q, strides_q[1], i_batch, i_head)
-        dout = Matrix(p_do, d_dout, strides_dout[1], i_batch, i_head)
+        q = matrix_of(p_q, d_q, strides_q, i_batch, i_head, zero)
+        dout = matrix_of(p_dout, d_dout, strides_dout, i_batch, i_head, zero)
         lse2 = Matrix(p_lse2 + o_terms, d_lse2, 1, i_batch, i_head)
         delta = Matrix(p_delta + o_terms, d_delta, 1, i_batch, i_head)
         start, n_tiles = tile_list(p_ends, i_head // mask_group, i_block, nk, B // M)
