@@ -302,8 +302,8 @@ def _keep(kept: dict, key: tuple, value) -> None:
 
 
 ON = (
-    os.environ.get("S2_KERNELS_PLANS") == "1"
+    os.environ.get("S2_KERNELS_PLANS", "1") != "0"
     and prepares_launches(triton.__version__)
     and not knobs.runtime.interpret
 )
-"""Whether plans are made at all: until they have run on a GPU, only for those who ask for them."""
+"""Whether plans are made at all; `S2_KERNELS_PLANS=0` leaves every call to Triton."""

@@ -3,6 +3,7 @@
 On a stub CUDA driver (tests/support/host_path.py), with Triton's own launcher and without a GPU.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 
 from s2_kernels import local_stride, plans, schedule
-from s2_kernels.launch import device_table
+from s2_kernels.launch import device_table, empty_like
+from s2_kernels.recording import Recorder
 from s2_kernels.versions import prepares_launches
 
 pytestmark = [
@@ -58,6 +61,30 @@ def test_a_plan_launches_what_the_launchers_do(report):
     for name in ("hopper-cut", "triton-cut", "hopper-d256-cut"):
         assert "s2_add_pieces_kernel" in kernels(report["cases"][name]["plan"][0])
     assert "s2_packed_slots_kernel" in kernels(report["cases"]["hopper-packed"]["plan"][0])
+
+
+class NotAsked(TorchFunctionMode):
+    """Tensors without memory would do, but the first imports 500 modules: 3 s of a second step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} was asked")
+
+
+@pytest.mark.parametrize("size", [8, 24])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_stand_in_is_laid_out_as_a_tensor(order, size):
+    """launch.empty_like of both; strides of dimensions of size 1 mean nothing."""
+    for shape in itertools.product((1, 2), (1, 5), (1, 4), (8,)):
+        whole = torch.empty([*(shape[dim] for dim in order), shape[3]])
+        x = whole.permute(*(order.index(dim) for dim in range(3)), 3)
+        for tensor in (x, x[..., :1], x[:, :1], x[:, :, :1]):
+            stand_in = Recorder((tensor,), tensor.device).inputs[0]
+            with NotAsked():
+                stand_in = empty_like(stand_in, size)
+            like = empty_like(tensor, size)
+            assert stand_in.shape == tuple(like.shape)
+            for dim, n in enumerate(like.shape):
+                assert n == 1 or stand_in.strides[dim] == like.stride(dim), (x.stride(), dim)
 
 
 @pytest.mark.parametrize("backend", ["hopper", "triton"])

@@ -29,6 +29,6 @@ def test_tokens_are_those_of_transformers(eager, tmp_path):
     jobs = [dict(folder=str(folder), options=options, rounds=[texts, texts])]
     (report,) = serve(jobs, tmp_path, changes={})
     tokens = report["rounds"][0]["tokens"]
-    assert tokens == chosen_tokens(folder, prompts, tokens) == report["rounds"][1]["tokens"]
+    assert tokens == chosen_tokens(folder, prompts, tokens, "cuda") == report["rounds"][1]["tokens"]
     assert sum(report["rounds"][1]["cached"]) > 2000
     assert all(one["free_after"] == report["pages"] - 1 for one in report["rounds"])

@@ -74,16 +74,16 @@ def random_tokens(*lengths: int, seed: int = 3, vocab: int = 128) -> list[list[i
     return [torch.randint(3, vocab, (n,), generator=random).tolist() for n in lengths]
 
 
-def chosen_tokens(folder: Path, prompts: list[list[int]], tokens: list[list[int]]):
+def chosen_tokens(folder: Path, prompts: list[list[int]], tokens: list[list[int]], device="cpu"):
     """What transformers with attention "s2" chooses after every prefix of prompt + tokens.
 
     One pass each, without a cache. Where it is `tokens`, these are what greedy generation gives.
     """
-    model = s2hf.load(folder).eval()
+    model = s2hf.load(folder).eval().to(device)
     out = []
     for prompt, new in zip(prompts, tokens, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + new]), use_cache=False).logits
+            logits = model(torch.tensor([prompt + new], device=device), use_cache=False).logits
         out.append(logits[0, len(prompt) - 1 : -1].argmax(-1).tolist())
     return out
 
