@@ -32,7 +32,7 @@ LAYOUTS = ("tokens", "GPUs", "attention", "layout", "GiB", "s/step", "MFU", "lim
 
 def ways(model: Model, base: Layout) -> dict[str, tuple[Model, Layout]]:
     """What is compared: attention of all layers, and how dense ones run over CP ranks."""
-    shape, sparse = model.shape, model.patterns[-1]
+    shape, sparse = model.shape, next(p for p in model.patterns if not p.is_dense)
     heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "block_size": sparse.block_size}
     full = Model(shape, (dense(**heads),) * shape.layers)
     found = {name: (full, replace(base, cp_comm=way)) for name, way in DENSE.items()}

@@ -35,7 +35,7 @@ KINDS = ("dense", "S2, 2 dense layers", "S2 in every layer")
 
 def kinds(model: Model) -> dict[str, Model]:
     """The run file's hybrid beside its two ends."""
-    shape, sparse = model.shape, model.patterns[-1]
+    shape, sparse = model.shape, next(p for p in model.patterns if not p.is_dense)
     heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "block_size": sparse.block_size}
     ends = ((dense(**heads),) * shape.layers, model.patterns, (sparse,) * shape.layers)
     return {name: Model(shape, patterns) for name, patterns in zip(KINDS, ends, strict=True)}

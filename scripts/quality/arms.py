@@ -109,6 +109,8 @@ ARMS: dict[str, dict] = {
     "every-6-window-2048": shards(2048, 32, SIXTH),
     "every-6-from-3": shards(1024, 16, dense_layers("every 6 from 3")),
     "layers-4-8": shards(1024, 16, dense_layers([4, 8])),
+    "layer-6": shards(1024, 16, dense_layers([6])),
+    "layer-12": shards(1024, 16, dense_layers([12])),
     "every-4-from-2-window-512": shards(512, 16, dense_layers("every 4 from 2")),
     "every-6-dense-head": shards(512, 32, SIXTH, dense_heads=1),
     # Dense heads in every layer in place of dense layers.
@@ -147,6 +149,8 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("every-6-window-2048", "plain-32k-every-6", "shards of stride 32 behind a window of 2,048"),
     ("every-6-from-3", "every-6", "dense layers 3 and 9 against 6 and 12"),
     ("layers-4-8", "every-6", "dense layers 4 and 8 against 6 and 12"),
+    ("layer-12", "every-6", "the last layer dense against layers 6 and 12"),
+    ("layer-12", "layer-6", "the last layer dense against the sixth"),
     ("every-6-dense-head", "every-6", "a dense head in the others, half their window"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),

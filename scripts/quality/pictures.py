@@ -44,26 +44,58 @@ def draw_frontier(speeds: dict, values: dict, path: Path) -> None:
 
 
 def draw_curves(results: list[dict], path: Path) -> None:
-    """Losses watched in training, of text and of records, against tokens seen."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, name in zip(axes, ("text", "retrieval"), strict=True):
-        for i, result in enumerate(results):
-            seen, points = 0, []
-            for phase in filter(None, result.get("phases", [])):
-                watched = phase["validation"].get(name, [])
-                points += [(seen + s * phase["batch_tokens"], value) for s, value in watched]
-                seen += phase["tokens"]
-            if points:
-                tokens, values = zip(*points, strict=True)
-                axis.plot([t / 1e6 for t in tokens], values, label=result["file"], color=f"C{i}")
-        axis.set_title({"text": "held-out text", "retrieval": "records"}[name], fontsize=10)
-        axis.set_xlabel("million tokens")
+    """Losses watched in training, of text and of records, against tokens seen; and text's to dense.
+
+    An arm that went on from recipe to recipe is one line.
+    """
+    ends = chain_ends(results)
+    names = [result["arm"] for result in ends]
+    names = names if len(set(names)) == len(names) else [result["file"] for result in ends]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    titles = {"text": "held-out text", "retrieval": "records"}
+    for axis, kind in zip(axes, titles, strict=False):
+        for i, (name, result) in enumerate(zip(names, ends, strict=True)):
+            if points := watched(result, kind):
+                axis.plot(*zip(*points.items(), strict=True), label=name, color=f"C{i}")
+        axis.set_title(titles[kind], fontsize=10)
         axis.set_ylabel("loss (nats a token)")
+    dense = next((watched(r, "text") for r in ends if r["arm"] == "dense"), {})
+    for i, result in enumerate(ends):
+        points = watched(result, "text")
+        both = [tokens for tokens in points if tokens in dense]
+        apart = [100 * (points[tokens] / dense[tokens] - 1) for tokens in both]
+        axes[2].plot(both, apart, color=f"C{i}")
+    axes[2].set_title("held-out text against dense", fontsize=10)
+    axes[2].set_ylabel("loss above dense's (%)")
+    for axis in axes:
+        axis.set_xlabel("million tokens")
         axis.grid(alpha=0.3)
     if axes[1].lines:
-        axes[1].legend(frameon=False, fontsize=7)
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                      frameon=False, fontsize=8)  # fmt: skip
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def chain_ends(results: list[dict]) -> list[dict]:
+    """Of each arm that went on from recipe to recipe, the result that got furthest."""
+    furthest: dict[tuple, dict] = {}
+    for result in results:
+        chain = (result["arm"], result.get("origin", result["file"]))
+        before = furthest.get(chain)
+        if before is None or len(result.get("phases", [])) >= len(before.get("phases", [])):
+            furthest[chain] = result
+    return list(furthest.values())
+
+
+def watched(result: dict, kind: str) -> dict[float, float]:
+    """Loss watched in training by million tokens seen."""
+    seen, points = 0, {}
+    for phase in filter(None, result.get("phases", [])):
+        for step, value in phase["validation"].get(kind, []):
+            points[(seen + step * phase["batch_tokens"]) / 1e6] = value
+        seen += phase["tokens"]
+    return points
 
 
 def draw_equal_time(results: list[dict], path: Path) -> None:

@@ -30,11 +30,13 @@ def read_results(*folders: Path) -> list[dict]:
 def group(result: dict) -> tuple[str, int, str]:
     """What makes arms comparable: the same recipe, seed, and first weights.
 
-    Weights of one seed that were trained twice are not the same: GPUs do not add in one order.
+    Weights of one seed that were trained twice are not the same: GPUs do not add in one order. Arms
+    that each began with weights of their own are comparable whenever that was.
     """
     recipe = result["recipe"]
-    origin = recipe.get("start") or recipe.get("after")
-    return f"{origin} {json.dumps(recipe['phases'])}", recipe["seed"], result.get("origin", "")
+    before = recipe.get("start") or recipe.get("after")
+    origin = result.get("origin", "") if result.get("shared", True) else ""
+    return f"{before} {json.dumps(recipe['phases'])}", recipe["seed"], origin
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:

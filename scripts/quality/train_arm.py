@@ -315,10 +315,12 @@ def run(arm: Arm) -> None:
     }
     arm.out.mkdir(parents=True, exist_ok=True)
     try:
-        arm.result["origin"] = arm.result["date"]
+        # Which weights it began with, and whether other arms began with them, too.
+        arm.result |= {"origin": arm.result["date"], "shared": False}
         if arm.before is not None:
             before = read_result(arm.before)
-            arm.result |= {"phases": before["phases"], "origin": before["origin"]}
+            shared = arm.recipe.after_arm is not None or before["shared"]
+            arm.result |= {x: before[x] for x in ("phases", "origin")} | {"shared": shared}
         arm.write("started")
         if arm.recipe.start:
             convert_start(arm)

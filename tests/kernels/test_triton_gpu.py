@@ -60,7 +60,7 @@ REAL = [
 
 @pytest.fixture(autouse=True)
 def poison():
-    """What the allocator hands out next holds NaN; what a large test took goes to other processes."""
+    """What the allocator hands out next holds NaN. What a large test took, others can have."""
     torch.full((2**28,), math.nan, device="cuda")
     yield
     if torch.cuda.memory_reserved() > 2**32:

@@ -6,6 +6,7 @@ import sys
 from launches import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts/quality"))
+import pictures
 import report
 
 PHASE = {"length": 4096, "tokens": 5_000_000, "batch_tokens": 4096, "seconds": None, "lr": 1e-3,
@@ -55,6 +56,25 @@ def test_a_claim_is_told_in_standard_errors_and_only_where_dense_answers():
     arms[0] = ("dense", [20.0, 30.0], (1, 0, 1))  # 67%: the probe says nothing
     table = report.claims_table([arm_result(*arm) for arm in arms])
     assert all(line.endswith("| no |") for line in table if "multi_key 4096 |" in line)
+
+
+def test_only_arms_that_began_alike_are_compared():
+    one, other = (arm_result("dense", [20.0, 30.0]) | {"origin": x} for x in ("then", "now"))
+    assert report.group(one) != report.group(other)  # as good as another seed
+    own = [x | {"shared": False} for x in (one, other)]
+    assert report.group(own[0]) == report.group(own[1])
+
+
+def test_an_arm_that_went_on_is_one_line():
+    """Two recipes of a chain, another chain of the same arm, and an arm by itself."""
+    first = arm_result("dense", [20.0, 30.0]) | {"origin": "then", "file": "dense--trunk"}
+    first["phases"][0] |= {"batch_tokens": 4096, "validation": {"text": [[100, 4.0], [200, 3.0]]}}
+    longer = first | {"phases": first["phases"] * 2, "file": "dense--long"}
+    again, paper = first | {"origin": "now"}, arm_result("paper", [21.0, 32.0])
+    ends = pictures.chain_ends([first, again, longer, paper])
+    assert ends == [longer, again, paper]
+    # 4,096 tokens a step, and 5M in the first phase
+    assert pictures.watched(longer, "text") == {0.4096: 4.0, 0.8192: 3.0, 5.4096: 4.0, 5.8192: 3.0}
 
 
 def test_the_worst_places_are_named():

@@ -64,12 +64,17 @@ def test_a_phase_that_was_broken_off_is_trained_again(tmp_path, monkeypatch):
 
 def test_an_arm_that_is_only_asked_keeps_the_weights_before_it(tmp_path, monkeypatch):
     arm = an_arm(tmp_path, monkeypatch, "1 / 0")
-    results.write_result({"phases": [{"length": 128}], "origin": "then"}, arm.before, None)
+    before = {"phases": [{"length": 128}], "origin": "then", "shared": False}
+    results.write_result(before, arm.before, None)
     arm.recipe = load_recipe(ROOT / "configs/quality/recipes/needles.yaml")
     train_arm.run(arm)
     assert (arm.out / results.TRAINED).read_text() == "checkpoints"
     found = results.read_result(arm.out)
     assert (found["status"], found["origin"], len(found["phases"])) == ("trained", "then", 1)
+    assert not found["shared"]
+    arm.recipe = arm.recipe.model_copy(update={"after_arm": "dense"})
+    train_arm.run(arm)
+    assert results.read_result(arm.out)["shared"]
 
 
 @pytest.mark.parametrize("arm, steps, kernel, timed", [
