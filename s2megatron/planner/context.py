@@ -13,7 +13,7 @@ and twice that in the backward pass (K and V again, dK and dV back), Ulysses onc
 
 from s2_kernels.exchange import block_bytes
 from s2megatron.context_split import Blocks, busiest, tp_shards
-from s2megatron.planner.constants import Machine
+from s2megatron.machine import Machine
 from s2megatron.planner.layout import GATHER, RING, Layout, Model
 from s2megatron.planner.links import Transfer, all_to_all_seconds, gather_seconds, hop_seconds
 

@@ -15,8 +15,8 @@ from s2_kernels.exchange import (
 )
 from s2_kernels.pattern import ranges, sliding_window
 from s2megatron.context_split import busiest
+from s2megatron.machine import Attention, Link
 from s2megatron.planner import context, memory
-from s2megatron.planner.constants import Attention, Link
 from s2megatron.planner.costs import attention_seconds, layer_seconds
 from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model
 from s2megatron.planner.step import plan
