@@ -19,7 +19,7 @@ setup(
     # kernels/ is a folder, not a package: a top-level `kernels` would shadow Hugging Face's.
     packages=[*find_packages("kernels"), *find_packages(include=["s2megatron*"])],
     package_dir={name: f"kernels/{name}" for name in ("s2_kernels", "s2_vllm")},
-    package_data={"s2megatron.planner": ["gpus/*.yaml"]},
+    package_data={"s2megatron": ["gpus/*.yaml"]},
     install_requires=[
         *KERNELS["dependencies"],
         "numpy",

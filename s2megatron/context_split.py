@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from s2_kernels import LayerPattern
@@ -21,12 +21,24 @@ from s2megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank."""
+    """Blocks of K and V on the CP rank with most of each, over the KV heads of one TP rank.
+
+    A chunk attends to a buffer, in which rows lie before the chunk's own (`exchange.ChunkView`).
+    These are counted over the buffers of a rank, and in the last one alone.
+    """
 
     received: int
-    near: int
-    """Chunks and their halos."""
+    """From other ranks. Who sends most sends as many; a fifth more, if a window spans chunks."""
+    itself: int
+    """What a rank's later chunk needs of its earlier one: it is sent from the rank to itself."""
+    before: int
+    """Rows of the buffers before the chunks; all heads have as many as the head with most."""
     far: int
+    """Of these rows, those of far (`near.Near`); a dense pattern has no such part."""
+    filled: int
+    """Of these rows, those that hold a block: others belong to nobody."""
+    last_before: int
+    last_filled: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -44,19 +56,24 @@ def busiest(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
     window = max((reach for reach in reaches if reach != FOREVER), default=0)
     ranks = max(16, 2 + 2 * cp * window // n_blocks)
     found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
-    return Blocks(*(max(getattr(f, name) for f in found) for name in ("received", "near", "far")))
+    return Blocks(*(max(getattr(f, x.name) for f in found) for x in fields(Blocks)))
 
 
 def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
-    whole = (range(n_blocks),)
-    own = crossing_blocks(pattern, chunks, chunks)
+    whole, g = (range(n_blocks),), pattern.kv_heads
+    itself = crossing_blocks(pattern, chunks, chunks)
     starts = [near_start(pattern, chunk) for chunk in chunks]
-    near = sum(chunk.stop - start for chunk, start in zip(chunks, starts, strict=True))
-    far = max(forever_before(rule, starts[-1]) for rule in pattern.rules)
+    far = [g * max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
+    halos = [g * (chunk.start - start) for chunk, start in zip(chunks, starts, strict=True)]
+    filled = [crossing_blocks(pattern, (range(chunk.start),), (chunk,)) for chunk in chunks]
     return Blocks(
-        received=crossing_blocks(pattern, whole, chunks) - own,
-        near=near * pattern.kv_heads,
-        far=far * pattern.kv_heads,
+        received=crossing_blocks(pattern, whole, chunks) - itself,
+        itself=itself,
+        before=sum(far) + sum(halos),
+        far=0 if pattern.is_dense else sum(far),
+        filled=sum(filled),
+        last_before=far[-1] + halos[-1],
+        last_filled=filled[-1],
     )
 
 

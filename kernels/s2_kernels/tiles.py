@@ -2,7 +2,8 @@
 
 Patterns of lifetimes (forward.py, backward_dq.py, backward_dkdv.py) and block masks
 (block_sparse/kernels.py) differ in how a program finds its tiles and in what it masks. Which rows
-it works on, and what it does with a tile, is here. Shapes and formulas as in forward.py and backward.py.
+it works on, and what it does with a tile, is here. Shapes and formulas as in forward.py and
+backward.py.
 """
 
 from typing import NamedTuple

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 
 from s2_kernels import LayerPattern
 from s2_kernels.exchange import Chunks, block_bytes, received_blocks
+from s2megatron.machine import load_machine
 
 Cut = Callable[[int, int], Sequence[Chunks]]
 """Cuts a number of blocks among a number of ranks."""
 
-NODE_BYTES, NETWORK_BYTES, FLOPS = 200e9, 40e9, 500e12
-"""A second, of one rank: over NVLink, over a network adapter; and of attention's products. For this
-choice alone, estimates for H100: docs/scaling.md has the planner's constants."""
+GPU = "h100"
+"""Whose rates are read, the planner's (`machine.load_machine`), whatever GPU runs: all ranks must
+choose alike. Attention's were measured; of the two links they are guesses (gpus/h100.yaml)."""
 EXPOSED = 0.05
 """Of attention's forward pass: what the exchange that nothing hides may take."""
 MOST_GROUPS = 4
@@ -38,8 +39,8 @@ def choose_groups(
 ) -> int:
     """How many groups of KV heads leave at most `EXPOSED` of attention's time for the first.
 
-    Both times follow from bytes and operations, of the rank that receives most of the first 16. The
-    answer is the same on all ranks.
+    Both times follow from bytes and operations, of the rank that receives most of the first 16, and
+    from the rates by which the planner predicts them. The answer is the same on all ranks.
 
     Args:
         pattern: for this tensor-parallel rank's heads.
@@ -49,8 +50,10 @@ def choose_groups(
     chunks = cut(ranks, blocks)
     most = max(received_blocks(pattern, chunks, rank) for rank in range(min(ranks, 16)))
     size = block_bytes(pattern, batch=1, head_sizes=head_sizes, element_bytes=element_bytes)
-    exchange = most * size / (NODE_BYTES if within_a_node else NETWORK_BYTES)
-    pairs = pattern.kept_pairs(blocks * pattern.block_size)
-    attention = 2 * head_sizes * pairs / ranks / FLOPS
+    machine, tokens = load_machine(GPU), blocks * pattern.block_size
+    exchange = (machine.node if within_a_node else machine.cluster).seconds(most * size)
+    flops = 2 * head_sizes * pattern.kept_pairs(tokens) / ranks
+    rates = machine.attention_rates(pattern)
+    attention = machine.attention_seconds(flops, rates.forward, tokens // ranks)
     fitting = [n for n in range(1, MOST_GROUPS + 1) if pattern.kv_heads % n == 0]
     return next((n for n in fitting if exchange / n <= EXPOSED * attention), fitting[-1])

@@ -22,7 +22,7 @@ import yaml
 
 from s2_kernels import dense, local_stride, s2_attention
 from s2megatron.errors import ConfigError
-from s2megatron.planner.constants import Machine, load_machine
+from s2megatron.machine import Machine, load_machine
 
 SECONDS = 1.5
 """Of one thing after another, so that the clock is what it is under load."""

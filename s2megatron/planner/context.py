@@ -13,7 +13,7 @@ and twice that in the backward pass (K and V again, dK and dV back), Ulysses onc
 
 from s2_kernels.exchange import block_bytes
 from s2megatron.context_split import Blocks, busiest, tp_shards
-from s2megatron.planner.constants import Machine
+from s2megatron.machine import Machine
 from s2megatron.planner.layout import GATHER, RING, Layout, Model
 from s2megatron.planner.links import Transfer, all_to_all_seconds, gather_seconds, hop_seconds
 
@@ -97,14 +97,16 @@ def _ring(machine: Machine, layout: Layout, size: float, attention: float) -> Tr
 def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float]:
     """Memory traffic that the exchange of blocks adds, forward and backward.
 
-    As attention/context_parallel.py went about it with two launches a chunk. One launch merges
-    nothing, and adds up less, so that this is more than it does today; the documented tables are
-    made with it. Counted in bf16 reads and writes (a float32 one
-    is two): forward, rows are picked and joined to be sent (4), far is cleared and filled (3), each
-    chunk is joined to its halo (2), and near's and far's outputs are merged in float32 (15) and
-    joined (2). Backward the same way for K and V; then the gradients of far are added up (7), those
-    of rows collected, sent and added (19), those of the rank's own tokens made float32 and back
-    (6), and dq's parts added (11) and joined (2).
+    What attention/context_parallel.py does around its kernels, in bf16 reads and writes (a float32
+    one is two). Forward, rows are picked and joined to be sent (4), and those for the rank itself
+    are copied (2). The buffers are cleared before the chunks (1), filled with rows (4) and joined
+    to the chunks' own keys (2). Each chunk's output is put in its place (2). Backward the same, dq
+    being the output. Then far's gradients are cleared (1), those of the buffers' rows collected (4)
+    and added up in float32 (13), which begins with 0 (2) and ends in bf16 (3). They are sent home,
+    to the rank itself by a copy (2), and added (13) to those of the rank's own tokens, which are
+    put in their place (2) and made float32 and back (6). lse, an eightieth, is left out.
+
+    tests/planner/test_context_copies.py counts the same in PyTorch's operations.
     """
     pattern = model.patterns[layer]
     if layout.cp == 1 or not layout.exchanges_blocks(pattern):
@@ -113,10 +115,11 @@ def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float
     tokens = layout.local_tokens(model.shape)
     queries = query_token_bytes(model, layout) * tokens
     own = kv_token_bytes(model, layout) * tokens
-    moved = row * (4 * blocks.received + 3 * blocks.far + 2 * blocks.near)
-    gradients = row * (7 * blocks.far + 19 * blocks.received) + 6 * own
-    merged, added = (15, 11) if blocks.far else (0, 0)
-    return moved + (merged + 2) * queries, moved + gradients + (added + 2) * queries
+    rows = blocks.received + blocks.itself
+    filled = row * (4 * rows + 2 * blocks.itself + blocks.before + 4 * blocks.filled)
+    forward = filled + 2 * own + 2 * queries
+    gradients = row * (blocks.far + 17 * blocks.filled + (2 + 3 + 13) * rows + 2 * blocks.itself)
+    return forward, forward + gradients + 8 * own
 
 
 def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
@@ -131,9 +134,12 @@ def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
     queries = query_token_bytes(model, layout) * tokens
     if layout.exchanges_blocks(model.patterns[layer]):
         blocks, row = layer_blocks(model, layout, layer), _row_bytes(model, layout, layer)
-        # Rows and far, each with float32 gradients; one chunk's near with its gradients; one
-        # float32 sum, of dK or of dV; the gradients of the output and of q, one chunk's in float32.
-        return row * (3 * blocks.received + 3 * blocks.far + blocks.near) + own + 3 * queries
+        # Rows that were sent, those that came, and these ones' float32 gradients; the last chunk's
+        # buffer, the gradients of both chunks' buffers; dK and dV; the gradients of the output and
+        # of q. And the last chunk's dq, or its rows' gradients while they are added up in float32.
+        rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
+        more = max(queries / 2, 4 * row * blocks.last_filled)
+        return row * rows + 2.5 * own + 2 * queries + more
     if layout.cp_comm == RING:
         return 4 * own + 2 * queries  # K and V, dK and dV, each here and on its way
     if layout.cp_comm == GATHER:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
 from s2megatron.context_split import tp_shards
-from s2megatron.planner.constants import Machine
+from s2megatron.machine import Machine
 from s2megatron.planner.context import context_traffic, copied_bytes
 from s2megatron.planner.layout import BF16, GATHER, ULYSSES, Layout, Model
 from s2megatron.planner.links import Axis, Transfer, all_to_all_seconds, gather_seconds
@@ -53,7 +53,7 @@ def attention_seconds(
     shards = tp_shards(pattern, layout.tp)
     pairs = max(kept_pairs(shard, shape.seq_len) for shard in shards) / layout.cp
     flops = 4 * pairs * shape.head_dim * layout.micro_batch
-    rates = machine.dense_attention if pattern.is_dense else machine.s2_attention
+    rates = machine.attention_rates(pattern)
     whole = not layout.exchanges_blocks(pattern) and layout.cp_comm in (GATHER, ULYSSES)
     tokens = shape.seq_len if whole else shape.seq_len // layout.cp
     return (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from s2megatron.planner.constants import Link, Machine
+from s2megatron.machine import Link, Machine
 
 
 @dataclass
@@ -62,7 +62,7 @@ def all_to_all_seconds(machine: Machine, sent: float, ranks: int, *, stride: int
 def hop_seconds(machine: Machine, sent: float, ranks: int, *, stride: int) -> float:
     """One step of a ring of sends; the slowest neighbours' link decides."""
     link = machine.node if _together(machine, ranks, stride) == ranks else machine.cluster
-    return sent / (link.gb_s * 1e9) + link.latency_us * 1e-6
+    return link.seconds(sent) + link.latency_us * 1e-6
 
 
 def _together(machine: Machine, ranks: int, stride: int) -> int:

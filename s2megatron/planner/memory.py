@@ -63,13 +63,20 @@ def saved_per_layer(shape: ModelShape, layout: Layout, layer: int) -> float:
     between = 4 * outer * shape.hidden
     kv = max(shape.kv_heads / t, 1)
     heads = shape.head_dim * (shape.heads / t + 2 * kv) + shape.head_dim * shape.heads / t
+    if shape.moe_layers[layer]:
+        between += 2 * outer * shape.hidden * shape.experts_per_token
+    sums = FP32 * tokens * shape.heads / t  # attention's row sums
+    mlp = saved_by_mlp(shape, layout, layer)
+    return layout.width * (between + tokens * heads) + sums + mlp
+
+
+def saved_by_mlp(shape: ModelShape, layout: Layout, layer: int) -> float:
+    """Of these bytes, those between the MLP's products: both halves, and what comes of them."""
     ffn = shape.ffn
     if shape.moe_layers[layer]:
         ffn = shape.expert_ffn * shape.experts_per_token + shape.shared_expert_ffn
-        between += 2 * outer * shape.hidden * shape.experts_per_token
-    act = ffn / t * (3 if shape.gated else 2)  # both halves, and their product
-    sums = FP32 * tokens * shape.heads / t  # attention's row sums
-    return layout.width * (between + tokens * (heads + act)) + sums
+    act = ffn / layout.tp * (3 if shape.gated else 2)
+    return layout.width * layout.local_tokens(shape) * act
 
 
 def peak(model: Model, layout: Layout) -> Memory:
@@ -91,7 +98,11 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
     tokens = layout.local_tokens(shape)
     outer = tokens / layout.tp if layout.sequence_parallel else tokens
     kept = sum(times * saved[layer] for layer, times in kinds)
-    exchange = max(buffer_bytes(model, layout, layer) for layer, _ in kinds)
+    # The layer's MLP has gone backward by then, and what it saved is free.
+    exchange = max(
+        buffer_bytes(model, layout, layer) - saved_by_mlp(shape, layout, layer)
+        for layer, _ in kinds
+    )
     working = max(_working(shape, layout), exchange)
     if layout.recompute == "full":
         kept = len(layers) * outer * shape.hidden * layout.width

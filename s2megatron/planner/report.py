@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from s2_kernels.record import describe
 from s2megatron.errors import ConfigError
-from s2megatron.planner.constants import Machine, load_machine
+from s2megatron.machine import Machine, load_machine
 from s2megatron.planner.context import received_bytes
 from s2megatron.planner.layout import Layout, Model, layer_kinds, layout_of
 from s2megatron.planner.memory import saved_per_layer

@@ -1,7 +1,7 @@
 """Which layouts fit on so many GPUs, best first."""
 
 from s2megatron.errors import ConfigError
-from s2megatron.planner.constants import Machine
+from s2megatron.machine import Machine
 from s2megatron.planner.layout import Layout, Model, candidates
 from s2megatron.planner.memory import Memory, peak
 from s2megatron.planner.step import Plan, fits, plan

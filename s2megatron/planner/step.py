@@ -12,7 +12,7 @@ decides.
 import functools
 from dataclasses import dataclass
 
-from s2megatron.planner.constants import Machine
+from s2megatron.machine import Machine
 from s2megatron.planner.costs import Seconds, layer_seconds, output_seconds
 from s2megatron.planner.layout import BF16, FP32, Layout, Model, layer_kinds
 from s2megatron.planner.links import Axis, gather_seconds

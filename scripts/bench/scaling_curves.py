@@ -14,7 +14,7 @@ import matplotlib
 
 from s2_kernels import dense
 from s2megatron.errors import ConfigError, hide_import_warnings
-from s2megatron.planner.constants import load_machine
+from s2megatron.machine import load_machine
 from s2megatron.planner.layout import Model
 from s2megatron.planner.report import limits, read_run
 from s2megatron.planner.search import search

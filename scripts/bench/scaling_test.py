@@ -32,7 +32,7 @@ from warm_ranks import Pool, open_pool
 from s2_kernels import dense
 from s2megatron import provenance
 from s2megatron.errors import ConfigError, hide_import_warnings
-from s2megatron.planner.constants import load_machine
+from s2megatron.machine import load_machine
 from s2megatron.planner.layout import Layout, Model
 from s2megatron.planner.measured import MeasuredRun, as_json, exposed_share, markdown, read_trace
 from s2megatron.planner.step import Plan, plan

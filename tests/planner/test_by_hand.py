@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from planner_cases import SIMPLE, make_model
 
+from s2megatron.machine import Link
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Link
 from s2megatron.planner.costs import (
     layer_matmuls,
     layer_rank_parameters,

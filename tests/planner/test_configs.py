@@ -10,8 +10,8 @@ from planner_cases import PLAIN, make_model
 
 from s2megatron.accounting import ModelShape
 from s2megatron.config import load_config
+from s2megatron.machine import load_machine
 from s2megatron.planner import memory
-from s2megatron.planner.constants import load_machine
 from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model, layout_of
 from s2megatron.planner.step import plan
 

@@ -1,22 +1,22 @@
 """The planner's context parallelism: bytes by s2_kernels.exchange's plan, the rest by hand."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from planner_cases import SIMPLE, eight_groups, make_model
 
 from s2_kernels import dense, local_stride
 from s2_kernels.exchange import (
-    forever_before,
-    near_start,
     plan_rank,
     received_blocks,
     zigzag,
 )
 from s2_kernels.pattern import ranges, sliding_window
-from s2megatron.context_split import busiest
+from s2megatron.context_split import Blocks, busiest
+from s2megatron.machine import Attention, Link, load_machine
 from s2megatron.planner import context, memory
-from s2megatron.planner.constants import Attention, Link
 from s2megatron.planner.costs import attention_seconds, layer_seconds
 from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model
 from s2megatron.planner.step import plan
@@ -110,19 +110,19 @@ def test_bytes_are_those_of_the_exchanges_plan(name, tp, c, blocks):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_buffers_are_those_of_the_exchanges_plan(name):
     pattern, chunks = PATTERNS[name], zigzag(4, 64)
-    plans = [plan_rank(pattern, chunks, rank) for rank in range(4)]
-    found = busiest(pattern, 64, 4)
-    most_near = most_far = 0
-    for plan_of_rank in plans:
-        starts = [near_start(pattern, view.chunk) for view in plan_of_rank.chunks]
-        far = [max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
-        for view, start, before in zip(plan_of_rank.chunks, starts, far, strict=True):
-            assert view.before == before + view.chunk.start - start
-        near = sum(
-            v.chunk.stop - start for v, start in zip(plan_of_rank.chunks, starts, strict=True)
-        )
-        most_near, most_far = max(most_near, near), max(most_far, far[-1])
-    assert (found.near, found.far) == (4 * most_near, 4 * most_far)
+    counted = []
+    for rank in range(4):
+        plan_of_rank = plan_rank(pattern, chunks, rank)
+        views = plan_of_rank.chunks
+        before, filled = [4 * x.before for x in views], [len(x.came.rows) for x in views]
+        received = plan_of_rank.received_blocks
+        itself = sum(plan_of_rank.receive_counts) - received
+        far = sum(4 * x.near.row for x in views if x.near)
+        rest = (sum(before), far, sum(filled), before[-1], filled[-1])
+        counted.append((received, itself, *rest))
+        sent = sum(plan_of_rank.send_counts) - itself
+        assert sent <= 1.2 * busiest(pattern, 64, 4).received
+    assert busiest(pattern, 64, 4) == Blocks(*map(max, *counted))
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -221,6 +221,24 @@ def test_attention_is_a_ranks_share_at_the_rate_of_its_tokens():
         assert times == pytest.approx([slower * t / 4 for t in one[layer]]), (layer, way)
 
 
+def test_attention_over_four_gpus_is_predicted_as_measured():
+    """docs/benchmarks/context-parallel.md, all heads at once: none of it set a constant."""
+    raw = Path(__file__).parents[2] / "docs/benchmarks/raw/context-parallel-h100x4-2026-11-27.json"
+    rows = [x for x in json.loads(raw.read_text())["rows"] if x["way"] == "one launch"]
+    machine = load_machine("h100")
+    for row in rows:
+        model, layout = eight_groups(16, row["tokens"]), Layout(gpus=4, cp=4)
+        alone = sum(attention_seconds(machine, model, Layout(gpus=1), 0))
+        attention = attention_seconds(machine, model, layout, 0)
+        exchange = context.context_traffic(machine, model, layout, 0, attention)
+        copied = sum(context.copied_bytes(model, layout, 0))
+        together = sum(attention) + sum(x.exposed for x in exchange)
+        together += machine.memory_seconds(copied)
+        assert 1e3 * alone == pytest.approx(row["one_ms"], rel=0.02)
+        assert 1e3 * together == pytest.approx(row["together_ms"], rel=0.05)
+    assert [row["tokens"] for row in rows] == [128 * K, 512 * K]
+
+
 def test_a_layer_shrinks_with_its_tokens_and_pays_for_copies():
     machine = SIMPLE.model_copy(update={"memory_tb_s": 1})
     model = eight_groups(16, 128 * K)
@@ -260,19 +278,18 @@ def test_every_micro_batch_exchanges():
 
 def test_copies_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
-    blocks, row = busiest(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
+    row = 64 * 2 * 128 * 2
     queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
-    keys = row * (4 * blocks.received + 3 * blocks.far + 2 * blocks.near)
-    gradients = row * (7 * blocks.far + 19 * blocks.received) + 6 * own
-    assert context.copied_bytes(model, layout, 0) == (
-        keys + 17 * queries, keys + gradients + 13 * queries)  # fmt: skip
     window = Model(model.shape, (sliding_window(heads=32, kv_heads=8, local_blocks=16),) * 2)
-    blocks = busiest(window.patterns[0], 2048, 4)
-    assert blocks.far == 0  # nothing to merge
-    keys = row * (4 * blocks.received + 2 * blocks.near)
-    gradients = row * 19 * blocks.received + 6 * own
-    assert context.copied_bytes(window, layout, 0) == (
-        keys + 2 * queries, keys + gradients + 2 * queries)  # fmt: skip
+    for model_of, far in ((model, True), (window, False)):
+        blocks = busiest(model_of.patterns[0], 2048, 4)
+        assert (blocks.far > 0) == (blocks.itself > 0) == far
+        sent = blocks.received + blocks.itself
+        keys = row * (4 * sent + 2 * blocks.itself + blocks.before + 4 * blocks.filled) + 2 * own
+        gradients = row * (blocks.far + 17 * blocks.filled + 18 * sent + 2 * blocks.itself)
+        forward, backward = context.copied_bytes(model_of, layout, 0)
+        assert forward == keys + 2 * queries
+        assert backward == keys + 2 * queries + gradients + 8 * own
     assert context.copied_bytes(model, layout, 1) == (0, 0)  # Transformer Engine's own
     assert context.copied_bytes(model, replace(layout, fused=False), 1) > (0, 0)
 
@@ -281,9 +298,15 @@ def test_buffers_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
     blocks, row = busiest(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
     queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
-    assert context.buffer_bytes(model, layout, 0) == (
-        row * (3 * blocks.received + 3 * blocks.far + blocks.near) + own + 3 * queries
-    )
+    rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
+    assert 0 < 4 * row * blocks.last_filled < queries / 2
+    held = row * rows + 2.5 * own + 2.5 * queries
+    assert context.buffer_bytes(model, layout, 0) == held
+    every = replace(layout, fused=False)  # the dense layer, whose rows are many
+    blocks = busiest(model.patterns[1], 2048, 4)
+    rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
+    held = row * (rows + 4 * blocks.last_filled) + 2.5 * own + 2 * queries
+    assert context.buffer_bytes(model, every, 1) == held
     for way, expected in (
         (RING, 4 * own + 2 * queries),
         (GATHER, 2 * 4 * own + 2 * queries),
@@ -305,7 +328,10 @@ def test_memory_holds_local_tokens_and_shards_the_optimizer_over_cp():
     inputs = 24 * tokens * (2048 * 2 + 16 * (2 * 128 + 4))
     layer = memory.saved_per_layer(model.shape, layout, 0)
     mlp = 2 * tokens * (3 * 5504 + 2 * 2048)
-    assert context.buffer_bytes(model, layout, 0) < mlp  # the MLP's gradients are more
+    freed = memory.saved_by_mlp(model.shape, layout, 0)
+    assert freed == 2 * tokens * 3 * 5504
+    buffers = context.buffer_bytes(model, layout, 0)
+    assert buffers - freed < mlp < buffers  # the MLP's gradients beside what it saved are more
     assert held.activations == pytest.approx(inputs + max(0, layer + mlp - held.logits))
 
 
@@ -317,6 +343,15 @@ def test_a_gathered_context_can_be_the_peak():
         for way in (RING, GATHER)
     }
     assert held[GATHER] - held[RING] > 20 * 2**30
+    shape, layout = model.shape, Layout(gpus=32, cp=32, recompute="full", cp_comm=GATHER)
+    layer, buffers = (
+        memory.saved_per_layer(shape, layout, 0),
+        context.buffer_bytes(model, layout, 0),
+    )
+    found = memory.peak(model, layout)
+    freed = memory.saved_by_mlp(shape, layout, 0)
+    kept = 24 * 4 * M / 32 * 2048 * 2  # each layer's input
+    assert found.activations == kept + layer + buffers - freed - found.logits
 
 
 def test_gradients_are_reduced_over_cp_too():

@@ -8,8 +8,8 @@ from planner_cases import eight_groups, make_model, run_arguments
 
 from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
+from s2megatron.machine import load_machine
 from s2megatron.planner import context
-from s2megatron.planner.constants import load_machine
 from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model, candidates, layout_of
 from s2megatron.planner.report import lines
 from s2megatron.planner.search import search

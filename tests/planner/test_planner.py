@@ -14,8 +14,8 @@ from planner_cases import SIMPLE, make_model
 
 from s2megatron.cli import main
 from s2megatron.errors import ConfigError
+from s2megatron.machine import Attention, Link, interpolate, load_machine
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Attention, Link, interpolate, load_machine
 from s2megatron.planner.costs import layer_matmuls
 from s2megatron.planner.layout import Layout, candidates
 from s2megatron.planner.links import gather_seconds

@@ -11,7 +11,7 @@ from launches import ON_CPU, ROOT, TINY, write_run_file
 from planner_cases import make_model
 
 from s2megatron.errors import ConfigError
-from s2megatron.planner.constants import load_machine
+from s2megatron.machine import load_machine
 from s2megatron.planner.layout import Layout
 from s2megatron.planner.measured import (
     MeasuredRun,
@@ -157,7 +157,7 @@ def test_recorded_runs_are_predicted_again(tmp_path):
     name = "scaling-h200x2-2026-11-24-tp2-32k.json"
     recorded = tmp_path / name
     recorded.write_text((ROOT / "docs/benchmarks/raw" / name).read_text())
-    constants = yaml.safe_load((ROOT / "s2megatron/planner/gpus/h200.yaml").read_text())
+    constants = yaml.safe_load((ROOT / "s2megatron/gpus/h200.yaml").read_text())
     (tmp_path / "slower.yaml").write_text(yaml.safe_dump(constants | {"step_ms": 140}))
     before = json.loads(recorded.read_text())["runs"]
 

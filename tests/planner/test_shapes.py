@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from planner_cases import SIMPLE, make_model
 
+from s2megatron.machine import Link
 from s2megatron.planner import memory
-from s2megatron.planner.constants import Link
 from s2megatron.planner.costs import (
     attention_seconds,
     layer_matmuls,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from s2_kernels import dense, local_stride
 from s2megatron.accounting import ModelShape
-from s2megatron.planner.constants import Attention, Link, Machine
+from s2megatron.machine import Attention, Link, Machine
 from s2megatron.planner.layout import Model
 
 LLAMA_1_3B = {

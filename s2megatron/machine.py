@@ -1,7 +1,9 @@
 """The machine's constants: a YAML that `s2megatron calibrate` writes, or one that is shipped.
 
-Every rate is what one GPU was measured to do, not its peak. The model's assumptions stand in the
-same file, though they are not the machine's, so that one can try others.
+Every rate is what one GPU was measured to do, not its peak, or a guess: `Machine.source` says
+which. The planner predicts by them, and the plugin chooses by them (`attention/overlap.py`). The
+planner's assumptions stand in the same file, though they are not the machine's, so that one can try
+others.
 """
 
 import itertools
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from s2_kernels import LayerPattern
 from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
 
@@ -34,6 +37,10 @@ class Link(_Checked):
     """Bus bandwidth of a ring collective, per GPU and direction, in 1e9 bytes per second."""
     latency_us: float = Field(ge=0)
     """A small collective's time, per doubling of the ranks."""
+
+    def seconds(self, size: float) -> float:
+        """One GPU's `size` bytes, without latency."""
+        return size / (self.gb_s * 1e9)
 
 
 class Assumptions(_Checked):
@@ -60,7 +67,8 @@ class Machine(_Checked):
 
     gpu: str
     source: str
-    """Where the figures come from: measured (machine, command) or estimated (from what)."""
+    """Where the figures come from: measured (machine, command) or estimated (from what).
+    In all that are shipped the links between nodes are guesses; in h100 and b200 all links."""
     memory_gib: float = Field(gt=0)
     gpus_per_node: int = Field(ge=1)
     matmul_tflops: dict[int, float]
@@ -88,6 +96,9 @@ class Machine(_Checked):
             return 0.0
         rate = interpolate(self.matmul_tflops, (m * n * k) ** (1 / 3))
         return 2 * m * n * k / (1e12 * rate * self.sustained)
+
+    def attention_rates(self, pattern: LayerPattern) -> Attention:
+        return self.dense_attention if pattern.is_dense else self.s2_attention
 
     def attention_seconds(self, flops: float, rates: dict[int, float], seq_len: int) -> float:
         """Forward's (4 per pair and head dimension) or backward's (10) useful FLOPs."""
