@@ -103,6 +103,7 @@ ARMS: dict[str, dict] = {
     },
     # Where the dense layers are.
     "no-dense": shards(1024, 16),
+    "no-dense-stride-8": shards(1024, 8),
     "every-4": shards(1024, 16, FOURTH),
     "every-4-window-512": shards(512, 16, FOURTH),
     "every-6": shards(1024, 16, SIXTH),
@@ -152,6 +153,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("layer-12", "every-6", "the last layer dense against layers 6 and 12"),
     ("layer-12", "layer-6", "the last layer dense against the sixth"),
     ("every-6-dense-head", "every-6", "a dense head in the others, half their window"),
+    ("no-dense-stride-8", "no-dense", "eight shards that cover all against half of sixteen"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
     ("smollm2-every-6", "smollm2-stride-3", "SmolLM2: every sixth dense against stride 3"),
