@@ -36,6 +36,7 @@ def s2_attention(
     deterministic: bool = True,
     near: Near | None = None,
     spare: int = 0,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention in which every KV head keeps the blocks that `pattern` gives it.
 
@@ -62,6 +63,8 @@ def s2_attention(
             same. All keys must be finite.
         spare: multiprocessors that the persistent Hopper kernels leave to others, such as NCCL; the
             other backends do not read it.
+        into: out's place in a tensor of the caller's, like q but with dv columns, which are
+            contiguous; outside of autograd only.
 
     Returns:
         out [b, s, h, dv] in q's dtype, or (out, lse); Triton lays out in memory like q. A query
@@ -77,18 +80,26 @@ def s2_attention(
     if backend in ON_GPU and q.is_cuda and not torch.compiler.is_compiling():
         # What ran before was checked before: the same shapes, strides, types and devices.
         problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
-        plan = ops.known_plan(q, k, v, problem)
+        plan = ops.known_plan(q, k, v, problem, into)
     if plan is None:
         _check(q, k, v, pattern, q_offset, dims=4, near=near)
+        if into is not None:
+            _check_place(into, (*q.shape[:-1], v.shape[-1]), q)
         backend = _choose(backend, q, k, v)
+    if into is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("into takes no part in autograd: leave it out, or call under no_grad()")
     if backend != "reference":
         refuse_other_modes("s2_attention", q, k, v)
     if backend in ON_GPU:
         problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
-        out, lse = ops.attend(q, k, v, None, None, problem, plan)
+        if into is None:
+            out, lse = ops.attend(q, k, v, None, None, problem, plan)
+        else:
+            out, lse = into, ops.attend_into(q, k, v, into, problem)
     else:
         run = reference_attention if backend == "reference" else blocked_attention
         out, lse = run(q, k, v, pattern, softmax_scale=scale, q_offset=q_offset, near=near)
+        out = out if into is None else into.copy_(out)
     return (out, lse) if return_lse else out
 
 
@@ -113,6 +124,7 @@ def s2_attention_backward(
     deterministic: bool = True,
     near: Near | None = None,
     spare: int = 0,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv of an `s2_attention` whose out and lse are at hand.
 
@@ -123,6 +135,8 @@ def s2_attention_backward(
         out: [b, s, h, dv], lse: [b, h, s] as `s2_attention` returned them for the other arguments.
         dout: the gradient of out. The lse is taken to have none.
         backend: as in `s2_attention`, but for "reference".
+        into: the places of dq, dk and dv, as in `s2_attention`; there what `near` gives to no head
+            is undefined.
 
     Returns:
         dq, dk and dv, shaped like q, k and v.
@@ -137,6 +151,8 @@ def s2_attention_backward(
     for name, x in (("out", out), ("lse", lse), ("dout", dout)):
         if x.shape != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shapes[name]}")
+    for x, place in zip((q, k, v), into or (), strict=bool(into)):
+        _check_place(place, x.shape, x)
     backend = _choose(backend, q, k, v)
     if backend != "reference":
         refuse_other_modes("s2_attention_backward", q, k, v, out, lse, dout)
@@ -144,9 +160,13 @@ def s2_attention_backward(
     if backend == "reference":
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
     if backend == "blocked":
-        return blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset, near)
+        made = blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset, near)
+        return tuple(x.copy_(y) for x, y in zip(into, made, strict=True)) if into else made
     problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
     with torch.no_grad():
+        if into:
+            ops.gradients_into(q, k, v, out, lse, dout, into, problem)
+            return into
         return ops.gradients(q, k, v, out, lse, dout, None, None, None, problem)
 
 
@@ -270,6 +290,17 @@ def _check(q, k, v, pattern, q_offset, dims, near=None) -> None:
         raise ValueError(f"q_offset={q_offset}: must be at least 0")
     if near is not None:
         near.check(pattern, k.shape[1], q_offset)
+
+
+def _check_place(into, shape, like) -> None:
+    """Whether results of such a shape can be written into a tensor that the caller has."""
+    if into.shape != shape or into.dtype != like.dtype or into.device != like.device:
+        raise ValueError(
+            f"into has a tensor {tuple(into.shape)} of {into.dtype} on {into.device}: must be "
+            f"{tuple(shape)} of {like.dtype} on {like.device}"
+        )
+    if into.stride(-1) != 1:
+        raise ValueError(f"into has strides {into.stride()}: the last dimension must be contiguous")
 
 
 def _check_packing(x, name, cu_seqlens, max_seqlen) -> None:

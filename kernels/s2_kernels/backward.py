@@ -132,6 +132,7 @@ def launch_backward(
     *,
     packing: Packing | None = None,
     near: Near | None = None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     deterministic: bool = True,
     dkdv_config: TileConfig | None = None,
     dq_config: TileConfig | None = None,
@@ -145,6 +146,8 @@ def launch_backward(
         q, k, v, out, lse: as in `launch_forward`; dout like out, dlse like lse or None.
         deterministic: the separate variant, else the fused one.
         near: which keys k and v are, where not all; far blocks that no head has get gradients of 0.
+        into: the places of dq, dk and dv, if they have some already, as in `launch_forward`. There
+            far blocks that no head has are left as they are.
         dkdv_config, dq_config: tiles of the kernels over KV and over query tiles; default: the
             table of configs.py.
         tma_add, slots: as in `launch_dkdv`.
@@ -153,8 +156,7 @@ def launch_backward(
         lse, dlse = lse[None], None if dlse is None else dlse[None]
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    dq, dk, dv = empty_like(q, q.shape[-1]), empty_like(k, k.shape[-1]), empty_like(v, v.shape[-1])
-    clear_far(near, pattern, dk, dv)
+    dq, dk, dv = into or gradients_like(q, k, v, near, pattern)
     lse2, delta = row_terms(out, lse, dout, dlse)
     kind = "separate" if deterministic else "fused"
     size, where = max(q.shape[-1], v.shape[-1]), capability(q.device)
@@ -189,6 +191,13 @@ def launch_backward(
         )
         head_major(dq)[:, heads.start : heads.stop].copy_(dq_sum)
         del dq_sum  # before the next chunk's
+    return dq, dk, dv
+
+
+def gradients_like(q, k, v, near: Near | None, pattern: LayerPattern):
+    """Memory for dq, dk and dv; 0 where no kernel writes, in far blocks that no head has."""
+    dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
+    clear_far(near, pattern, dk, dv)
     return dq, dk, dv
 
 

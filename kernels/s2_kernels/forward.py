@@ -144,6 +144,7 @@ def launch_forward(
     *,
     packing: Packing | None = None,
     near: Near | None = None,
+    into: torch.Tensor | None = None,
     config: TileConfig | None = None,
     tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +154,7 @@ def launch_forward(
         q, k, v: [b, s, h, d], [b, t, g, d], [b, t, g, dv] with a contiguous last dimension, or
             packed [T, h, d] and so on with `packing`.
         near: which keys they are, where not all.
+        into: out's place, if it has one already: any strides but a contiguous last dimension.
         config: tiles; default: the table of configs.py.
         tf32: let float32 inputs use tensor cores, at 10 bits of mantissa.
 
@@ -164,7 +166,7 @@ def launch_forward(
     dv = v.shape[-1]
     config = config or forward_config(max(d, dv), q.dtype, capability(q.device))
     config = fit(config, pattern.block_size, gather=True)
-    out = empty_like(q, dv)
+    out = empty_like(q, dv) if into is None else into
     out_heads = head_major(out)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     # TMA cannot stop at the end of a packed sequence; what follows it may be NaN, and NaN * 0 too.

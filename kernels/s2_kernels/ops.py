@@ -91,11 +91,14 @@ def _key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
     return key if cu_seqlens_q is None else (*key, cu_seqlens_q.shape, cu_seqlens_k is None)
 
 
-def known_plan(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Plan | None:
+def known_plan(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, into: Tensor | None = None
+) -> Plan | None:
     """The plan of a forward pass that ran before: so its inputs need not be checked again."""
     if not plans.ON or _are_seen(q, k, v):
         return None
-    return _PLANS.get(_key(q, k, v, None, None, problem))
+    key = _key(q, k, v, None, None, problem)
+    return _PLANS.get(key if into is None else (*_layout(into), *key))
 
 
 def _own_offsets(cu_seqlens_q, cu_seqlens_k) -> Tensor | None:
@@ -105,16 +108,20 @@ def _own_offsets(cu_seqlens_q, cu_seqlens_k) -> Tensor | None:
     return cu_seqlens_k
 
 
-def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
-    """out and lse, by the plan of such a pass, or as `_launch_forward`."""
+def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, into=None) -> tuple[Tensor, ...]:
+    """out and lse, or lse alone, by the plan of such a pass, or as `_launch_forward`."""
     inputs = (q, k, v, cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
     launcher = functools.partial(_launch_forward, problem=problem)
     if not q.is_cuda:
-        return launcher(*inputs)
-    return _PLANS.run(_key(*inputs, problem), launcher, inputs, q.device)
+        return launcher(*inputs, into)
+    key = _key(*inputs, problem)
+    if into is None:
+        return _PLANS.run(key, launcher, inputs, q.device)
+    return _PLANS.run((*_layout(into), *key), launcher, (*inputs, into), q.device)
 
 
-def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tensor, Tensor]:
+def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, into=None, *, problem) -> tuple:
+    """What it allocates for its caller: out and lse, or lse alone where out has its place."""
     rule = LayerPattern.from_key(problem.pattern)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
     scale, q_offset, near = problem.softmax_scale, problem.q_offset, problem.near
@@ -125,44 +132,47 @@ def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem) -> tuple[Tenso
             launch, options = forward_wide.launch_hopper_forward_wide, {}
         else:
             launch, options = forward.launch_hopper_forward, dict(packing=packing)
-        options |= dict(q_offset=q_offset, near=near, spare=problem.spare)
-        return launch(q, k, v, rule, scale, **options)
-    return launch_forward(q, k, v, rule, scale, q_offset, packing=packing, near=near)
+        options |= dict(q_offset=q_offset, near=near, spare=problem.spare, into=into)
+        made = launch(q, k, v, rule, scale, **options)
+    else:
+        options = dict(packing=packing, near=near, into=into)
+        made = launch_forward(q, k, v, rule, scale, q_offset, **options)
+    return made if into is None else made[1:]
 
 
 def _backward(
-    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
-) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem, into=()
+) -> tuple[Tensor, ...]:
     """dq, dk and dv, by the plan of such a pass, or as `_launch_backward`."""
     packing = (cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
     inputs = (q, k, v, out, lse, dout, dlse, *packing)
     launcher = functools.partial(_launch_backward, problem=problem)
     if not q.is_cuda:
-        return launcher(*inputs)
-    key = _backward_key(*inputs, problem)
+        return launcher(*inputs, *into)
+    key = _backward_key(*inputs, problem, into)
     if _PLANS.get(key) is None:
         # A plan has no copies, and gradients may come in any layout.
         out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         inputs = (q, k, v, out, lse, dout, dlse, *packing)
-        key = _backward_key(*inputs, problem)
-    return _PLANS.run(key, launcher, inputs, q.device)
+        key = _backward_key(*inputs, problem, into)
+    return _PLANS.run(key, launcher, (*inputs, *into), q.device)
 
 
-def _backward_key(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem) -> tuple:
+def _backward_key(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem, into):
     gradients = (
         out.stride(),
         lse.stride(),
         dout.stride(),
         dout.dtype,
         None if dlse is None else dlse.stride(),
+        *(x.stride() for x in into),
     )
     return gradients, *_key(q, k, v, cu_seqlens_q, cu_seqlens_k, problem)
 
 
-def _launch_backward(
-    q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, problem
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_backward(q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, *into, problem):
+    """What it allocates for its caller: dq, dk and dv, or nothing where they have their places."""
     rule = LayerPattern.from_key(problem.pattern)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
     scale, q_offset, near = problem.softmax_scale, problem.q_offset, problem.near
@@ -170,16 +180,19 @@ def _launch_backward(
     if hopper.takes(q, k, v, rule, packing, q_offset, problem.backend, "backward", near):
         from s2_kernels.hopper.backward import launch_hopper_backward  # imports Gluon
 
-        return launch_hopper_backward(*inputs, packing, q_offset, near, problem.spare)
-    return launch_backward(
-        *inputs,
-        q_offset,
-        packing=packing,
-        near=near,
-        deterministic=problem.deterministic,
-        # Reductions through TMA are Hopper's; the interpreter has none.
-        tma_add=q.is_cuda and capability(q.device)[0] >= 9,
-    )
+        made = launch_hopper_backward(*inputs, packing, q_offset, near, problem.spare, into or None)
+    else:
+        made = launch_backward(
+            *inputs,
+            q_offset,
+            packing=packing,
+            near=near,
+            into=into or None,
+            deterministic=problem.deterministic,
+            # Reductions through TMA are Hopper's; the interpreter has none.
+            tma_add=q.is_cuda and capability(q.device)[0] >= 9,
+        )
+    return () if into else made
 
 
 @_operator
@@ -357,3 +370,30 @@ def attend(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     run = _Attention.apply if needs_grad else _attention
     return run(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, plan)
+
+
+def attend_into(q: Tensor, k: Tensor, v: Tensor, into: Tensor, problem: Problem) -> Tensor:
+    """`attention`, outside of autograd; out is written into a tensor of the caller's. Returns lse.
+
+    Operators change no argument: where they are called, and where TMA cannot store, out is copied.
+    """
+    if _are_copied((q, k, v), (into,)):
+        out, lse = attention(q, k, v, None, None, *problem)
+        into.copy_(out)
+        return lse
+    return _forward(q, k, v, None, None, problem, into)[0]
+
+
+def gradients_into(q, k, v, out, lse, dout, into: tuple[Tensor, ...], problem: Problem) -> None:
+    """`attention_backward`, dq, dk and dv being written as in `attend_into`."""
+    inputs = (q, k, v, out, lse, dout, None, None, None)
+    if _are_copied((q, k, v, dout), into):
+        for x, made in zip(into, attention_backward(*inputs, *problem), strict=True):
+            x.copy_(made)
+    else:
+        _backward(*inputs, problem, into)
+
+
+def _are_copied(inputs: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> bool:
+    seen = torch.compiler.is_compiling() or _are_seen(*inputs, *into)
+    return seen or not all(map(takes_descriptor, into))

@@ -17,7 +17,7 @@ from attention_cases import (
     reference_results,
     run_with_grads,
 )
-from near_cases import HOPPER_NEAR_CASES, NearCase, check_near
+from near_cases import HOPPER_NEAR_CASES, NearCase, check_into, check_near
 
 from s2_kernels import dense, hopper, ranges, s2_attention, schedule, sliding_window
 
@@ -107,6 +107,11 @@ def test_queries_past_all_keys(case):
 @pytest.mark.parametrize("case", HOPPER_NEAR_CASES, ids=str)
 def test_far_and_near_keys_in_one_launch(case):
     check_near(case)
+
+
+@pytest.mark.parametrize("case", [HOPPER_NEAR_CASES[1], HOPPER_NEAR_CASES[8]], ids=str)
+def test_results_where_they_belong(case):
+    check_into(case, torch.bfloat16, "hopper")
 
 
 @pytest.mark.parametrize("d", [64, 256])

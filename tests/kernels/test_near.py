@@ -3,6 +3,7 @@
 What the whole sequence gives is the yardstick: `near` changes where keys lie, and nothing else.
 """
 
+import contextlib
 import math
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from attention_cases import _ls, assert_as_good_as_eager, make_inputs, reference_results
 from hypothesis import given
 from hypothesis import strategies as st
-from near_cases import NEAR_CASES, NearCase
+from near_cases import NEAR_CASES, NearCase, check_into
 from pattern_cases import any_pattern
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2_kernels import FOREVER, s2_attention, s2_attention_backward, schedule
 from s2_kernels.backward import launch_backward
@@ -94,6 +96,71 @@ def test_portable_columns_in_pieces_and_dq_in_one_kernel(case, monkeypatch):
     for options in (dict(slots=10**6), dict(deterministic=False)):
         results = by_triton(case, x, "32x16w4s2tma", **options)
         assert_as_good_as_eager(results, truth, eager, case.case)
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), [
+    *((case, "blocked", torch.float64) for case in NEAR_CASES[:3]),
+    (NEAR_CASES[1], "reference", torch.float64),
+    *((case, "triton", torch.float16) for case in NEAR_CASES[1:9:3]),
+], ids=str)  # fmt: skip
+def test_results_where_they_belong(case, backend, dtype):
+    if backend == "reference":
+        q, k, v = (x.detach() for x in make_inputs(case.case, dtype)[:3])
+        place = torch.full_like(q, math.nan)
+        options = dict(q_offset=case.case.q_offset, backend=backend)
+        assert s2_attention(q, k, v, case.pattern, into=place, **options) is place
+        assert torch.equal(place, s2_attention(q, k, v, case.pattern, **options))
+    else:
+        check_into(case, dtype, backend, DEVICE)
+
+
+class Looks(TorchDispatchMode):
+    """Sees the operators; they change no argument."""
+
+    seen = frozenset()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen |= {op.name()}
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("columns", "mode"), [(1, contextlib.nullcontext), (8, Looks)])
+def test_places_that_tma_does_not_take_and_seen_ones_are_filled_by_a_copy(columns, mode):
+    case = NEAR_CASES[1]
+    q, k, v, dout, _ = (x.detach() for x in make_inputs(case.case, torch.float16, DEVICE))
+    common = dict(q_offset=case.case.q_offset, backend="triton")
+    out, lse = s2_attention(q, k, v, case.pattern, return_lse=True, **common)
+    grads = s2_attention_backward(q, k, v, out, lse, dout, case.pattern, **common)
+    size = case.d + columns
+    places = [x.new_empty(*x.shape[:-1], size)[..., : case.d] for x in (q, k, v)]
+    with mode() as looks:
+        assert torch.equal(s2_attention(q, k, v, case.pattern, into=places[0], **common), out)
+        options = dict(into=tuple(places), **common)
+        got = s2_attention_backward(q, k, v, out, lse, dout, case.pattern, **options)
+    assert all(torch.equal(x, y) for x, y in zip(got, grads, strict=True))
+    ours = {"s2_kernels::attention", "s2_kernels::attention_backward"}
+    assert looks is None or ours <= looks.seen
+
+
+def test_places_of_other_shapes_and_places_with_a_gradient_are_refused():
+    pattern = _ls(2, 2, 16, 2, 4)
+    q = torch.zeros(1, 32, 2, 32)
+    out, lse = torch.zeros_like(q), torch.zeros(1, 2, 32)
+    wrong = {
+        r"into has a tensor \(1, 32, 2, 16\).*must be \(1, 32, 2, 32\)": out[..., :16],
+        "into has a tensor .* of torch.float64": out.double(),
+        "into has strides .*last dimension": torch.zeros(1, 32, 32, 2).transpose(2, 3),
+    }
+    for words, place in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            s2_attention(q, q, q, pattern, into=place)
+        with pytest.raises(ValueError, match=words):
+            s2_attention_backward(q, q, q, out, lse, q, pattern, into=(out, place, out))
+    leaf = q.clone().requires_grad_()
+    with pytest.raises(ValueError, match="into takes no part in autograd"):
+        s2_attention(leaf, q, q, pattern, into=out)
+    with torch.no_grad():
+        assert s2_attention(leaf, q, q, pattern, into=out) is out
 
 
 @given(any_pattern(), st.integers(1, 40), st.integers(1, 9), st.integers(0, 3))

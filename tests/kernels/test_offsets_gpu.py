@@ -6,7 +6,7 @@ python3 -m pytest tests/kernels/test_offsets_gpu.py
 import pytest
 import torch
 from attention_cases import Case, _ls
-from near_cases import GPU_NEAR_CASES, check_near
+from near_cases import GPU_NEAR_CASES, check_into, check_near
 from test_triton_gpu import EDGES, HALVES, check, needs_hopper, poison  # noqa: F401 - a fixture
 
 from s2_kernels import dense, ranges, s2_attention
@@ -55,6 +55,16 @@ def test_hopper_at_an_offset(case, dtype):
     """Queries that are the end, or the middle, of a longer sequence, or stand past all keys."""
     needs_hopper()
     check(case, dtype, backend="hopper")
+
+
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("case", GPU_NEAR_CASES, ids=str)
+def test_results_where_they_belong(case, backend):
+    """Into parts of larger tensors, by the launchers and by plans: thrice the same bits."""
+    if backend == "hopper":
+        needs_hopper()
+    for _ in range(3):
+        check_into(case, torch.bfloat16, backend, "cuda")
 
 
 @pytest.mark.parametrize("backend", ["hopper", "triton"])

@@ -125,6 +125,12 @@ def test_a_plan_sets_the_gradients_of_far_blocks_to_0(report):
         assert found == [[4 * 64, True]] * 2, name
 
 
+def test_results_where_they_belong_have_plans_too(report):
+    for name, found in report["in_place"].items():
+        written = ["dk", "dq", "dv", "out"]
+        assert found == dict(same=True, passes=2, written=written), name
+
+
 def test_decoding_has_plans_too(report):
     kernels = ["s2_write_kernel", "s2_decode_kernel", "s2_merge_kernel"]
     assert report["paged"]["token"] == dict(same=True, passes=2, kernels=kernels)

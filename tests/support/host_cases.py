@@ -17,7 +17,14 @@ import torch
 from host_path import StubGPU, renamed, stub_gpu
 from triton import knobs
 
-from s2_kernels import backward_dkdv, local_stride, plans, s2_attention, s2_attention_varlen
+from s2_kernels import (
+    backward_dkdv,
+    local_stride,
+    plans,
+    s2_attention,
+    s2_attention_backward,
+    s2_attention_varlen,
+)
 from s2_kernels.hopper import backward_dkdv as hopper_dkdv
 from s2_kernels.hopper import backward_dkdv_wide, primitives
 from s2_kernels.near import Near
@@ -258,6 +265,39 @@ def zeroed(gpu: StubGPU) -> dict:
     return found
 
 
+def in_place(gpu: StubGPU) -> dict:
+    """Both passes of a chunk into parts of larger tensors, by plan and without."""
+    found, pattern = {}, local_stride(**WIDE)
+    at = dict(q_offset=CHUNK["q_offset"], near=CHUNK["near"])
+    for name, d in (("hopper", 128), ("hopper-d256", 256), ("triton", 128)):
+        backend = name.split("-")[0]
+        q, k, v = (x.detach() for x in case(backend, d=d, **CHUNK)[0]())
+        dout = torch.randn_like(q)
+
+        def step(tensors=(q, k, v), dout=dout, backend=backend) -> list:
+            gpu.clear()
+            shapes = [(2, len(x[0]) + 64, 8, x.shape[-1]) for x in (tensors[0], *tensors)]
+            out, *into = (tensors[0].new_empty(shape)[:, 64:, 2:6] for shape in shapes)
+            options = dict(backend=backend, **at)
+            _, lse = s2_attention(*tensors, pattern, return_lse=True, into=out, **options)
+            rest = (out, lse, dout, pattern)
+            s2_attention_backward(*tensors, *rest, into=tuple(into), **options)
+            named = dict(zip(("q", "k", "v", "dq", "dk", "dv"), (*tensors, *into), strict=True))
+            named |= dict(out=out, lse=lse, dout=dout)
+            return renamed(gpu.launches, {x.data_ptr(): name for name, x in named.items()})
+
+        plans.ON = False
+        direct = step()
+        plans.ON = True
+        step(), step()
+        with counted_passes() as ran:
+            by_plan = step()
+        said = {str(x[0] if isinstance(x, tuple) else x) for run in by_plan for x in run}
+        written = sorted(said & {"out", "dq", "dk", "dv"})
+        found[name] = dict(same=direct == by_plan, passes=ran["by plan"], written=written)
+    return found
+
+
 @contextlib.contextmanager
 def placed(output: torch.Tensor):
     """Within the context outputs of this shape lie where `output` lies."""
@@ -314,6 +354,7 @@ def report() -> dict:
         found["descriptors"] = descriptors(gpu)
         found["paged"] = paged(gpu)
         found["zeroed"] = zeroed(gpu)
+        found["in_place"] = in_place(gpu)
     return found
 
 

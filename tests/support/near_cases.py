@@ -12,7 +12,15 @@ from attention_cases import (
     run_with_grads,
 )
 
-from s2_kernels import FOREVER, LayerPattern, dense, ranges, s2_attention, sliding_window
+from s2_kernels import (
+    FOREVER,
+    LayerPattern,
+    dense,
+    ranges,
+    s2_attention,
+    s2_attention_backward,
+    sliding_window,
+)
 from s2_kernels.near import Near, forever_before
 
 
@@ -132,3 +140,32 @@ def check_near(case: NearCase, dtype=torch.bfloat16, device="cpu", backend="hopp
         assert not results[name][:, nowhere].any()
         results[name] = case.at_positions(results[name])
     assert_as_good_as_eager(results, *reference_results(case.case, inputs), case.case)
+
+
+def check_into(case: NearCase, dtype, backend: str, device="cpu") -> None:
+    """Results written into parts of larger tensors: the same bits, and nothing beside them."""
+    q, k, v, dout, _ = (x.detach() for x in make_inputs(case.case, dtype, device))
+    k, v = case.in_memory(k, 1e3), case.in_memory(v, 1e3)
+    common = dict(q_offset=case.case.q_offset, near=case.near, backend=backend)
+    out, lse = s2_attention(q, k, v, case.pattern, return_lse=True, **common)
+    made = out, *s2_attention_backward(q, k, v, out, lse, dout, case.pattern, **common)
+    wholes = [_larger(x) for x in made]
+    places = [x[:, 4:-3, 1:-1] for x in wholes]
+    options = dict(return_lse=True, into=places[0], **common)
+    got_out, got_lse = s2_attention(q, k, v, case.pattern, **options)
+    options = dict(into=tuple(places[1:]), **common)
+    got = s2_attention_backward(q, k, v, got_out, got_lse, dout, case.pattern, **options)
+    assert got_out is places[0] and all(x is y for x, y in zip(got, places[1:], strict=True))
+    assert torch.equal(got_lse, lse)
+    nowhere = (case.rows < 0).T.to(device)
+    for x in (*places[2:], *made[2:]):
+        x[:, nowhere] = 0  # undefined
+    for whole, place, x in zip(wholes, places, made, strict=True):
+        assert torch.equal(place, x)
+        assert whole.isnan().sum() == whole.numel() - x.numel()
+
+
+def _larger(x: torch.Tensor) -> torch.Tensor:
+    """NaN in the shape of x [b, s, heads, d], with tokens and heads around it, as [s, b, ..]."""
+    b, s, heads, d = x.shape
+    return x.new_full((4 + s + 3, b, 1 + heads + 1, d), torch.nan).transpose(0, 1)

@@ -7,15 +7,15 @@ sizes above 128 have kernels of their own, which take the row terms from the por
 
 import torch
 
-from s2_kernels.backward import row_terms
+from s2_kernels.backward import gradients_like, row_terms
 from s2_kernels.hopper import WIDEST, all_seen
 from s2_kernels.hopper.backward_dkdv import launch_hopper_dkdv
 from s2_kernels.hopper.backward_dkdv_wide import launch_hopper_dkdv_wide
 from s2_kernels.hopper.backward_dq import launch_hopper_dq
 from s2_kernels.hopper.backward_dq_wide import launch_hopper_dq_wide
 from s2_kernels.hopper.primitives import term_lead
-from s2_kernels.launch import Packing, empty_like, takes_descriptor
-from s2_kernels.near import Near, clear_far
+from s2_kernels.launch import Packing, takes_descriptor
+from s2_kernels.near import Near
 from s2_kernels.pattern import LayerPattern
 
 
@@ -33,14 +33,14 @@ def launch_hopper_backward(
     q_offset: int = 0,
     near: Near | None = None,
     spare: int = 0,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, as s2_kernels.backward.launch_backward; `hopper.why_not` was asked before."""
     if near is None and all_seen(pattern, k.shape[-3], q_offset) is not None:
         q_offset = k.shape[-3]  # any position past the keys; here columns and rows begin together
     out, dout = (x if takes_descriptor(x) else x.contiguous() for x in (out, dout))
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    dq, dk, dv = (empty_like(x, x.shape[-1]) for x in (q, k, v))
-    clear_far(near, pattern, dk, dv)
+    dq, dk, dv = into or gradients_like(q, k, v, near, pattern)
     if q.shape[-1] > WIDEST:
         inputs = (q, k, v, dout, *row_terms(out, lse, dout, dlse, term_lead(q_offset)))
         launch_hopper_dq_wide(*inputs, dq, pattern, softmax_scale, q_offset, near, spare)

@@ -393,10 +393,11 @@ def launch_hopper_forward_wide(
     q_offset: int = 0,
     near: Near | None = None,
     spare: int = 0,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, as s2_kernels.forward.launch_forward; `hopper.why_not` was asked before."""
     b, s, h, d, *_ = extents(q)
-    out = empty_like(q, d)
+    out = empty_like(q, d) if into is None else into
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     reach = reach_of(q, k, pattern, q_offset, near)
     work = query_items(pattern, q, None, reach, spare)
