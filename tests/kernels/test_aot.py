@@ -86,6 +86,7 @@ VARIANTS = {
     "s2_decode_kernel": 10,
     "s2_merge_kernel": 10,
     "s2_write_kernel": 5,
+    "s2_move_blocks_kernel": 16,
     **HOPPER_VARIANTS,
 }
 

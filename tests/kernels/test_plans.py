@@ -131,6 +131,17 @@ def test_results_where_they_belong_have_plans_too(report):
         assert found == dict(same=True, passes=2, written=written), name
 
 
+def test_moves_of_blocks_have_plans_too(report):
+    found = report["moved"]
+    assert found["same"] and found["passes"] == 3
+    assert kernels(found["launches"]) == ["s2_move_blocks_kernel"] * 3
+    addresses = [run[5:12] for run in found["launches"]]
+    lists = ["slots", "heads", "slots"]
+    assert addresses[0][:5] == ["x", "rows", *lists]
+    assert addresses[1][:5] == ["rows", "x", "slots", "slots", "heads"]
+    assert addresses[2][:6] == ["x", "rows", *lists, "starts"]
+
+
 def test_decoding_has_plans_too(report):
     kernels = ["s2_write_kernel", "s2_decode_kernel", "s2_merge_kernel"]
     assert report["paged"]["token"] == dict(same=True, passes=2, kernels=kernels)

@@ -20,6 +20,7 @@ from attention_cases import (
     reference_results,
     run_with_grads,
 )
+from move_cases import MOVE_CASES, check_moves
 
 from s2_kernels import configs, dense, hopper, plans, ranges, s2_attention, sliding_window
 from s2_kernels.backward import launch_backward
@@ -435,3 +436,11 @@ def test_peak_memory(backend, deterministic):
     needed = sum(x.numel() * x.element_size() for x in kept)
     print(f"peak {peak / 2**20:.0f} MiB, needed {needed / 2**20:.0f} MiB: {peak / needed:.3f}")
     assert peak <= 1.05 * needed
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("case", MOVE_CASES, ids=str)
+def test_blocks_that_are_moved_and_added_up(case, dtype):
+    """By the launcher, and by plans: thrice the bits of PyTorch on the CPU."""
+    for _ in range(3):
+        check_moves(case, dtype, "cuda")

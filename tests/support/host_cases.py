@@ -20,6 +20,7 @@ from triton import knobs
 from s2_kernels import (
     backward_dkdv,
     local_stride,
+    moves,
     plans,
     s2_attention,
     s2_attention_backward,
@@ -298,6 +299,30 @@ def in_place(gpu: StubGPU) -> dict:
     return found
 
 
+def moved(gpu: StubGPU) -> dict:
+    """Rows copied to blocks of tokens, and added to them, by plan and without."""
+    slots, heads, starts = (torch.arange(n) for n in (3, 3, 4))
+
+    def step() -> list:
+        gpu.clear()
+        x, rows = torch.zeros(1, 256, 3, 128).bfloat16(), torch.zeros(3, 1, 64, 256).bfloat16()
+        to = moves.of_tokens(x, 64, slots, heads)
+        source = moves.of_rows(rows[..., 128:], slots)
+        moves.copy_blocks(to, source)
+        moves.add_blocks(source, to)
+        moves.add_blocks(to, source, starts)
+        known = dict(x=x, rows=rows[..., 128:], slots=slots, heads=heads, starts=starts)
+        return renamed(gpu.launches, {x.data_ptr(): name for name, x in known.items()})
+
+    plans.ON = False
+    direct = step()
+    plans.ON = True
+    step(), step()
+    with counted_passes() as ran:
+        by_plan = step()
+    return dict(same=direct == by_plan, passes=ran["by plan"], launches=by_plan)
+
+
 @contextlib.contextmanager
 def placed(output: torch.Tensor):
     """Within the context outputs of this shape lie where `output` lies."""
@@ -355,6 +380,7 @@ def report() -> dict:
         found["paged"] = paged(gpu)
         found["zeroed"] = zeroed(gpu)
         found["in_place"] = in_place(gpu)
+        found["moved"] = moved(gpu)
     return found
 
 

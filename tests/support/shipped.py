@@ -25,6 +25,7 @@ from s2_kernels import (
     dense,
     forward,
     local_stride,
+    moves_kernel,
     ranges,
 )
 from s2_kernels import launch as launchers
@@ -110,6 +111,19 @@ def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
         decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
+def moved(arch, n, d, dtype=torch.bfloat16):
+    """Blocks of n tokens as rows, and rows added to blocks."""
+    x, rows = (
+        torch.zeros(1, n // 64, 64, 4, d, dtype=dtype),
+        torch.zeros(1, 9, 64, 1, d, dtype=dtype),
+    )
+    slots, starts = torch.zeros(9, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
+    moves_kernel.launch_copy(rows, x, slots, None, slots, slots, None)
+    moves_kernel.launch_copy(x, rows, slots, slots, slots, None, None)
+    moves_kernel.launch_add(rows, x, slots, None, slots, slots, None)
+    moves_kernel.launch_add(x, rows, slots, slots, slots, None, starts)
+
+
 # Every row of configs.py; once per architecture what else is chosen at compile time: packed
 # sequences, block masks, float16, small blocks, which are gathered, and more than two bands.
 PORTABLE = [
@@ -124,6 +138,8 @@ PORTABLE = [
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
     (portable, dict(d=128, near=True)),
+    *((moved, dict(d=d)) for d in (64, 128, 256)),
+    (moved, dict(d=128, dtype=torch.float32)),
 ]  # fmt: skip
 HOPPER = [
     *((hopper, dict(d=d)) for d in (64, 128, 256)),
@@ -140,6 +156,7 @@ ONCE = [
     (portable, dict(d=128, fused=True, dtype=torch.float32)),
     (sparse, dict(d=128)),
     (paged, dict(d=128)),
+    (moved, dict(d=128)),
 ]
 """Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
 
