@@ -1,6 +1,7 @@
 """How a run cuts its sequences among context-parallel ranks: does it fit, and what is exchanged."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -31,14 +32,15 @@ class Blocks:
     """From other ranks. Who sends most sends as many; a fifth more, if a window spans chunks."""
     itself: int
     """What a rank's later chunk needs of its earlier one: it is sent from the rank to itself."""
+    asked: int
+    """Of a rank's own blocks, those that somebody needs; each once."""
     before: int
     """Rows of the buffers before the chunks; all heads have as many as the head with most."""
-    far: int
-    """Of these rows, those of far (`near.Near`); a dense pattern has no such part."""
     filled: int
     """Of these rows, those that hold a block: others belong to nobody."""
     last_before: int
-    last_filled: int
+    lead: int
+    """Rows of memory before the rank's own tokens, into which gradients of its buffers reach."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,17 +65,22 @@ def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
     whole, g = (range(n_blocks),), pattern.kv_heads
     itself = crossing_blocks(pattern, chunks, chunks)
     starts = [near_start(pattern, chunk) for chunk in chunks]
-    far = [g * max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
-    halos = [g * (chunk.start - start) for chunk, start in zip(chunks, starts, strict=True)]
-    filled = [crossing_blocks(pattern, (range(chunk.start),), (chunk,)) for chunk in chunks]
+    far = [max(forever_before(rule, start) for rule in pattern.rules) for start in starts]
+    before = [g * (f + c.start - s) for f, c, s in zip(far, chunks, starts, strict=True)]
+    earlier = itertools.accumulate((g * len(chunk) for chunk in chunks), initial=0)
+    filled = sum(crossing_blocks(pattern, (range(c.start),), (c,)) for c in chunks)
     return Blocks(
         received=crossing_blocks(pattern, whole, chunks) - itself,
         itself=itself,
-        before=sum(far) + sum(halos),
-        far=0 if pattern.is_dense else sum(far),
-        filled=sum(filled),
-        last_before=far[-1] + halos[-1],
-        last_filled=filled[-1],
+        asked=sum(
+            crossing_blocks(pattern, (c,), (range(c.stop, n_blocks),))
+            for c in chunks
+            if c.stop < n_blocks
+        ),
+        before=sum(before),
+        filled=filled,
+        last_before=before[-1],
+        lead=max(0, *(rows - own for rows, own in zip(before, earlier, strict=False))),
     )
 
 

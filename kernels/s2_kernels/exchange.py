@@ -183,6 +183,36 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Rows of gradients that come home, by the block of the rank's own that they are added to.
+
+    Attributes:
+        slots, heads: local block and KV head, int64 [blocks]; each pair once.
+        rows: indices into the rows that were sent, and come back in their order, int64 [rows]:
+            those of a block one after the other, by rank.
+        starts: where in `rows` each block's begin, and their number, int64 [blocks + 1].
+    """
+
+    slots: Tensor
+    heads: Tensor
+    rows: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, send: Placement) -> "Sums":
+        if not len(send.rows):
+            return cls(send.slots, send.heads, send.rows, send.rows.new_zeros(1))
+        pairs = torch.stack([send.heads, send.slots], dim=1)
+        pairs, block, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+        heads, slots = (x.contiguous() for x in pairs.unbind(1))
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(slots, heads, block.argsort(stable=True), starts)
+
+    def to(self, device: torch.device) -> "Sums":
+        return Sums(*(x.to(device) for x in (self.slots, self.heads, self.rows, self.starts)))
+
+
+@dataclass(frozen=True)
 class ChunkView:
     """What one chunk of a rank sees: a buffer of blocks, of which the last are the chunk's own.
 
@@ -192,6 +222,7 @@ class ChunkView:
         before: how many blocks of the buffer stand before its own: far, then the *halo*.
         near: where far ends; None where every block lies in the row of its position.
         came: where received blocks go in the buffer.
+        empty: the blocks of the buffer, before its own, that nobody sends; `rows` is empty.
     """
 
     chunk: range
@@ -199,6 +230,10 @@ class ChunkView:
     before: int
     near: Near | None
     came: Placement
+    empty: Placement
+
+    def to(self, device: torch.device) -> "ChunkView":
+        return replace(self, came=self.came.to(device), empty=self.empty.to(device))
 
 
 @dataclass(frozen=True)
@@ -213,6 +248,7 @@ class RankPlan:
         rank: this rank.
         send: the rows to send, as local blocks (`slots`) and KV heads; `rows` counts them.
         send_counts, receive_counts: rows per rank.
+        home: what is added to what when gradients of the sent rows come back.
         chunks: what each chunk sees.
     """
 
@@ -220,6 +256,7 @@ class RankPlan:
     send: Placement
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
+    home: Sums
     chunks: tuple[ChunkView, ...]
 
     @property
@@ -237,7 +274,8 @@ class RankPlan:
         return replace(
             self,
             send=self.send.to(device),
-            chunks=tuple(replace(view, came=view.came.to(device)) for view in self.chunks),
+            home=self.home.to(device),
+            chunks=tuple(view.to(device) for view in self.chunks),
         )
 
 
@@ -253,7 +291,8 @@ def plan_rank(pattern: LayerPattern, chunks: Sequence[Chunks], rank: int) -> Ran
     positions = [torch.cat([torch.arange(c.start, c.stop) for c in held]) for held in chunks]
     own = positions[rank]
     sends = [needed(pattern, held, n_blocks)[:, own].nonzero() for held in chunks]
-    send_heads, send_slots = torch.cat(sends).unbind(1)
+    send_heads, send_slots = (x.contiguous() for x in torch.cat(sends).unbind(1))
+    send = Placement(torch.arange(len(send_heads)), send_slots, send_heads)
     asked = needed(pattern, chunks[rank], n_blocks)
     receives = [asked[:, held].nonzero() for held in positions]
     heads = torch.cat([pairs[:, 0] for pairs in receives])
@@ -266,9 +305,10 @@ def plan_rank(pattern: LayerPattern, chunks: Sequence[Chunks], rank: int) -> Ran
         local += len(chunk)
     return RankPlan(
         rank=rank,
-        send=Placement(torch.arange(len(send_heads)), send_slots, send_heads),
+        send=send,
         send_counts=tuple(len(pairs) for pairs in sends),
         receive_counts=tuple(len(pairs) for pairs in receives),
+        home=Sums.of(send),
         chunks=tuple(views),
     )
 
@@ -284,13 +324,19 @@ def _view(
         lives = rule.lifetimes(chunk.stop)[blocks[of].clamp(max=chunk.start)]
         seen[of] = (blocks[of] < chunk.start) & (chunk.start - blocks[of] < lives)
         slots[of] = torch.from_numpy(near.rows(rule, blocks[of].numpy()))
+    came = Placement(seen.nonzero().flatten(), slots[seen], heads[seen])
+    before = near.row + chunk.start - near.start
+    filled = torch.zeros(before, len(pattern.rules), dtype=torch.bool)
+    filled[came.slots, came.heads] = True
+    empty_slots, empty_heads = (x.contiguous() for x in (~filled).nonzero().unbind(1))
     in_place = near.start == 0 or pattern.is_dense
     return ChunkView(
         chunk=chunk,
         local=local,
-        before=near.row + chunk.start - near.start,
+        before=before,
         near=None if in_place else near,
-        came=Placement(seen.nonzero().flatten(), slots[seen], heads[seen]),
+        came=came,
+        empty=Placement(empty_slots[:0], empty_slots, empty_heads),
     )
 
 

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2_kernels import LayerPattern, s2_attention, s2_attention_backward
-from s2_kernels.exchange import ChunkView, Placement, RankPlan, plan_rank, zigzag
+from s2_kernels.exchange import ChunkView, Placement, RankPlan, Sums, plan_rank, zigzag
+from s2_kernels.moves import add_blocks, copy_blocks, of_rows, of_tokens
 from s2megatron.attention.overlap import SPARE, Cut, choose_groups
 
 
@@ -95,10 +96,12 @@ class ContextAttention:
         for part, received, beside in self._arriving(self._parts(q, v), k, v):
             for view in part.plan.chunks:
                 tokens, heads = self._tokens(view), part.heads
-                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
+                queries, into = (x[:, tokens, heads] for x in (q, out))
+                own = (x[:, tokens, part.kv] for x in (k, v))
                 spare = self.spare if beside else 0
-                seen = self._attend_chunk(part, view, q[:, tokens, heads], *keys, spare)
-                out[:, tokens, heads], lse[:, heads, tokens] = seen
+                lse[:, heads, tokens] = self._attend_chunk(
+                    part, view, queries, *_buffer(view, received, *own), spare, into
+                )
         return out, lse
 
     def backward(
@@ -111,29 +114,31 @@ class ContextAttention:
             )
         parts = self._parts(q, v)
         spare = self.spare if len(parts) > 1 else 0
-        dq, dk, dv = (_room(x, x.shape[-1]) for x in (q, k, v))
+        dq = _room(q, q.shape[-1])
+        of_keys = _KeyGradients.room(parts, k, v)
         going_home = []
         for part, received, _ in self._arriving(parts, k, v):
-            gradients = _Gradients(received)
-            for view in part.plan.chunks:
+            rows = _row_gradients(part.plan, received)
+            for view in reversed(part.plan.chunks):
                 tokens, heads = self._tokens(view), part.heads
-                keys = _buffer(view, received, k[:, tokens, part.kv], v[:, tokens, part.kv])
-                queries = [x[:, tokens, heads] for x in (q, out, dout)]
-                chunk_lse = lse[:, heads, tokens].contiguous()
-                dq[:, tokens, heads], *of_keys = self._chunk_gradients(
-                    part, view, *queries, chunk_lse, *keys, spare
+                of_queries = (*(x[:, tokens, heads] for x in (q, out, dout)), lse[:, heads, tokens])
+                own = (x[:, tokens, part.kv] for x in (k, v))
+                into = dq[:, tokens, heads], *of_keys.buffer(part, view)
+                self._chunk_gradients(
+                    part, view, *of_queries, *_buffer(view, received, *own), spare, into
                 )
-                own = gradients.take(view, *of_keys)
-                dk[:, tokens, part.kv], dv[:, tokens, part.kv] = own
-            going_home.append((part, self._swap(part.plan, gradients.rows(), home=True)))
+                _add_to_rows(rows, view, *into[1:])
+            rows = rows.to(received.dtype)
+            going_home.append((part, self._swap(part.plan, rows, home=True)))
+        dk, dv = of_keys.own()
         for part, returned in going_home:
             own = (x[:, :, part.kv] for x in (dk, dv))
-            _add_returned(part.plan, returned.wait(), *own, self._block)
+            _add_returned(part.plan.home, returned.wait(), *own)
         return dq, dk, dv
 
-    def _attend_chunk(self, part: "_Part", view: ChunkView, q, k, v, spare: int):
-        """out and lse of a chunk's queries, over the keys of its buffer."""
-        return s2_attention(
+    def _attend_chunk(self, part: "_Part", view: ChunkView, q, k, v, spare: int, into: Tensor):
+        """Writes out of a chunk's queries, over the keys of its buffer; returns their lse."""
+        _, lse = s2_attention(
             q,
             k,
             v,
@@ -143,22 +148,27 @@ class ContextAttention:
             return_lse=True,
             near=view.near,
             spare=spare,
+            into=into,
         )
+        return lse
 
-    def _chunk_gradients(self, part: "_Part", view: ChunkView, q, out, dout, lse, k, v, spare: int):
-        """dq of a chunk's queries, and dk and dv of its buffer."""
-        return s2_attention_backward(
+    def _chunk_gradients(
+        self, part: "_Part", view: ChunkView, q, out, dout, lse, k, v, spare: int, into: tuple
+    ) -> None:
+        """Writes dq of a chunk's queries, and dk and dv of its buffer."""
+        s2_attention_backward(
             q,
             k,
             v,
             out,
-            lse,
+            lse.contiguous(),
             dout,
             part.pattern,
             softmax_scale=self.scale,
             q_offset=view.chunk.start * self._block,
             near=view.near,
             spare=spare,
+            into=into,
         )
 
     @property
@@ -257,11 +267,11 @@ class _Attend(torch.autograd.Function):
         return *ctx.attention.backward(*ctx.saved_tensors, dout), None
 
 
-def _room(x: Tensor, size: int) -> Tensor:
-    """Room for a tensor shaped like x [b, s, heads, d] but with size columns; laid out [s, b, ..],
-    as Megatron has it."""
+def _room(x: Tensor, size: int, lead: int = 0) -> Tensor:
+    """Room for a tensor shaped like x [b, s, heads, d] but with size columns, after `lead` tokens;
+    laid out [s, b, ..], as Megatron has it."""
     b, s, heads, _ = x.shape
-    return x.new_empty(s, b, heads, size).transpose(0, 1)
+    return x.new_empty(lead + s, b, heads, size).transpose(0, 1)
 
 
 def _buffer(view: ChunkView, received: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,73 +286,93 @@ def _buffer(view: ChunkView, received: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     _, b, block, size = received.shape
     own = view.before * block
     whole = received.new_empty(b, own + k.shape[1], k.shape[2], size)
-    before = whole[:, :own].unflatten(1, (view.before, block))
-    _clear(before)
-    before[:, view.came.slots, :, view.came.heads] = received[view.came.rows]
+    _clear(whole[:, :own], block, view.empty)
+    to = of_tokens(whole[:, :own], block, view.came.slots, view.came.heads)
+    copy_blocks(to, of_rows(received, view.came.rows))
     keys, values = whole.split([k.shape[-1], v.shape[-1]], dim=-1)
     keys[:, own:], values[:, own:] = k, v
     return keys, values
 
 
-def _clear(blocks: Tensor) -> None:
+def _clear(tokens: Tensor, block: int, empty: Placement, value: float = 0.0) -> None:
     """Sets to 0 what nobody may send: a kernel may load a block that it masks, and no NaN then."""
-    blocks.zero_()
+    if len(empty.slots):
+        tokens.unflatten(1, (-1, block))[:, empty.slots, :, empty.heads] = value
 
 
-class _Gradients:
-    """Float32 gradients of received rows, added up over the chunks of a rank.
+@dataclass(frozen=True)
+class _KeyGradients:
+    """dk and dv of this rank's tokens, where the kernels write them.
 
-    Args:
-        received: [R, b, B, d + dv].
+    A chunk's gradients are those of its buffer, whose last tokens are its own. So the buffers end
+    where the chunks do, and begin in what belongs to earlier chunks, or in `lead` tokens before
+    all. Later chunks come first: what their buffers leave in the place of an earlier one is read
+    (`_add_to_rows`) before that one is written.
+
+    Attributes:
+        memory: dk and dv, [b, lead + s, g, d] and [b, lead + s, g, dv].
     """
 
-    def __init__(self, received: Tensor):
-        self.received = received
-        self.sum: Tensor | None = None
+    memory: tuple[Tensor, Tensor]
+    lead: int
+    block: int
 
-    def take(self, view: ChunkView, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds a chunk's gradients of what it received; returns those of its own tokens."""
-        block = self.received.shape[2]
-        own = view.before * block
-        if len(view.came.rows):
-            if self.sum is None:
-                dtype = torch.promote_types(dk.dtype, torch.float32)
-                self.sum = torch.zeros_like(self.received, dtype=dtype)
-            parts = (x[:, :own].unflatten(1, (view.before, block)) for x in (dk, dv))
-            at = (slice(None), view.came.slots, slice(None), view.came.heads)
-            self.sum[view.came.rows] += torch.cat([x[at] for x in parts], dim=-1)
-        return dk[:, own:], dv[:, own:]
+    @classmethod
+    def room(cls, parts: "tuple[_Part, ...]", k: Tensor, v: Tensor) -> "_KeyGradients":
+        block = parts[0].pattern.block_size
+        views = [view for part in parts for view in part.plan.chunks]
+        lead = block * max(0, *(view.before - view.local.start for view in views))
+        return cls(tuple(_room(x, x.shape[-1], lead) for x in (k, v)), lead, block)
 
-    def rows(self) -> Tensor:
-        """[R, b, B, d + dv] in the dtype they are sent in."""
-        if self.sum is None:
-            return torch.zeros_like(self.received)
-        return self.sum.to(self.received.dtype)
+    def buffer(self, part: "_Part", view: ChunkView) -> list[Tensor]:
+        """dk and dv of a chunk's buffer."""
+        first, last = view.local.start - view.before, view.local.stop
+        tokens = slice(self.lead + first * self.block, self.lead + last * self.block)
+        return [x[:, tokens, part.kv] for x in self.memory]
+
+    def own(self) -> list[Tensor]:
+        return [x[:, self.lead :] for x in self.memory]
+
+
+def _row_gradients(plan: RankPlan, received: Tensor) -> Tensor:
+    """0, to which the gradients of received rows are added, chunk by chunk.
+
+    The first of them is what the kernels made, in their precision, and a sum of two is rounded
+    once. With more chunks than two, as no zigzag has them, sums between are kept in float32.
+    """
+    dtype = received.dtype
+    if len(plan.chunks) > 2:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return torch.zeros_like(received, dtype=dtype)
+
+
+def _add_to_rows(rows: Tensor, view: ChunkView, dk: Tensor, dv: Tensor) -> None:
+    """Adds the gradients of a chunk's buffer to those of the rows [R, b, B, d + dv] in it."""
+    block, came = rows.shape[2], view.came
+    for x, part in zip((dk, dv), _halves(rows, dk), strict=True):
+        add_blocks(of_rows(part, came.rows), of_tokens(x, block, came.slots, came.heads))
 
 
 def _pack(send: Placement, k: Tensor, v: Tensor, block: int) -> Tensor:
     """The blocks to send, [R, b, B, d + dv], in the order in which they travel."""
-    rows = [x.unflatten(1, (-1, block))[:, send.slots, :, send.heads] for x in (k, v)]
-    return torch.cat(rows, dim=-1)
+    rows = k.new_empty(len(send.rows), len(k), block, k.shape[-1] + v.shape[-1])
+    for x, part in zip((k, v), _halves(rows, k), strict=True):
+        copy_blocks(of_rows(part, send.rows), of_tokens(x, block, send.slots, send.heads))
+    return rows
 
 
-def _add_returned(plan: RankPlan, returned: Tensor, dk: Tensor, dv: Tensor, block: int) -> None:
-    """Adds to this rank's own dk and dv what the ranks sent home of its blocks, in their order.
+def _add_returned(home: Sums, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Adds to this rank's own dk and dv what the ranks sent home of its blocks, in their order."""
+    block = returned.shape[2]
+    for x, part in zip((dk, dv), _halves(returned, dk), strict=True):
+        to = of_tokens(x, block, home.slots, home.heads)
+        add_blocks(to, of_rows(part, home.rows), home.starts)
 
-    Within one rank's rows no block of a head comes twice, so each is a plain addition.
-    """
-    if not len(returned):
-        return
-    parts = returned.split([dk.shape[-1], dv.shape[-1]], dim=-1)
-    for own, rows in zip((dk, dv), parts, strict=True):
-        total = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-        blocks = total.unflatten(1, (-1, block))
-        for part, slots, heads in zip(
-            *(x.split(plan.send_counts) for x in (rows, plan.send.slots, plan.send.heads)),
-            strict=True,
-        ):
-            blocks[:, slots, :, heads] += part
-        own.copy_(total)
+
+def _halves(rows: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """The columns of rows that belong to K, and those that belong to V."""
+    size = k.shape[-1]
+    return rows.split([size, rows.shape[-1] - size], dim=-1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -97,29 +97,26 @@ def _ring(machine: Machine, layout: Layout, size: float, attention: float) -> Tr
 def copied_bytes(model: Model, layout: Layout, layer: int) -> tuple[float, float]:
     """Memory traffic that the exchange of blocks adds, forward and backward.
 
-    What attention/context_parallel.py does around its kernels, in bf16 reads and writes (a float32
-    one is two). Forward, rows are picked and joined to be sent (4), and those for the rank itself
-    are copied (2). The buffers are cleared before the chunks (1), filled with rows (4) and joined
-    to the chunks' own keys (2). Each chunk's output is put in its place (2). Backward the same, dq
-    being the output. Then far's gradients are cleared (1), those of the buffers' rows collected (4)
-    and added up in float32 (13), which begins with 0 (2) and ends in bf16 (3). They are sent home,
-    to the rank itself by a copy (2), and added (13) to those of the rank's own tokens, which are
-    put in their place (2) and made float32 and back (6). lse, an eightieth, is left out.
+    What attention/context_parallel.py does around its kernels, in reads and writes. Forward, rows
+    are picked to be sent (2), and those for the rank itself are copied (2). The buffers before the
+    chunks are filled with rows (2), or with 0 where there is none (1), and joined to the chunks'
+    own keys (2). Backward the same. Then the rows' gradients, which begin with 0 (1), are added up
+    over the buffers (3). They are sent home, to the rank itself by a copy (2), and added (1) to
+    those of the rank's own tokens (2). The kernels write the rest where it belongs. lse, an
+    eightieth, is left out.
 
-    tests/planner/test_context_copies.py counts the same in PyTorch's operations.
+    tests/planner/test_context_copies.py counts the same in the operations that run.
     """
     pattern = model.patterns[layer]
     if layout.cp == 1 or not layout.exchanges_blocks(pattern):
         return 0.0, 0.0
     blocks, row = layer_blocks(model, layout, layer), _row_bytes(model, layout, layer)
-    tokens = layout.local_tokens(model.shape)
-    queries = query_token_bytes(model, layout) * tokens
-    own = kv_token_bytes(model, layout) * tokens
+    own = kv_token_bytes(model, layout) * layout.local_tokens(model.shape)
     rows = blocks.received + blocks.itself
-    filled = row * (4 * rows + 2 * blocks.itself + blocks.before + 4 * blocks.filled)
-    forward = filled + 2 * own + 2 * queries
-    gradients = row * (blocks.far + 17 * blocks.filled + (2 + 3 + 13) * rows + 2 * blocks.itself)
-    return forward, forward + gradients + 8 * own
+    buffers = blocks.before + blocks.filled  # twice what is filled, once what is not
+    forward = row * (2 * rows + 2 * blocks.itself + buffers) + 2 * own
+    gradients = rows + 3 * blocks.filled + 2 * blocks.itself + rows + 2 * blocks.asked
+    return forward, forward + row * gradients
 
 
 def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
@@ -134,12 +131,10 @@ def buffer_bytes(model: Model, layout: Layout, layer: int) -> float:
     queries = query_token_bytes(model, layout) * tokens
     if layout.exchanges_blocks(model.patterns[layer]):
         blocks, row = layer_blocks(model, layout, layer), _row_bytes(model, layout, layer)
-        # Rows that were sent, those that came, and these ones' float32 gradients; the last chunk's
-        # buffer, the gradients of both chunks' buffers; dK and dV; the gradients of the output and
-        # of q. And the last chunk's dq, or its rows' gradients while they are added up in float32.
-        rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
-        more = max(queries / 2, 4 * row * blocks.last_filled)
-        return row * rows + 2.5 * own + 2 * queries + more
+        # Rows that were sent, those that came, and these ones' gradients; the last chunk's buffer;
+        # dK and dV, with what buffers reach into before them; the gradients of the output and of q.
+        rows = 3 * (blocks.received + blocks.itself) + blocks.last_before + blocks.lead
+        return row * rows + 1.5 * own + 2 * queries
     if layout.cp_comm == RING:
         return 4 * own + 2 * queries  # K and V, dK and dV, each here and on its way
     if layout.cp_comm == GATHER:

@@ -110,9 +110,9 @@ class TwoLaunches(ContextAttention):
         p = part.pattern
         return dense(heads=p.heads, kv_heads=p.kv_heads, block_size=p.block_size)
 
-    def _attend_chunk(self, part, view, q, k, v, spare):
+    def _attend_chunk(self, part, view, q, k, v, spare, into):
         if view.near is None or not view.near.row:
-            return super()._attend_chunk(part, view, q, k, v, spare)
+            return super()._attend_chunk(part, view, q, k, v, spare, into)
         far, near, far_at, near_at = self._cut(view, k, v)
         run = functools.partial(
             context_parallel.s2_attention, softmax_scale=self.scale, return_lse=True, spare=spare
@@ -123,19 +123,23 @@ class TwoLaunches(ContextAttention):
         near_weight, far_weight = (
             (x - total).exp().transpose(1, 2)[..., None] for x in (lse, far_lse)
         )
-        return (out * near_weight + far_out * far_weight).to(out.dtype), total
+        into.copy_(out * near_weight + far_out * far_weight)
+        return total
 
-    def _chunk_gradients(self, part, view, q, out, dout, lse, k, v, spare):
+    def _chunk_gradients(self, part, view, q, out, dout, lse, k, v, spare, into):
         if view.near is None or not view.near.row:
-            return super()._chunk_gradients(part, view, q, out, dout, lse, k, v, spare)
+            super()._chunk_gradients(part, view, q, out, dout, lse, k, v, spare, into)
+            return
         far, near, far_at, near_at = self._cut(view, k, v)
         run = functools.partial(
             context_parallel.s2_attention_backward, softmax_scale=self.scale, spare=spare
         )
+        lse = lse.contiguous()
         dq, *of_near = run(q, *near, out, lse, dout, part.pattern, q_offset=near_at)
         far_dq, *of_far = run(q, *far, out, lse, dout, self._far_pattern(part), q_offset=far_at)
-        dk, dv = (torch.cat(pair, dim=1) for pair in zip(of_far, of_near, strict=True))
-        return (dq.float() + far_dq).to(dq.dtype), dk, dv
+        into[0].copy_(dq.float() + far_dq)
+        for x, pair in zip(into[1:], zip(of_far, of_near, strict=True), strict=True):
+            torch.cat(pair, dim=1, out=x)
 
 
 def ways(kv_heads: int) -> dict[str, tuple[type, dict]]:

@@ -14,7 +14,8 @@ from context_cases import CASES
 from launches import ON_CPU, ROOT
 from ports import free_port
 
-from s2megatron.attention.context_parallel import ContextAttention
+from s2_kernels.exchange import Placement
+from s2megatron.attention.context_parallel import ContextAttention, _add_to_rows, _row_gradients
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,18 @@ def test_a_part_that_no_block_divides_is_refused():
         attention.attend(q, q, q)
     with pytest.raises(ValueError, match="2 blocks do not divide into 4 chunks"):
         attention.attend(*[torch.zeros(1, 16, 4, 8)] * 3)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_gradients_of_rows_are_added_up_over_chunks_and_rounded_once(chunks):
+    g = torch.Generator().manual_seed(0)
+    view = SimpleNamespace(came=Placement(*torch.tensor([[1, 0], [0, 2], [1, 0]])))
+    received = torch.full((2, 1, 16, 12), float("nan"), dtype=torch.bfloat16)
+    rows = _row_gradients(SimpleNamespace(chunks=[view] * chunks), received)
+    total = torch.zeros(2, 1, 16, 12)
+    for _ in range(chunks):
+        dk, dv = (torch.randn(1, 64, 2, d, generator=g).bfloat16() for d in (8, 4))
+        _add_to_rows(rows, view, dk, dv)
+        both = torch.cat([dk, dv], dim=-1).float()
+        total += torch.stack([both[:, 32:48, 0], both[:, :16, 1]])
+    assert torch.equal(rows.to(received.dtype), total.bfloat16())

@@ -1,5 +1,7 @@
 """What crosses between context-parallel ranks, against the lifetimes block by block."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -99,6 +101,29 @@ def test_a_chunk_finds_what_its_pattern_asks_for(pattern, chunks):
             seen = mask[:, chunk.start : chunk.stop]
             assert not (seen & ~has[:, None]).any(), "a chunk sees a block that did not come"
             assert not (has[:, : chunk.start] & ~seen[:, 0, : chunk.start]).any(), "not asked for"
+
+
+@given(any_pattern(), any_chunks())
+def test_every_row_comes_home_and_every_block_of_a_buffer_is_known(pattern, chunks):
+    for rank in range(len(chunks)):
+        plan = plan_rank(pattern, chunks, rank)
+        home, sent = plan.home, list(zip(plan.send.slots, plan.send.heads, strict=True))
+        own = list(zip(home.slots.tolist(), home.heads.tolist(), strict=True))
+        assert len(set(own)) == len(own) == len(home.starts) - 1
+        assert sorted(home.rows.tolist()) == list(range(len(sent)))
+        for i, block in enumerate(own):
+            rows = home.rows[home.starts[i] : home.starts[i + 1]].tolist()
+            assert rows == sorted(rows) and rows  # by rank
+            assert all(sent[row] == block for row in rows)
+        for view in plan.chunks:
+            came, empty = (
+                set(zip(x.slots.tolist(), x.heads.tolist(), strict=True))
+                for x in (view.came, view.empty)
+            )
+            assert came.isdisjoint(empty)
+            assert came | empty == set(
+                itertools.product(range(view.before), range(pattern.kv_heads))
+            )
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

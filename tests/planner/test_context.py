@@ -1,7 +1,7 @@
 """The planner's context parallelism: bytes by s2_kernels.exchange's plan, the rest by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -117,9 +117,10 @@ def test_buffers_are_those_of_the_exchanges_plan(name):
         before, filled = [4 * x.before for x in views], [len(x.came.rows) for x in views]
         received = plan_of_rank.received_blocks
         itself = sum(plan_of_rank.receive_counts) - received
-        far = sum(4 * x.near.row for x in views if x.near)
-        rest = (sum(before), far, sum(filled), before[-1], filled[-1])
-        counted.append((received, itself, *rest))
+        asked = len(plan_of_rank.home.slots)
+        lead = max(0, *(4 * (x.before - x.local.start) for x in views))
+        rest = (sum(before), sum(filled), before[-1], lead)
+        counted.append((received, itself, asked, *rest))
         sent = sum(plan_of_rank.send_counts) - itself
         assert sent <= 1.2 * busiest(pattern, 64, 4).received
     assert busiest(pattern, 64, 4) == Blocks(*map(max, *counted))
@@ -158,7 +159,7 @@ def test_zigzag_spreads_attention_evenly(name):
 def test_a_single_rank_exchanges_nothing():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=1)
     assert context.received_bytes(model, layout, 0) == 0
-    assert busiest(model.patterns[0], 2048, 1).far == 0
+    assert busiest(model.patterns[0], 2048, 1) == Blocks(*[0] * len(fields(Blocks)))
     result = plan(SIMPLE, model, layout)
     assert result.context == 0 and "CP" not in result.axes
     assert context.copied_bytes(model, layout, 0) == (0, 0)
@@ -222,7 +223,10 @@ def test_attention_is_a_ranks_share_at_the_rate_of_its_tokens():
 
 
 def test_attention_over_four_gpus_is_predicted_as_measured():
-    """docs/benchmarks/context-parallel.md, all heads at once: none of it set a constant."""
+    """docs/benchmarks/context-parallel.md, all heads at once: none of it set a constant.
+
+    The measured commit copied more than today's (`context.copied_bytes`).
+    """
     raw = Path(__file__).parents[2] / "docs/benchmarks/raw/context-parallel-h100x4-2026-11-27.json"
     rows = [x for x in json.loads(raw.read_text())["rows"] if x["way"] == "one launch"]
     machine = load_machine("h100")
@@ -231,12 +235,24 @@ def test_attention_over_four_gpus_is_predicted_as_measured():
         alone = sum(attention_seconds(machine, model, Layout(gpus=1), 0))
         attention = attention_seconds(machine, model, layout, 0)
         exchange = context.context_traffic(machine, model, layout, 0, attention)
-        copied = sum(context.copied_bytes(model, layout, 0))
+        copied = _copied_when_measured(row["tokens"])
         together = sum(attention) + sum(x.exposed for x in exchange)
         together += machine.memory_seconds(copied)
         assert 1e3 * alone == pytest.approx(row["one_ms"], rel=0.02)
         assert 1e3 * together == pytest.approx(row["together_ms"], rel=0.05)
     assert [row["tokens"] for row in rows] == [128 * K, 512 * K]
+
+
+def _copied_when_measured(tokens: int) -> float:
+    """Of both passes over four ranks: rows and buffers were copied twice, each chunk's results
+    once, and gradients were added up by operations in float32."""
+    model = eight_groups(16, tokens)
+    blocks, row = busiest(model.patterns[0], tokens // 64, 4), 64 * 2 * 128 * 2
+    queries, own = tokens // 4 * 32 * 128 * 2, tokens // 4 * 4096
+    sent = blocks.received + blocks.itself
+    keys = row * (4 * sent + 2 * blocks.itself + blocks.before + 4 * blocks.filled) + 2 * own
+    gradients = row * (17 * blocks.filled + 18 * sent + 2 * blocks.itself)
+    return 2 * (keys + 2 * queries) + gradients + 8 * own
 
 
 def test_a_layer_shrinks_with_its_tokens_and_pays_for_copies():
@@ -279,17 +295,17 @@ def test_every_micro_batch_exchanges():
 def test_copies_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
     row = 64 * 2 * 128 * 2
-    queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
+    own = 32 * K * 4096
     window = Model(model.shape, (sliding_window(heads=32, kv_heads=8, local_blocks=16),) * 2)
     for model_of, far in ((model, True), (window, False)):
         blocks = busiest(model_of.patterns[0], 2048, 4)
-        assert (blocks.far > 0) == (blocks.itself > 0) == far
+        assert (blocks.itself > 0) == far and blocks.asked > 0
         sent = blocks.received + blocks.itself
-        keys = row * (4 * sent + 2 * blocks.itself + blocks.before + 4 * blocks.filled) + 2 * own
-        gradients = row * (blocks.far + 17 * blocks.filled + 18 * sent + 2 * blocks.itself)
+        buffers = 2 * blocks.filled + (blocks.before - blocks.filled)
+        keys = row * (2 * sent + 2 * blocks.itself + buffers) + 2 * own
+        gradients = sent + 3 * blocks.filled + 2 * blocks.itself + sent + 2 * blocks.asked
         forward, backward = context.copied_bytes(model_of, layout, 0)
-        assert forward == keys + 2 * queries
-        assert backward == keys + 2 * queries + gradients + 8 * own
+        assert (forward, backward) == (keys, keys + row * gradients)
     assert context.copied_bytes(model, layout, 1) == (0, 0)  # Transformer Engine's own
     assert context.copied_bytes(model, replace(layout, fused=False), 1) > (0, 0)
 
@@ -298,14 +314,13 @@ def test_buffers_by_hand():
     model, layout = eight_groups(16, 128 * K), Layout(gpus=4, cp=4)
     blocks, row = busiest(model.patterns[0], 2048, 4), 64 * 2 * 128 * 2
     queries, own = 32 * K * 32 * 128 * 2, 32 * K * 4096
-    rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
-    assert 0 < 4 * row * blocks.last_filled < queries / 2
-    held = row * rows + 2.5 * own + 2.5 * queries
+    rows = 3 * (blocks.received + blocks.itself) + blocks.last_before + blocks.lead
+    held = row * rows + 1.5 * own + 2 * queries
     assert context.buffer_bytes(model, layout, 0) == held
     every = replace(layout, fused=False)  # the dense layer, whose rows are many
     blocks = busiest(model.patterns[1], 2048, 4)
-    rows = 4 * (blocks.received + blocks.itself) + blocks.before + blocks.last_before
-    held = row * (rows + 4 * blocks.last_filled) + 2.5 * own + 2 * queries
+    rows = 3 * (blocks.received + blocks.itself) + blocks.last_before + blocks.lead
+    held = row * rows + 1.5 * own + 2 * queries
     assert context.buffer_bytes(model, every, 1) == held
     for way, expected in (
         (RING, 4 * own + 2 * queries),
@@ -328,10 +343,8 @@ def test_memory_holds_local_tokens_and_shards_the_optimizer_over_cp():
     inputs = 24 * tokens * (2048 * 2 + 16 * (2 * 128 + 4))
     layer = memory.saved_per_layer(model.shape, layout, 0)
     mlp = 2 * tokens * (3 * 5504 + 2 * 2048)
-    freed = memory.saved_by_mlp(model.shape, layout, 0)
-    assert freed == 2 * tokens * 3 * 5504
-    buffers = context.buffer_bytes(model, layout, 0)
-    assert buffers - freed < mlp < buffers  # the MLP's gradients beside what it saved are more
+    assert memory.saved_by_mlp(model.shape, layout, 0) == 2 * tokens * 3 * 5504
+    assert context.buffer_bytes(model, layout, 0) < mlp  # the MLP's gradients are more
     assert held.activations == pytest.approx(inputs + max(0, layer + mlp - held.logits))
 
 

@@ -1,7 +1,8 @@
 """What context parallelism copies and holds: the planner's figures beside the operations that run.
 
 Each rank of `ContextAttention` runs on the CPU, with kernels that only allocate, in a group whose
-other ranks are not there. PyTorch's operations are counted.
+other ranks are not there. PyTorch's operations are counted, and
+blocks that are moved, which on GPUs a kernel of ours does.
 """
 
 import pytest
@@ -10,10 +11,10 @@ import torch.distributed as dist
 from planner_cases import make_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from s2_kernels import dense, local_stride
-from s2_kernels.near import clear_far
+from s2_kernels.moves import Blocks
 from s2_kernels.pattern import ranges, sliding_window
 from s2megatron.attention import context_parallel
 from s2megatron.planner import context
@@ -63,14 +64,10 @@ class Counted(TorchDispatchMode):
             return 2 * counts[self.rank] * _size(rows[:1])
         if name in ("zero_", "zeros_like", "zeros", "new_zeros"):
             return made[0]
-        if name == "index":
-            return 2 * made[0]
-        if name == "index_put_":
-            return given[-1] + given[-1] * args[0].element_size() // args[2].element_size()
+        if name == "index_put_":  # blocks set to a number
+            return len(args[1][1]) * _size(args[0][:, :1, :, :1])
         if name == "copy_":
             return sum(given)
-        if name in ("add_", "cat", "clone", "_to_copy"):
-            return sum(given) + sum(made)
         raise AssertionError(f"{op} is not counted yet")
 
 
@@ -84,19 +81,35 @@ def _size(x: torch.Tensor) -> int:
     return x.numel() * x.element_size() if x.dim() >= 4 else 0
 
 
-def _attend(q, k, v, pattern, **options):
-    return torch.empty_like(q), q.new_empty(len(q), q.shape[2], q.shape[1], dtype=torch.float32)
+def _attend(q, k, v, pattern, *, into, **options):
+    return into, q.new_empty(len(q), q.shape[2], q.shape[1], dtype=torch.float32)
 
 
-def _gradients(q, k, v, out, lse, dout, pattern, *, near, **options):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    clear_far(near, pattern, dk, dv)
-    return dq, dk, dv
+def _gradients(q, k, v, out, lse, dout, pattern, *, into, **options):
+    return into
+
+
+def _copy(to, source):
+    _looking().moved += 2 * _size_of(to)
+
+
+def _add(to, source, starts=None):
+    _looking().moved += 2 * _size_of(to) + _size_of(source)
+
+
+def _looking() -> Counted:
+    return _get_current_dispatch_mode()
+
+
+def _size_of(blocks: Blocks) -> int:
+    return len(blocks.slots) * _size(blocks.x[:, :1, :, :1])
 
 
 @pytest.fixture
 def counted(request, monkeypatch):
     """The planner's model of a layer of such a pattern; what each rank's two passes do."""
+    monkeypatch.setattr(context_parallel, "copy_blocks", _copy)
+    monkeypatch.setattr(context_parallel, "add_blocks", _add)
     monkeypatch.setattr(context_parallel, "s2_attention", _attend)
     monkeypatch.setattr(context_parallel, "s2_attention_backward", _gradients)
     pattern, found = PATTERNS[request.param], []
@@ -131,4 +144,6 @@ def test_copies_and_buffers_are_those_of_the_operations(counted):
     layout = Layout(gpus=RANKS, cp=RANKS, fused=False)
     said = (*context.copied_bytes(model, layout, 0), context.buffer_bytes(model, layout, 0))
     for most, planned in zip(map(max, *found), said, strict=True):
+        print(most, planned, planned / most)
+        print(most, planned, planned / most)
         assert most <= planned <= 1.12 * most

@@ -5,6 +5,7 @@ what every case gave (JSON). Groups of 1, 2 and 3 ranks are subgroups of the 4 t
 """
 
 import datetime
+import functools
 import json
 import os
 import sys
@@ -89,7 +90,8 @@ CASES = {
 
 def poison(value: float):
     """Makes `value` stand in buffers where nobody sent anything. (Sums start at 0 all the same.)"""
-    return mock.patch.object(context_parallel, "_clear", lambda blocks: blocks.fill_(value))
+    fill = functools.partial(context_parallel._clear, value=value)
+    return mock.patch.object(context_parallel, "_clear", fill)
 
 
 def _inputs(case: ContextCase):
