@@ -64,8 +64,9 @@ def layer_table(
     if uncovered:
         lines.append(
             f"note: the shards of layer(s) {_list(uncovered)} leave blocks uncovered (column "
-            "'uncovered'): beyond their windows no head of that layer sees these blocks; more KV "
-            "heads, a larger head_step or a smaller stride cover them"
+            "'uncovered'): beyond their windows no head of that layer sees these blocks; "
+            f"{patterns[0].kv_heads} KV heads cover a stride of up to {patterns[0].kv_heads}, with "
+            "head_step 1"
         )
     return "\n".join(line.rstrip() for line in lines)
 

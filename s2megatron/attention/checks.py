@@ -251,5 +251,6 @@ def _refuse_inference(attention, args, kwargs):
     if kwargs.get("inference_context") is not None or kwargs.get("inference_params") is not None:
         raise RuntimeError(
             f"layer {attention.layer_number}: Megatron's inference contexts do not run S2 "
-            "attention; convert the checkpoint and generate elsewhere"
+            "attention; convert the checkpoint (s2megatron convert to-hf) and generate in "
+            "transformers (docs/inference.md)"
         )

@@ -159,7 +159,8 @@ class _CausalCoreAttention(MegatronModule):
         self._require(
             query.shape[0] == key.shape[0],
             f"{query.shape[0]} queries against {key.shape[0]} keys",
-            "inference with a KV cache is not supported yet",
+            "Megatron's KV cache is not supported; convert the checkpoint (s2megatron convert "
+            "to-hf) and generate in transformers (docs/inference.md)",
         )
         if self.keeps_inputs and torch.is_grad_enabled():
             value = let_go(value, query)

@@ -13,9 +13,8 @@ For every length: forward and backward on one GPU, and, in rows, the ways to sha
 Each on all GPUs together, and with the exchange left out (its buffers are there, nothing is sent),
 which gives the communication that is not hidden. Times are medians in ms, of the slowest rank.
 Bytes are those counted at the collective, per forward and backward pass, and stop the run where
-they are not the formula's. Writes OUT/NAME.json, and prints a table. "auto" leaves queries at an
-offset to the portable kernels until the Hopper ones have been tested: `--backend hopper` takes
-these. Without GPUs it runs on gloo, to be tried out.
+they are not the formula's. Writes OUT/NAME.json, and prints a table. Without GPUs
+it runs on gloo, to be tried out.
 """
 
 import argparse
