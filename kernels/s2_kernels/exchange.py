@@ -25,6 +25,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,6 +183,21 @@ class Placement:
         return Placement(*(x.to(device) for x in (self.rows, self.slots, self.heads)))
 
 
+class Places(NamedTuple):
+    """Blocks of single heads: int64 [blocks] each."""
+
+    slots: Tensor
+    heads: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Places":
+        """Those that a mask [slots, heads] names."""
+        return cls(*(x.contiguous() for x in mask.nonzero().unbind(1)))
+
+    def to(self, device: torch.device) -> "Places":
+        return Places(*(x.to(device) for x in self))
+
+
 @dataclass(frozen=True)
 class Sums:
     """Rows of gradients that come home, by the block of the rank's own that they are added to.
@@ -222,7 +238,8 @@ class ChunkView:
         before: how many blocks of the buffer stand before its own: far, then the *halo*.
         near: where far ends; None where every block lies in the row of its position.
         came: where received blocks go in the buffer.
-        empty: the blocks of the buffer, before its own, that nobody sends; `rows` is empty.
+        empty: the blocks of the buffer, before its own, that nobody sends.
+        own: all of its own blocks, slots being counted from the chunk's first.
     """
 
     chunk: range
@@ -230,10 +247,12 @@ class ChunkView:
     before: int
     near: Near | None
     came: Placement
-    empty: Placement
+    empty: Places
+    own: Places
 
     def to(self, device: torch.device) -> "ChunkView":
-        return replace(self, came=self.came.to(device), empty=self.empty.to(device))
+        lists = {name: getattr(self, name).to(device) for name in ("came", "empty", "own")}
+        return replace(self, **lists)
 
 
 @dataclass(frozen=True)
@@ -326,9 +345,8 @@ def _view(
         slots[of] = torch.from_numpy(near.rows(rule, blocks[of].numpy()))
     came = Placement(seen.nonzero().flatten(), slots[seen], heads[seen])
     before = near.row + chunk.start - near.start
-    filled = torch.zeros(before, len(pattern.rules), dtype=torch.bool)
-    filled[came.slots, came.heads] = True
-    empty_slots, empty_heads = (x.contiguous() for x in (~filled).nonzero().unbind(1))
+    empty = torch.ones(before, pattern.kv_heads, dtype=torch.bool)
+    empty[came.slots, came.heads] = False
     in_place = near.start == 0 or pattern.is_dense
     return ChunkView(
         chunk=chunk,
@@ -336,7 +354,8 @@ def _view(
         before=before,
         near=None if in_place else near,
         came=came,
-        empty=Placement(empty_slots[:0], empty_slots, empty_heads),
+        empty=Places.of(empty),
+        own=Places.of(torch.ones(len(chunk), pattern.kv_heads)),
     )
 
 

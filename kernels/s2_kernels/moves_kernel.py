@@ -62,7 +62,17 @@ def s2_move_blocks_kernel(
 
 
 def move_blocks(to: Blocks, source: Blocks, starts: torch.Tensor | None, *, add: bool) -> None:
-    """`moves.copy_blocks` or, with `add`, `moves.add_blocks`; by the plan of such a move."""
+    """`moves.copy_blocks` or, with `add`, `moves.add_blocks`; by the plan of such a move.
+
+    Raises:
+        ValueError: a last dimension is not contiguous.
+    """
+    for x in (to.x, source.x):
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"blocks of a tensor with strides {x.stride()}: its last dimension must be "
+                "contiguous; call contiguous() on it"
+            )
     tensors = (to.x, source.x, *to[1:], *source[1:], starts)
     launcher = launch_add if add else launch_copy
     key = (add, *((x.shape, x.stride(), x.dtype) for x in tensors[:2]))

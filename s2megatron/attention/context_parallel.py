@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2_kernels import LayerPattern, s2_attention, s2_attention_backward
-from s2_kernels.exchange import ChunkView, Placement, RankPlan, Sums, plan_rank, zigzag
+from s2_kernels.exchange import ChunkView, Placement, Places, RankPlan, Sums, plan_rank, zigzag
 from s2_kernels.moves import add_blocks, copy_blocks, of_rows, of_tokens
 from s2megatron.attention.overlap import SPARE, Cut, choose_groups
 
@@ -289,12 +289,13 @@ def _buffer(view: ChunkView, received: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     _clear(whole[:, :own], block, view.empty)
     to = of_tokens(whole[:, :own], block, view.came.slots, view.came.heads)
     copy_blocks(to, of_rows(received, view.came.rows))
-    keys, values = whole.split([k.shape[-1], v.shape[-1]], dim=-1)
-    keys[:, own:], values[:, own:] = k, v
+    keys, values = _halves(whole, k)
+    for x, part in ((k, keys), (v, values)):
+        copy_blocks(of_tokens(part[:, own:], block, *view.own), of_tokens(x, block, *view.own))
     return keys, values
 
 
-def _clear(tokens: Tensor, block: int, empty: Placement, value: float = 0.0) -> None:
+def _clear(tokens: Tensor, block: int, empty: Places, value: float = 0.0) -> None:
     """Sets to 0 what nobody may send: a kernel may load a block that it masks, and no NaN then."""
     if len(empty.slots):
         tokens.unflatten(1, (-1, block))[:, empty.slots, :, empty.heads] = value

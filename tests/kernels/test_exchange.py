@@ -120,6 +120,9 @@ def test_every_row_comes_home_and_every_block_of_a_buffer_is_known(pattern, chun
                 set(zip(x.slots.tolist(), x.heads.tolist(), strict=True))
                 for x in (view.came, view.empty)
             )
+            own = set(zip(view.own.slots.tolist(), view.own.heads.tolist(), strict=True))
+            chunk = itertools.product(range(len(view.chunk)), range(pattern.kv_heads))
+            assert own == set(chunk) and len(own) == len(view.own.slots)
             assert came.isdisjoint(empty)
             assert came | empty == set(
                 itertools.product(range(view.before), range(pattern.kv_heads))

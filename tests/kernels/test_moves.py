@@ -4,7 +4,7 @@ import pytest
 import torch
 from move_cases import MOVE_CASES, STARTS, check_moves
 
-from s2_kernels import moves
+from s2_kernels import moves, moves_kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -30,6 +30,13 @@ def test_sums_are_made_in_order_and_rounded_once(dtype):
         expected[at] = total.to(dtype)
     moves.add_blocks(moves.of_tokens(k, 8, slots, heads), moves.of_rows(rows, which), STARTS)
     assert torch.equal(k, expected)
+
+
+def test_columns_that_are_apart_are_refused():
+    x, one = torch.zeros(1, 8, 1, 64)[..., ::2], torch.zeros(1).long()
+    blocks = moves.of_tokens(x, 8, one, one)
+    with pytest.raises(ValueError, match=r"strides \(512, .*, 2\): its last dimension"):
+        moves_kernel.move_blocks(blocks, blocks, None, add=False)
 
 
 def test_nothing_to_move():
