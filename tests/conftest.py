@@ -12,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "triton", "training"]
 LONG += ["hopper_lists", "vllm", "vllm_server", "vllm_models", "convert", "layouts", "scaling"]
