@@ -17,10 +17,10 @@ if not torch.cuda.is_available():
 
     quick_interpreter.install()
 
-LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "triton", "training"]
-LONG += ["hopper_lists", "vllm", "vllm_server", "vllm_models", "convert", "layouts", "scaling"]
-LONG += ["study", "model_checks", "convert_errors"]
-"""Test files that take half a minute of a core or more, the longest first: so no worker ends with
+LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "vllm", "triton"]
+LONG += ["convert", "study", "vllm_models", "scaling", "training", "layouts", "vllm_server"]
+LONG += ["context_parallel", "hopper_emulated", "model_checks", "bench_serving"]
+"""Test files that take 20 seconds of a core or more, the longest first: so no worker ends with
 one while the other is idle."""
 
 
