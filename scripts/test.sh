@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 make_empty_venv
+make_uv
 # Side by side: each downloads, unpacks and waits by turns. What cannot be had of the last two is
 # said, and their tests are skipped.
 make_newest_triton & make_vllm & make_venv "[test]"

@@ -7,16 +7,20 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all is imported: a fifth of that time
 
-import torch
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import quick_interpreter
 
-LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "triton", "training"]
-LONG += ["hopper_lists", "vllm", "vllm_server", "vllm_models", "convert", "layouts", "scaling"]
-LONG += ["study", "model_checks", "convert_errors"]
-"""Test files that take half a minute of a core or more, the longest first: so no worker ends with
+    quick_interpreter.install()
+
+LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "vllm", "triton"]
+LONG += ["convert", "study", "vllm_models", "scaling", "training", "layouts", "vllm_server"]
+LONG += ["context_parallel", "hopper_emulated", "model_checks", "bench_serving"]
+"""Test files that take 20 seconds of a core or more, the longest first: so no worker ends with
 one while the other is idle."""
 
 
@@ -29,6 +33,7 @@ def pytest_collection_finish():
     """What was imported stays: garbage collections need not look at its objects each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,29 @@ def test_named_python_that_is_too_old_is_refused(tmp_path):
     assert done.returncode == 1 and "is not a Python 3.12 or later" in done.stderr
 
 
+@pytest.mark.parametrize("uv_ends_with, said", [(0, ""), (2, "pip tries"), (None, "")])
+def test_uv_installs_and_pip_where_it_does_not(tmp_path, uv_ends_with, said):
+    """Also from the index that pip was told of."""
+    stand_ins = {".venv/bin/python": 0, ".venv/uv/bin/uv": uv_ends_with}
+    for name, status in stand_ins.items():
+        if status is not None:
+            file = tmp_path / name
+            file.parent.mkdir(parents=True)
+            line = f'"{file.name} $UV_DEFAULT_INDEX $*" >>called'
+            file.write_text(f"#!/bin/sh\necho {line}\nexit {status}\n")
+            file.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", f". {ROOT}/scripts/common.sh; install_packages --no-deps torch"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PIP_INDEX_URL": "https://mirror/simple"},
+    )  # fmt: skip
+    assert done.returncode == 0 and said in done.stdout
+    uv = "uv https://mirror/simple pip install --quiet --python .venv/bin/python --no-deps torch"
+    pip = "python  -m pip install --quiet --disable-pip-version-check --no-compile --no-deps torch"
+    expected = {0: [uv], 2: [uv, pip], None: [pip]}[uv_ends_with]
+    assert (tmp_path / "called").read_text().splitlines() == expected
+
+
 def test_quickstart_learns_and_resumes(tmp_path):
     """The whole script, at 120 steps: well below the unigram entropy, and all that it promises."""
     run = tmp_path / "quickstart"

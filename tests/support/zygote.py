@@ -99,6 +99,7 @@ def _zygote() -> str:
 
 
 def main(path: str) -> None:
+    gc.disable()  # while importing: a fifth of the time
     from s2megatron.errors import hide_import_warnings
     from s2megatron.training import cpu_runtime
 
@@ -108,6 +109,7 @@ def main(path: str) -> None:
     for name in AHEAD:
         importlib.import_module(name)
     _read_sources_of_options_once()
+    gc.enable()
     gc.freeze()  # collections in the children need not look at what came with the imports
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished runs need no burial
     with socket.socket(socket.AF_UNIX) as server:
