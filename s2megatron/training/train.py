@@ -1,5 +1,6 @@
 """A prepared run, handed to Megatron's `pretrain()`."""
 
+import gc
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -110,6 +111,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
             lock, pruner = _take_output(ready)
     meter = _meter(ready)
     watch = _watch_writer(lock, args.rank) if args.async_save else None
+    gc.freeze()  # what was imported stays: no collection needs to look at it
+    gc.enable()
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, ready.model_config),
