@@ -13,7 +13,7 @@ import os
 import types
 
 import torch
-from torch.utils._device import _device_constructors
+from torch.overrides import TorchFunctionMode
 
 from s2megatron.cluster.environment import cores
 from s2megatron.cluster.orphans import die_with_parent
@@ -57,42 +57,30 @@ class _Event:
         return 0.0
 
 
-def _cuda_means_cpu() -> None:
-    """In torch's calls that take a device; `.cuda()` and `.pin_memory()` do nothing.
-
-    A TorchFunctionMode would say it once, and be asked in every torch call: 9,000 times in a step
-    of a small model, a sixth of that step's time.
-    """
-    makers = {maker.__name__ for maker in _device_constructors()}
-    makers |= {name for name in dir(torch) if name.endswith("_like")}
-    for name in makers:
-        if isinstance(getattr(torch, name, None), types.BuiltinFunctionType):
-            setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in ("to", *(name for name in dir(torch.Tensor) if name.startswith("new_"))):
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
-    torch.Tensor.cuda = torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    kind = torch.Tensor.type
-    # Two optimizers ask for 'torch.cuda.FloatTensor' by name.
-    torch.Tensor.type = lambda self, *args, **kwargs: (
-        kind(self, *args, **kwargs)
-        if args or kwargs
-        else kind(self).replace("torch.", "torch.cuda.", 1)
-    )
+_ASKS_FOR_A_DEVICE = frozenset({"cuda", "pin_memory", "type", "to"})
+"""Calls that name a device without a keyword."""
 
 
-def _on_cpu(function):
-    """The function, with the CPU where its arguments name CUDA, and without pinned memory."""
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in every torch call; `.cuda()` and `.pin_memory()` do nothing."""
 
-    @functools.wraps(function)
-    def on_cpu(*args, **kwargs):
-        args = tuple(map(_to_cpu, args))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if not kwargs and name not in _ASKS_FOR_A_DEVICE:  # most calls, thousands in a step
+            return func(*args)
+        kwargs = kwargs or {}
+        if name in ("cuda", "pin_memory") and args and isinstance(args[0], torch.Tensor):
+            return args[0]
+        if name == "type" and len(args) == 1 and not kwargs:
+            # Two optimizers ask for 'torch.cuda.FloatTensor' by name.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if name == "to":
+            args = tuple(_to_cpu(a) for a in args)
         if "device" in kwargs:
-            kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs = kwargs | {"device": _to_cpu(kwargs["device"])}
         if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return function(*args, **kwargs)
-
-    return on_cpu
+            kwargs = kwargs | {"pin_memory": False}
+        return func(*args, **kwargs)
 
 
 def _to_cpu(value):
@@ -166,7 +154,7 @@ def install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: (
         torch.set_rng_state(state)
     )
-    _cuda_means_cpu()
+    _CudaMeansCpu().__enter__()
 
 
 def _preload_copies(write_buckets, non_blocking=True):
