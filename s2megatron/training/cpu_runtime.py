@@ -146,7 +146,7 @@ def install() -> None:
     os.register_at_fork(after_in_child=die_with_parent)
     FileSystemWriterAsync.preload_tensors = staticmethod(_preload_copies)
     # Its warm-up of fused kernels only compiles them.
-    training.set_jit_fusion_options = nothing
+    training.set_jit_fusion_options = _nothing()
     # These read and write the CUDA generator through torch._C.
     megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: (
         torch.get_rng_state()
@@ -168,13 +168,15 @@ def _preload_copies(write_buckets, non_blocking=True):
     ]
 
 
-def nothing(*args, **kwargs) -> None:
-    """For calls that only matter to a GPU."""
+def _nothing():
+    """For a call that only matters to a GPU. Each is a function of its own: torch.compile's tables
+    refuse one that stands in two places."""
+    return lambda *args, **kwargs: None
 
 
-def zero(*args, **kwargs) -> int:
-    """For questions about a GPU's memory."""
-    return 0
+def _zero():
+    """For a question about a GPU's memory; each a function of its own."""
+    return lambda *args, **kwargs: 0
 
 
 def _answer_for_the_device() -> None:
@@ -182,27 +184,27 @@ def _answer_for_the_device() -> None:
         # Model parallelism and its random state are set up only where GPUs are counted.
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "reset_peak_memory_stats": nothing,
+        "set_device": _nothing(),
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
+        "reset_peak_memory_stats": _nothing(),
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": lambda device=None: _Stream(),
         "default_stream": lambda device=None: _Stream(),
-        "set_stream": nothing,
+        "set_stream": _nothing(),
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_reserved": zero,
-        "device_memory_used": zero,
+        "memory_allocated": _zero(),
+        "max_memory_allocated": _zero(),
+        "memory_reserved": _zero(),
+        "max_memory_reserved": _zero(),
+        "device_memory_used": _zero(),
         "memory_stats": lambda device=None: dict(_STATS),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": nothing,  # torch.manual_seed calls it
+        "manual_seed_all": _nothing(),  # torch.manual_seed calls it
         "get_device_properties": lambda device=None: _PROPERTIES,
         "get_device_name": lambda device=None: "CPU",
     }

@@ -143,7 +143,7 @@ def test_show_prints_and_draws(tmp_path):
         "configs/llama_70b_32k.yaml", "--plot", picture, "--layers", "1,3", "--heads", "0,7"
     )
     assert done.returncode == 0, done.stderr
-    assert "3-80    local + stride" in done.stdout
+    assert "42-79   local + stride" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
