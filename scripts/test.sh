@@ -12,6 +12,5 @@ wait
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports --no-logo
-# Three files at a time, on two cores: many tests wait for processes of their own, or for a time to
-# pass. In the order of tests/conftest.py.
-.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Two files at a time: many tests wait for processes of their own. In the order of tests/conftest.py.
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
