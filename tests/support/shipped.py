@@ -224,8 +224,7 @@ def assert_that_all_fit(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # the front end makes millions of small objects: a twentieth of the time
-    gc.set_threshold(100_000)
+    gc.disable()  # the front end makes millions of small objects; 1.6 GiB at the most without
     backward_dkdv.concurrent_programs = lambda *_: 264  # an H100's, so that columns are cut
     others = ONCE if "once" in sys.argv else PORTABLE
     reports = [compile_all(arch, PORTABLE + HOPPER if arch == 90 else others) for arch in SHARED]
