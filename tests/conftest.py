@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until all is imported: a fifth of that time
 
-import torch  # noqa: E402
+import torch  # noqa: E402 - after collections are off and the threads are chosen
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -65,14 +65,14 @@ def add_blocks(to: Blocks, source: Blocks, starts: Tensor | None = None) -> None
     """
     if not len(to.slots):
         return
-    if to.x.is_cuda:
+    if to.x.is_cuda and to.x.dtype != torch.float64:  # the kernel's sums are in float32
         from s2_kernels.moves_kernel import move_blocks  # imports Triton
 
         move_blocks(to, source, starts, add=True)
         return
     wide = torch.promote_types(to.x.dtype, torch.float32)
     total, more = to.x[to.index].to(wide), source.x[source.index].to(wide)
-    first = torch.arange(len(to.slots)) if starts is None else starts[:-1]
+    first = torch.arange(len(to.slots), device=to.slots.device) if starts is None else starts[:-1]
     count = torch.ones_like(first) if starts is None else starts.diff()
     for i in range(int(count.max())):
         which = (count > i).nonzero().flatten()

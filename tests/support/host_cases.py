@@ -1,16 +1,13 @@
 """What test_plans.py asks about the host's way to a launch; as a program it prints JSON.
 
 It runs without TRITON_INTERPRET, which is chosen when the kernels are imported, and on the stub
-driver of host_path.py. With `profile hopper` or `profile triton` it prints where the time goes.
+driver of host_path.py. host_profile.py prints where the time goes.
 """
 
 import contextlib
-import cProfile
+import functools
 import json
-import pstats
-import statistics
 import sys
-import time
 from collections import Counter
 
 import torch
@@ -138,6 +135,17 @@ def counted_passes():
         yield ran
     finally:
         plans.Plan.run = run
+
+
+def both_ways(step) -> tuple[list, list, int]:
+    """What a step launches without plans, and by plan, and how many passes ran by plan then."""
+    plans.ON = False
+    direct = step()
+    plans.ON = True
+    step(), step()  # the second makes the plans
+    with counted_passes() as ran:
+        by_plan = step()
+    return direct, by_plan, ran["by plan"]
 
 
 def work_of(function) -> dict:
@@ -287,15 +295,10 @@ def in_place(gpu: StubGPU) -> dict:
             named |= dict(out=out, lse=lse, dout=dout)
             return renamed(gpu.launches, {x.data_ptr(): name for name, x in named.items()})
 
-        plans.ON = False
-        direct = step()
-        plans.ON = True
-        step(), step()
-        with counted_passes() as ran:
-            by_plan = step()
+        direct, by_plan, passes = both_ways(step)
         said = {str(x[0] if isinstance(x, tuple) else x) for run in by_plan for x in run}
         written = sorted(said & {"out", "dq", "dk", "dv"})
-        found[name] = dict(same=direct == by_plan, passes=ran["by plan"], written=written)
+        found[name] = dict(same=direct == by_plan, passes=passes, written=written)
     return found
 
 
@@ -314,13 +317,8 @@ def moved(gpu: StubGPU) -> dict:
         known = dict(x=x, rows=rows[..., 128:], slots=slots, heads=heads, starts=starts)
         return renamed(gpu.launches, {x.data_ptr(): name for name, x in known.items()})
 
-    plans.ON = False
-    direct = step()
-    plans.ON = True
-    step(), step()
-    with counted_passes() as ran:
-        by_plan = step()
-    return dict(same=direct == by_plan, passes=ran["by plan"], launches=by_plan)
+    direct, by_plan, passes = both_ways(step)
+    return dict(same=direct == by_plan, passes=passes, launches=by_plan)
 
 
 @contextlib.contextmanager
@@ -357,14 +355,9 @@ def paged(gpu: StubGPU) -> dict:
 
     found = {}
     for name, tokens in (("token", 1), ("prompt", 300)):
-        plans.ON = False
-        direct = step(tokens)
-        plans.ON = True
-        step(tokens), step(tokens)
-        with counted_passes() as ran:
-            by_plan = step(tokens)
+        direct, by_plan, passes = both_ways(functools.partial(step, tokens))
         kernels = [x[0] for x in by_plan]
-        found[name] = dict(same=direct == by_plan, passes=ran["by plan"], kernels=kernels)
+        found[name] = dict(same=direct == by_plan, passes=passes, kernels=kernels)
     return found
 
 
@@ -384,33 +377,5 @@ def report() -> dict:
     return found
 
 
-def profile(backend: str, heads: int = 32, n: int = 1024) -> None:
-    """Microseconds of the host per call, and the functions that take them."""
-    torch.set_num_threads(1)
-    pattern = local_stride(heads=heads, local_blocks=16, stride=heads)
-    with stub_gpu():
-        q, k, v = (torch.randn(1, n, heads, 128).bfloat16().requires_grad_() for _ in "qkv")
-        dout = torch.randn_like(q)
-        times = dict(forward=[], backward=[])
-        profiler = cProfile.Profile()
-        for i in range(1000):
-            if i == 500:
-                profiler.enable()
-            began = time.perf_counter()
-            out = s2_attention(q, k, v, pattern, backend=backend)
-            between = time.perf_counter()
-            torch.autograd.grad(out, (q, k, v), dout)
-            if 10 < i < 500:
-                times["forward"].append(between - began)
-                times["backward"].append(time.perf_counter() - between)
-        profiler.disable()
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
-    for name, seconds in times.items():
-        print(f"{backend} {name}: {statistics.median(seconds) * 1e6:.0f} us")
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["profile"]:
-        profile(*sys.argv[2:3])
-    else:
-        print(json.dumps(report()))
+    print(json.dumps(report()))
