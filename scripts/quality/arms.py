@@ -124,6 +124,7 @@ ARMS: dict[str, dict] = {
     # Controls: equal shards, and plain windows of as many keys (at 8k, and at 32k).
     "homogeneous": shards(1024, 16, homogeneous=True),
     "plain-8k": window(20),
+    "plain-8k-stride-8": window(24),
     "plain-32k": window(32),
     "plain-8k-every-4": window(20, FOURTH),
     "plain-8k-every-6": window(20, SIXTH),
@@ -154,6 +155,8 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("layer-12", "layer-6", "the last layer dense against the sixth"),
     ("every-6-dense-head", "every-6", "a dense head in the others, half their window"),
     ("no-dense-stride-8", "no-dense", "eight shards that cover all against half of sixteen"),
+    ("no-dense-stride-8", "plain-8k-stride-8", "they against a plain window of as many keys at 8k"),
+    ("no-dense", "plain-8k-stride-8", "half of the shards against a plain window of more keys"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
     ("smollm2-every-6", "smollm2-stride-3", "SmolLM2: every sixth dense against stride 3"),
