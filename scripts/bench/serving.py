@@ -47,6 +47,7 @@ def parse(argv=None):
     parser.add_argument("--shape", default="8b", choices=SHAPES)
     parser.add_argument("--lengths", default="8192,32768,131072", help="tokens of a prompt")
     parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--cases", help="LENGTH:BATCH,..., in this order, in place of both")
     parser.add_argument("--providers", help="default: s2,dense; with --load, s2")
     parser.add_argument("--load", type=int, metavar="REQUESTS", help="see above")
     parser.add_argument("--dtype", help="default: bfloat16; on the CPU and with --load float32")
@@ -69,6 +70,10 @@ def parse(argv=None):
     parser.add_argument("--name", help="of the files; default: serving-GPU-DATE")
     parser.add_argument("--in-this-process", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
+    pairs = [(n, b) for n in a.lengths.split(",") for b in a.batches.split(",")]
+    if a.cases:
+        pairs = [case.split(":") for case in a.cases.split(",")]
+    a.cases = [(int(tokens), int(batch)) for tokens, batch in pairs]
     a.providers = a.providers or ("s2" if a.load else ",".join(PROVIDERS))
     a.dtype = a.dtype or ("float32" if a.load or a.device == "cpu" else "bfloat16")
     return a
@@ -110,14 +115,15 @@ def start(a, provider: str, folder: Path):
     from s2_vllm.plugin import register
 
     register()  # where the checkout is not installed, there is no entry point
-    tokens, batch = (max(map(int, x.split(","))) for x in (a.lengths, a.batches))
-    longest = tokens + (a.tokens if a.load else tokens_to_ask_for(a, tokens, batch))
+    longest = max(tokens + tokens_to_ask_for(a, tokens, batch) for tokens, batch in a.cases)
+    if a.load:
+        longest = max(tokens for tokens, _ in a.cases) + a.tokens
     return LLM(
         model=str(make_folder(a, provider, folder)),
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=longest,
-        max_num_seqs=max(map(int, a.batches.split(","))),
+        max_num_seqs=max(batch for _, batch in a.cases),
         max_num_batched_tokens=min(a.chunk, longest),
         enforce_eager=a.eager or a.device == "cpu",
         enable_prefix_caching=bool(a.load),
@@ -187,23 +193,22 @@ def measure(a, provider: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         engine = start(a, provider, Path(folder))
         if a.load:
-            longest = max(map(int, a.lengths.split(",")))
+            longest = max(tokens for tokens, _ in a.cases)
             load = serving_load.Load(engine, a.load, longest, a.tokens, VOCAB)
             rows.append(dict(provider=provider, **load.run()))
             print(serving_load.line(rows[0]), flush=True)
             return _described(a, rows)
         warm = Decoding(engine, a, 64, 1)
         warm.run(time.time() + a.deadline)
-        for tokens in map(int, a.lengths.split(",")):
+        for tokens, batch in a.cases:
             fits = sequences_that_fit(engine, tokens + a.tokens)
-            for batch in map(int, a.batches.split(",")):
-                row = dict(provider=provider, tokens=tokens, batch=batch, fits=fits)
-                if time.time() - began > a.deadline:
-                    print(f"{provider}: out of time at {tokens} tokens, batch {batch}", flush=True)
-                    break
-                row |= Decoding(engine, a, tokens, batch).run(began + a.deadline)
-                rows.append(row)
-                print(line(row), flush=True)
+            row = dict(provider=provider, tokens=tokens, batch=batch, fits=fits)
+            if time.time() - began > a.deadline:
+                print(f"{provider}: out of time at {tokens} tokens, batch {batch}", flush=True)
+                break
+            row |= Decoding(engine, a, tokens, batch).run(began + a.deadline)
+            rows.append(row)
+            print(line(row), flush=True)
     return _described(a, rows)
 
 
@@ -268,7 +273,8 @@ def main(argv=None) -> None:
             command = [sys.executable, __file__, *argv, "--providers", provider]
             subprocess.run([*command, "--in-this-process", str(out)], check=True)
             results.append(json.loads(out.read_text()))
-    print(write(results, a))
+            file = write(results, a)  # after each: what was measured is there whatever comes next
+    print(file)
 
 
 if __name__ == "__main__":

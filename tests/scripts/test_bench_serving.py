@@ -54,6 +54,11 @@ def test_every_case_is_timed(result):
     assert rows[-1]["fits"] == 119 // (2 * (2 + 8) + 1)
 
 
+def test_cases_keep_their_order():
+    assert bench.parse(["--cases", "512:1,128:3"]).cases == [(512, 1), (128, 3)]
+    assert bench.parse(["--lengths", "8,9", "--batches", "1"]).cases == [(8, 1), (9, 1)]
+
+
 def test_the_page_has_a_row_for_each(result, tmp_path):
     a = bench.parse([*TINY, "--out", str(tmp_path), "--name", "tried"])
     out_of_time = dict(result["rows"][0], provider="dense", first_s=None)
