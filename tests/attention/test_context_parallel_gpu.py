@@ -20,7 +20,7 @@ pytestmark = [
 def test_errors_are_those_of_one_gpu(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA GPUs")
-    paths = [ROOT, ROOT / "kernels", ROOT / "tests/support"]
+    paths = [ROOT, ROOT / "kernels", ROOT / "tests/support", os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",

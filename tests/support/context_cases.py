@@ -201,7 +201,9 @@ def main_on_gpu() -> None:
     dist.init_process_group("nccl")
     for name, pattern in GPU_CASES.items():
         ratios = run_on_gpu(pattern, dist.group.WORLD)
-        print(json.dumps({"rank": dist.get_rank(), "case": name, "ratios": ratios}), flush=True)
+        line = json.dumps({"rank": dist.get_rank(), "case": name, "ratios": ratios})
+        sys.stdout.write(line + "\n")  # once: print writes twice under PYTHONUNBUFFERED
+        sys.stdout.flush()
     dist.destroy_process_group()
 
 
