@@ -147,7 +147,8 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        *(traced if trace else [f"megatron.train_iters={last + 1}"]),  # the last one is not logged
+        "megatron.log_timers_to_tensorboard=true",
+        *(traced if trace else [f"megatron.train_iters={last}"]),
     ]
 
 
@@ -180,7 +181,8 @@ def measure(case: ScalingCase, options, folder: Path, pool: Pool | None) -> Meas
     """One run under the launcher. Raises RuntimeError with what went wrong."""
     folder.mkdir(parents=True)
     text = train_warm(case, options, folder, pool) if pool else train_cold(case, options, folder)
-    steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
+    # Megatron's own, between barriers: s2/seconds-per-iteration does not see the last one's end.
+    steps = dict(read_scalars(folder / "tensorboard")["iteration-time"])
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
     if len(timed) < options.steps:
@@ -302,7 +304,7 @@ def parse(argv: list[str]):
                         help="s2, dense, both (default) or none: one more step is traced, for the "
                         "exposed share of communication")  # fmt: skip
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--warmup", type=int, default=5, help="steps thrown away")
+    parser.add_argument("--warmup", type=int, default=5, help="steps thrown away, 1 or more")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--gpu", default="h200", help="constants of the prediction")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/raw")
@@ -311,6 +313,8 @@ def parse(argv: list[str]):
     parser.add_argument("--warm", action="store_true", help="ranks import ahead")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a --warm run")
     options = parser.parse_intermixed_args(argv)
+    if options.warmup < 1:
+        parser.error(f"--warmup {options.warmup}: must be at least 1; Megatron times none before")
     if unknown := set(options.recompute) - set(RECOMPUTE):
         parser.error(f"--recompute {','.join(sorted(unknown))}: must be none, full or both")
     if unknown := set(options.traced) - {"s2", "dense", "none"}:

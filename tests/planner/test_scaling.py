@@ -135,7 +135,7 @@ def test_recompute_is_an_axis_of_its_own():
     ]
     words = scaling_test.overrides_of(found[2], options, ROOT)
     assert "megatron.recompute_granularity=full" in words
-    assert "megatron.train_iters=16" in words and "megatron.profile=true" not in words
+    assert "megatron.train_iters=15" in words and "megatron.profile=true" not in words
     with pytest.raises(SystemExit):
         scaling_test.parse(["x.yaml", "--sequence", "1024", "--gpus", "1", "--mode", "weak",
                             "--recompute", "some"])  # fmt: skip
@@ -198,6 +198,10 @@ def test_traced_names_attentions(capsys):
         scaling_test.parse(["x.yaml", "--gpus", "2", "--mode", "weak", "--sequence", "1024",
                             "--traced", "s3"])  # fmt: skip
     assert "--traced s3: must be s2, dense, both or none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scaling_test.parse(["x.yaml", "--gpus", "2", "--mode", "weak", "--sequence", "1024",
+                            "--warmup", "0"])  # fmt: skip
+    assert "--warmup 0: must be at least 1" in capsys.readouterr().err
 
 
 def test_the_tool_itself_on_two_cpu_ranks(tmp_path):
