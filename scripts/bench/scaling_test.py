@@ -148,7 +148,7 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
         "megatron.log_timers_to_tensorboard=true",
-        *(traced if trace else [f"megatron.train_iters={last}"]),
+        *(traced if trace else [f"megatron.train_iters={max(last, 3)}"]),
     ]
 
 
@@ -177,12 +177,22 @@ def train_cold(case: ScalingCase, options, folder: Path) -> str:
     return log.read_text()
 
 
+def seconds_of_iterations(scalars: dict) -> dict[int, float]:
+    """By iteration; no step needs to follow the last one that is timed.
+
+    s2/seconds-per-iteration ends where the next iteration begins, so the last one has none. It has
+    Megatron's iteration-time, whose second value, however, is the mean of the first two iterations
+    (megatron-core 0.19: the timer goes on after the first).
+    """
+    megatrons = {n: seconds for n, seconds in scalars["iteration-time"] if n > 2}
+    return megatrons | dict(scalars["s2/seconds-per-iteration"])
+
+
 def measure(case: ScalingCase, options, folder: Path, pool: Pool | None) -> MeasuredRun:
     """One run under the launcher. Raises RuntimeError with what went wrong."""
     folder.mkdir(parents=True)
     text = train_warm(case, options, folder, pool) if pool else train_cold(case, options, folder)
-    # Megatron's own, between barriers: s2/seconds-per-iteration does not see the last one's end.
-    steps = dict(read_scalars(folder / "tensorboard")["iteration-time"])
+    steps = seconds_of_iterations(read_scalars(folder / "tensorboard"))
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
     if len(timed) < options.steps:
@@ -304,7 +314,7 @@ def parse(argv: list[str]):
                         help="s2, dense, both (default) or none: one more step is traced, for the "
                         "exposed share of communication")  # fmt: skip
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--warmup", type=int, default=5, help="steps thrown away, 1 or more")
+    parser.add_argument("--warmup", type=int, default=5, help="steps thrown away")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--gpu", default="h200", help="constants of the prediction")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/raw")
@@ -313,8 +323,6 @@ def parse(argv: list[str]):
     parser.add_argument("--warm", action="store_true", help="ranks import ahead")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a --warm run")
     options = parser.parse_intermixed_args(argv)
-    if options.warmup < 1:
-        parser.error(f"--warmup {options.warmup}: must be at least 1; Megatron times none before")
     if unknown := set(options.recompute) - set(RECOMPUTE):
         parser.error(f"--recompute {','.join(sorted(unknown))}: must be none, full or both")
     if unknown := set(options.traced) - {"s2", "dense", "none"}:
