@@ -1,11 +1,18 @@
 """The environment variables that a run depends on, in one place, each with its reason.
 
 The agent (`s2megatron.agent`) and the training processes (`s2megatron.pretrain`) apply them before
-CUDA or NCCL start. A value that is already set wins.
+CUDA or NCCL start. A value that is already set wins. Some of Megatron's options ask for values of
+their own (`apply_for_options`), once the run file is read and before NCCL starts.
 """
 
 import os
-from collections.abc import MutableMapping
+import re
+from collections.abc import Mapping, MutableMapping
+
+import torch
+
+from s2_kernels.versions import release
+from s2megatron.errors import ConfigError
 
 DEFAULTS: dict[str, tuple[str, str]] = {
     "CUDA_DEVICE_MAX_CONNECTIONS": (
@@ -36,6 +43,17 @@ LEFT_TO_THE_SITE = {
 """Not set here, because the right value is the site's (or the default is right)."""
 
 _OTHER_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+_VARIABLE = re.compile(r"\b(?:CUBLAS|CUDA|MAMBA|NCCL|NVTE|PYTORCH|TORCH)_[A-Z0-9_]+\b")
+
+_NOT_ONE_QUEUE = (
+    "needs CUDA_DEVICE_MAX_CONNECTIONS above 1, and it is 1, as s2megatron sets it where nothing "
+    "is set; set CUDA_DEVICE_MAX_CONNECTIONS=8 before the start"
+)
+_NO_EXPANDABLE_POOLS = (
+    "before torch 2.11 its memory pools do not go with expandable segments, which s2megatron asks "
+    "for where nothing is set; set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the "
+    "start"
+)
 
 
 def apply(environ: MutableMapping[str, str] = os.environ) -> list[str]:
@@ -46,6 +64,85 @@ def apply(environ: MutableMapping[str, str] = os.environ) -> list[str]:
             environ[name] = value
             added.append(name)
     return added
+
+
+def apply_for_options(args, environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
+    """What these options need of the environment: set where nothing is set.
+
+    To be called before NCCL starts and before Megatron checks. CUDA and Transformer Engine have
+    read their variables by then, so what they would need otherwise is refused.
+
+    Args:
+        args: Megatron's arguments, parsed.
+
+    Returns:
+        The variables that the options need, with their values, whoever set them.
+
+    Raises:
+        ConfigError: an option that does not go with the value of a variable.
+    """
+    _refuse_misfits(args, environ)
+    if not (option := _captures(args)) or not _expands_segments(environ):
+        return {}
+    value = environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    if value != "0":
+        raise ConfigError(
+            f"NCCL_GRAPH_REGISTER={value}: does not go with megatron.{option} and the expandable "
+            "segments of PYTORCH_CUDA_ALLOC_CONF: memory that NCCL registers for a graph would be "
+            "accessed illegally; unset NCCL_GRAPH_REGISTER or set it to 0, or give up expandable "
+            "segments with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the start"
+        )
+    return {"NCCL_GRAPH_REGISTER": value}
+
+
+def named_in(message: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A line for each environment variable that an error of Megatron's names.
+
+    It says the value here, which may be this file's and not the user's, and the way out.
+    """
+    lines = []
+    for name in dict.fromkeys(_VARIABLE.findall(message)):
+        value = environ.get(name)
+        if value is None:
+            said = "is not set here; set it before the start"
+        elif DEFAULTS.get(name, ("",))[0] == value:
+            said = (
+                f"is {value} here, as s2megatron sets it; another value set before the start wins"
+            )
+        else:
+            said = f"is {value} here; change or unset it before the start"
+        lines.append(f"environment variable {name}: {said} (docs/launch.md)")
+    return lines
+
+
+def _captures(args) -> str:
+    """The option that asks for CUDA graphs, with its value; or ""."""
+    old = [name for name in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, name)]
+    if args.cuda_graph_impl != "none":
+        return f"cuda_graph_impl={args.cuda_graph_impl}"
+    return f"{old[0]}=True" if old else ""
+
+
+def _expands_segments(environ: Mapping[str, str]) -> bool:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    return any("expandable_segments:True" in environ.get(name, "") for name in names)
+
+
+def _refuse_misfits(args, environ: Mapping[str, str]) -> None:
+    """Options that do not go with what `apply` sets; some stop Megatron after the process groups
+    have started only."""
+    one_queue = environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    ucc = args.pipeline_model_parallel_comm_backend == "ucc"
+    old_pools = release(torch.__version__) < (2, 11) and _expands_segments(environ)
+    misfits = [
+        ("use_torch_fsdp2", args.use_torch_fsdp2 and one_queue, _NOT_ONE_QUEUE),
+        ("use_megatron_fsdp", args.use_megatron_fsdp and one_queue, _NOT_ONE_QUEUE),
+        ("pipeline_model_parallel_comm_backend", ucc and one_queue, _NOT_ONE_QUEUE),
+        ("nccl_ub", args.nccl_ub and old_pools, _NO_EXPANDABLE_POOLS),
+    ]
+    for name, found, way_out in misfits:
+        if found:
+            raise ConfigError(f"megatron.{name}={getattr(args, name)}: {way_out}")
 
 
 def apply_threads(ranks: int, environ: MutableMapping[str, str] = os.environ) -> None:

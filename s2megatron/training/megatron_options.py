@@ -4,6 +4,7 @@ import argparse
 import functools
 from typing import Any
 
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.training.arguments import add_megatron_arguments
 
 from s2megatron.errors import ConfigError, did_you_mean
@@ -16,6 +17,8 @@ _REQUIRED = {
     "max_position_embeddings": "the longest sequence, at least seq_length",
     "micro_batch_size": "sequences that a rank computes at a time",
 }
+_FILLED_LATER = {"recompute_modules": "['core_attn']"}
+"""Lists whose default is null to the parser, and these names to the model that is built."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,11 +37,12 @@ def canonical(options: dict[str, Any]) -> dict[str, Any]:
     """The options under the names that Megatron stores them under, each of them once.
 
     A key is such a name ("apply_rope_fusion") or an option's ("no-rope-fusion", "no_rope_fusion"),
-    whose value is turned round where the option is there to switch something off.
+    whose value is turned round where the option is there to switch something off. An empty list
+    becomes null, the default, where Megatron's default names nothing either.
 
     Raises:
         ConfigError: unknown option (suggests the nearest), true or false where a value is wanted or
-            the other way round, two names for one option.
+            the other way round, more or fewer values than it takes, two names for one option.
     """
     by_name = _actions_by_name(megatron_parser())
     result: dict[str, Any] = {}
@@ -56,6 +60,7 @@ def canonical(options: dict[str, Any]) -> dict[str, Any]:
             )
         written[action.dest] = key
         _check_value(key, value, action)
+        value = None if value == [] else value
         turned = action.nargs == 0 and name != action.dest and _switches_off(action, name)
         result[action.dest] = not value if turned and value is not None else value
     return result
@@ -125,6 +130,44 @@ def _check_value(key: str, value: Any, action: argparse.Action) -> None:
             f"megatron.{key}: {value!r}: this option takes a value, not true or false"
             " (YAML reads on, off, yes and no as these)"
         )
+    _check_count(key, value, action)
+    for name in values:
+        _check_name(key, name, action)
+
+
+def _check_count(key: str, value: Any, action: argparse.Action) -> None:
+    """As many values as the option takes, or none where that is its default. Raises ConfigError."""
+    if not isinstance(value, list):
+        return
+    default = _FILLED_LATER.get(action.dest) or repr(action.default)
+    if not value and action.nargs is not None and default in ("None", "[]"):
+        return
+    if not value:
+        raise ConfigError(
+            f"megatron.{key}: []: an empty list is no value of this option; leave it out (or write "
+            f"null) for Megatron's default, {default}, or name a value"
+        )
+    takes = 1 if action.nargs is None else action.nargs
+    if isinstance(takes, int) and len(value) != takes:
+        as_text = "; a list that Megatron reads itself is one text, in quotes" if takes == 1 else ""
+        raise ConfigError(f"megatron.{key}: {value!r}: this option takes {takes} value(s){as_text}")
+
+
+def _check_name(key: str, value: Any, action: argparse.Action) -> None:
+    """A member of the option's enumeration, which is a bare KeyError to Megatron's parser.
+
+    Raises:
+        ConfigError: there is no member of this name.
+    """
+    if action.type in (None, str, int, float):
+        return
+    try:
+        action.type(str(value))
+    except KeyError:
+        known = ", ".join(member.name for member in action.choices or CudaGraphModule)
+        raise ConfigError(f"megatron.{key}: {value!r}: must be one of {known}") from None
+    except (ValueError, argparse.ArgumentTypeError):
+        pass  # the parser names these
 
 
 def _one_option(value: Any, actions: list[argparse.Action]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from s2_kernels import LayerPattern
 from s2megatron.accounting import ModelShape
+from s2megatron.cluster import environment
 from s2megatron.config import RunConfig, load_config
 from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
@@ -35,6 +36,8 @@ class Prepared:
     shape: ModelShape
     output: output.Output | None
     """Its folder, where the run file names one."""
+    variables: dict[str, str]
+    """Of the environment, those that this run's options asked for."""
 
 
 def prepare(
@@ -81,15 +84,15 @@ def prepare(
     argv, parsed = to_argv(options)
     check_run_options(parsed)
     check_rates(parsed)
+    variables = environment.apply_for_options(parsed)  # Megatron's check is next, NCCL later
     sys.argv = [sys.argv[0], *argv]
     try:
         args = parse_and_validate_args()
     except (AssertionError, TypeError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"Megatron refuses these options: {str(error) or where.line}\n"
-            f"({where.filename}:{where.lineno})"
-        ) from error
+        told = str(error) or where.line
+        lines = [f"Megatron refuses these options: {told}", *environment.named_in(told)]
+        raise ConfigError("\n".join([*lines, f"({where.filename}:{where.lineno})"])) from error
     except OSError as error:  # it has opened TensorBoard's files
         raise ConfigError(
             f"{error.filename or options.get('tensorboard_dir')}: {error.strerror}: make room, see "
@@ -101,7 +104,7 @@ def prepare(
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
     shape = ModelShape.from_megatron(model_config.transformer, args)
-    return Prepared(run, backends, args, model_config, patterns, shape, place)
+    return Prepared(run, backends, args, model_config, patterns, shape, place, variables)
 
 
 def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
@@ -176,6 +179,7 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
         f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
         f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
         f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
+        *(f"{'environment':<16} {name}={value}" for name, value in ready.variables.items()),
         *_resuming(args),
         *lines,
     ]

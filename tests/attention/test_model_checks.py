@@ -12,6 +12,7 @@ from launches import ON_CPU, ROOT, TINY, torchrun, write_run_file
 
 from s2megatron import stock
 
+GRAPHS = ["megatron.cuda_graph_impl=transformer_engine", "megatron.cuda_graph_modules=[mlp]"]
 CASES = {
     "unknown_option": (
         ["megatron.num_layer=4"],
@@ -146,6 +147,18 @@ CASES = {
         ["apply_query_key_layer_scaling"],
     ),
     "cuda_graphs": (["megatron.cuda_graph_impl=local"], ["cuda_graph_impl"]),
+    "graphs_register": (
+        ["NCCL_GRAPH_REGISTER=1", *GRAPHS],
+        ["NCCL_GRAPH_REGISTER=1: ", "cuda_graph_impl=transformer_engine", "set it to 0"],
+    ),
+    "fsdp": (
+        ["megatron.use_megatron_fsdp=true"],
+        ["megatron.use_megatron_fsdp=True", "CUDA_DEVICE_MAX_CONNECTIONS=8 before the start"],
+    ),
+    "variable_of_megatron": (
+        ["NCCL_ALGO=Tree", "megatron.deterministic_mode=true"],
+        ["Megatron refuses", "environment variable NCCL_ALGO: is Tree here; change or unset it"],
+    ),
     "other_attention": (
         ["megatron.experimental_attention_variant=dsa"],
         ["experimental_attention_variant"],
@@ -156,7 +169,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def refused():
     overrides = {name: overrides for name, (overrides, _) in CASES.items()}
-    sound = {"sound": [], "context": ["megatron.context_parallel_size=2"]}
+    sound = {"sound": [], "context": ["megatron.context_parallel_size=2"], "graphs": GRAPHS}
     return call("model_cases", "refusals", json.dumps(overrides | sound))
 
 
@@ -174,6 +187,14 @@ def test_dry_run_says_what_context_parallel_ranks_exchange(refused):
     # Dense: half of 8 blocks of 16 tokens x 2 heads x 2 x 16 numbers of 4 bytes on the last rank.
     row = next(line for line in out.splitlines() if line.startswith("1 "))
     assert "0.01562 MiB, 100.0%" in row or "0.01172 MiB, 75.0%" in row, row
+
+
+def test_graphs_outside_of_attention_start_with_what_we_set_ourselves(refused):
+    """Megatron refuses them where memory segments are expandable and NCCL may register memory."""
+    status, out, err = refused["graphs"]
+    assert status == 0, err
+    assert "environment      NCCL_GRAPH_REGISTER=0" in out
+    assert "NCCL_GRAPH_REGISTER" not in refused["sound"][1]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,12 @@ from launches import TINY, write_run_file
 from s2megatron.cli import main
 from s2megatron.config import load_config, parse_config
 from s2megatron.errors import ConfigError
-from s2megatron.training.megatron_options import canonical, check_required, to_argv
+from s2megatron.training.megatron_options import (
+    canonical,
+    check_required,
+    megatron_parser,
+    to_argv,
+)
 
 MERGED = """
 base: &base {num_layers: 2, lr: 1}
@@ -141,6 +146,49 @@ def test_options_have_one_name_inside():
 def test_a_boolean_is_no_value(value):
     with pytest.raises(ConfigError, match=r"megatron\.num-layers: .*YAML reads on, off"):
         canonical({"num-layers": value})
+
+
+def lists_of_megatron() -> list:
+    return [action for action in megatron_parser()._actions if action.nargs not in (None, 0)]
+
+
+def test_an_empty_list_is_the_default_where_that_names_nothing():
+    assert len(lists_of_megatron()) >= 20
+    refused = []
+    for action in lists_of_megatron():
+        try:
+            argv, parsed = to_argv({action.dest: []})
+        except ConfigError as error:
+            refused.append(action.dest)
+            assert str(error).startswith(f"megatron.{action.dest}: []: an empty list is no value")
+            assert "leave it out" in str(error) and repr(action.default)[1:-1] in str(error)
+            continue
+        assert argv == [] and getattr(parsed, action.dest) in ([], None)
+    few = ["cp_comm_type", "moe_aux_loss_coeff", "moe_router_load_balancing_type"]
+    assert sorted(refused) == [*few, "recompute_modules"]
+
+
+def test_an_empty_list_takes_back_what_the_run_file_names(tmp_path):
+    text = "sparsity: {default: {kind: dense}}\nmegatron: {cuda_graph_modules: [mlp]}"
+    run = load(tmp_path, text, "megatron.cuda-graph-modules=[]")
+    assert to_argv(run.megatron)[1].cuda_graph_modules == []
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("lr", [], "lr: []: an empty list is no value"),
+        ("lr", [1, 2], "lr: [1, 2]: this option takes 1 value(s)"),
+        ("rampup_batch_size", [1, 2], "rampup_batch_size: [1, 2]: this option takes 3 value(s)"),
+        ("recompute_modules", [], "Megatron's default, ['core_attn']"),
+        ("cuda_graph_modules", ["mlp", "atn"], "cuda_graph_modules: 'atn': must be one of attn, "),
+        ("attention_backend", "fast", "attention_backend: 'fast': must be one of flash, fused, "),
+    ],
+)
+def test_values_that_do_not_fit_an_option(name, value, words):
+    with pytest.raises(ConfigError) as error:
+        to_argv({name: value})
+    assert words in str(error.value)
 
 
 def test_what_megatron_has_no_default_for():

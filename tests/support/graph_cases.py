@@ -35,7 +35,9 @@ def train_losses(folder: str, impl: str, modules: str) -> dict[int, float]:
     checks.UNPROVEN_CAPTURES = frozenset()
     options = SMALL | dict(cuda_graph_impl=impl)
     if impl != "none":
-        options |= dict(cuda_graph_modules=f"[{modules}]", te_rng_tracker="true")
+        options |= dict(te_rng_tracker="true")
+    if modules:
+        options |= dict(cuda_graph_modules=f"[{modules}]")
     overrides = [
         f"output.folder={folder}",
         "sparsity.block_size=64",

@@ -28,15 +28,22 @@ def _said(function, *arguments) -> str:
 
 
 def refusals(cases: str) -> dict:
-    """Each case's overrides, one launch-free command line each: [status, stderr]."""
+    """Each case's command line, launch-free: [status, stdout, stderr].
+
+    NAME=VALUE in capitals is of the environment, what else stands there an override.
+    """
     import json
+    from unittest import mock
 
     from s2megatron import pretrain
 
     config, results = _run_file(MOCK), {}
-    for name, overrides in json.loads(cases).items():
+    for name, words in json.loads(cases).items():
+        variables = dict(word.split("=", 1) for word in words if word[0].isupper())
+        overrides = [word for word in words if not word[0].isupper()]
         argv = ["--config", config, "--dry-run", *overrides]
-        status, out, err = run_command_line(pretrain.main, argv)
+        with mock.patch.dict(os.environ, variables):
+            status, out, err = run_command_line(pretrain.main, argv)
         results[name] = [status, out, err]
         forget_megatron()
     return results
