@@ -44,6 +44,7 @@ def run_all(plan: str) -> dict:
         error = errors[run["name"]] = one_run(run, rank)
         if error:
             break
+        tell_end(run, rank)
     return errors
 
 
@@ -65,6 +66,15 @@ def one_run(run: dict, rank: int) -> str:
         except Exception:
             return traceback.format_exc()
     return ""
+
+
+def tell_end(run: dict, rank: int) -> None:
+    """FOLDER.ended appears once the losses of this run can be read; others may come after it."""
+    from megatron.training import get_tensorboard_writer
+
+    if rank == run["ranks"] - 1:  # which has the writer
+        get_tensorboard_writer().flush()
+        Path(f"{run['folder']}.ended").touch()
 
 
 @contextlib.contextmanager
