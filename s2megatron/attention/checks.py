@@ -9,6 +9,7 @@ attention (refused, and stopped at the first call). Whatever else might put anot
 place is found by looking at every layer of the built model.
 """
 
+import functools
 import os
 
 import torch
@@ -242,8 +243,24 @@ def _check_layer(attention: SelfAttention, patterns: tuple[LayerPattern, ...]) -
     elif core.pattern != pattern.shard(core.tp_group.rank(), core.tp_group.size()):
         raise RuntimeError(f"layer {number} holds another pattern than the configuration")
     else:
-        attention.register_forward_pre_hook(_refuse_inference, with_kwargs=True)
+        _stop_at_inference(attention)
     return type(core).__name__
+
+
+def _stop_at_inference(attention: SelfAttention) -> None:
+    """No hook does this: Megatron's local CUDA graphs take none of a user's on what they capture,
+    and say so once they replay."""
+    forward = attention.forward
+    if getattr(forward, "stops_at_inference", False):  # the model was checked before
+        return
+
+    @functools.wraps(forward)
+    def checked(*args, **kwargs):
+        _refuse_inference(attention, args, kwargs)
+        return forward(*args, **kwargs)
+
+    checked.stops_at_inference = True
+    attention.forward = checked
 
 
 def _refuse_inference(attention, args, kwargs):

@@ -124,6 +124,8 @@ def built_model() -> dict:
     layers = {m.layer_number: m for m in models[0].modules() if isinstance(m, SelfAttention)}
     kinds = [type(layers[n].core_attention).__name__ for n in (1, 2, 3, 4)]
     results = {"kinds": kinds, "sound": check()}
+    results["hooked"] = [name for name, part in models[0].decoder.layers.named_modules()
+                         if part._forward_pre_hooks or part._forward_hooks]  # fmt: skip
     results["too_few"] = check(ready.patterns[:3])
     results["too_many"] = check(ready.patterns * 2)
 
