@@ -1,4 +1,4 @@
-"""Chunked prefill: many new tokens of one sequence, at the pace of the training kernels.
+"""Chunked prefill: many new tokens of a sequence, at the pace of the training kernels.
 
 The paged decode kernel (decode.py) takes any number of tokens, but is made for a few: it splits the
 keys, so that every program reads pages and little is computed from each. A chunk of a prompt has
@@ -12,6 +12,7 @@ rows of a KV head, of 131,072. A dense head copies all, so no more KV heads are 
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -39,63 +40,71 @@ def paged_prefill(
     page_table: torch.Tensor,
     pattern: LayerPattern,
     *,
-    length: int,
+    lengths: Sequence[int],
     softmax_scale: float | None = None,
     backend: str = "auto",
     into: torch.Tensor | None = None,
     check: bool = True,
 ) -> torch.Tensor:
-    """`paged_attention` of the last tokens of one sequence, whose length the host knows.
+    """`paged_attention` of the last tokens of sequences whose lengths the host knows.
 
     The keys and values of these tokens are in their pages already (`write_pages`). No gradient, and
-    no part of a CUDA graph: what is copied depends on the length.
+    no part of a CUDA graph: what is copied depends on the lengths. One sequence after the other.
 
     Args:
-        q: [1, s, h, d]: token j stands at position length - s + j. At least two blocks of them.
+        q: [b, s, h, d]: token j of sequence i stands at position lengths[i] - s + j. At least two
+            blocks of them, and none is padding.
         k_pages: [pages, block_size, d]; v_pages: [pages, block_size, dv]; page_table: int32
-            [1, g, blocks]: as in `paged_attention`.
+            [b, g, blocks]: as in `paged_attention`.
         pattern: lifetimes for exactly these h and g heads.
-        length: tokens of the sequence, the new ones included.
+        lengths: the tokens of each sequence, the new ones included.
         softmax_scale: above 0; default 1 / sqrt(d).
         backend: "triton" (the training kernels: Hopper's own where they take it, else portable),
             "reference" (PyTorch, any device), "auto": "triton" on a GPU.
-        into: [1, s, h, dv], where the result is written; default: a new tensor.
+        into: [b, s, h, dv], where the result is written; default: a new tensor.
         check: False leaves the checks out, for who calls again with what has been checked.
 
     Returns:
-        out [1, s, h, dv].
+        out [b, s, h, dv].
 
     Raises:
         ValueError: names the argument, the value and the way out.
     """
-    s, size = q.shape[1], pattern.block_size
     if check:
-        some = torch.zeros(1, dtype=torch.int32, device=q.device)
+        some = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
         check_pages(k_pages, v_pages, page_table, some, pattern, q)
         check_queries(q, k_pages, pattern)
         check_backend(backend, q, k_pages, v_pages)
-        _check_length(q, page_table, length, size)
+        _check_lengths(q, page_table, lengths, pattern.block_size)
     scale = check_scale(softmax_scale, q)
     out = into if into is not None else q.new_empty((*q.shape[:3], v_pages.shape[-1]))
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
-        lengths = torch.tensor([length], dtype=torch.int32, device=q.device)
-        made, _ = paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, scale)
+        known = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+        made, _ = paged_reference(q, k_pages, v_pages, page_table, known, pattern, scale)
         return out.copy_(made)
-    group, row_bytes = q.shape[2] // pattern.kv_heads, (q.shape[-1] + out.shape[-1]) * q.itemsize
-    heads = _heads_at_a_time(pattern, row_bytes, s, length)
+    for i, length in enumerate(lengths):
+        one = slice(i, i + 1)
+        _attend(q[one], k_pages, v_pages, page_table[i], pattern, length, scale, out[one])
+    return out
+
+
+def _attend(q, k_pages, v_pages, page_table, pattern, length: int, scale: float, out) -> None:
+    """One sequence, a few KV heads at a time."""
+    s, group = q.shape[1], q.shape[2] // pattern.kv_heads
+    heads = _heads_at_a_time(pattern, (q.shape[-1] + out.shape[-1]) * q.itemsize, s, length)
+    backend = "auto" if q.is_cuda else "triton"
     for first in range(0, pattern.kv_heads, heads):
         kv = slice(first, min(first + heads, pattern.kv_heads))
         part = pattern if heads == pattern.kv_heads else _part(pattern, kv.start, kv.stop)
         near, blocks = _seen(part, s, length, q.device)
-        pages = page_table[0, kv].gather(1, blocks)
-        k, v = (_rows(x, pages, _n_rows(near, length, size)) for x in (k_pages, v_pages))
+        pages = page_table[kv].gather(1, blocks)
+        k, v = (_rows(x, pages, _n_rows(near, length, part.block_size)) for x in (k_pages, v_pages))
         queries = slice(kv.start * group, kv.stop * group)
         with torch.no_grad():
             s2_attention(
                 q[:, :, queries], k, v, part, softmax_scale=scale, q_offset=length - s, near=near,
-                backend="triton" if q.device.type == "cpu" else "auto", into=out[:, :, queries],
+                backend=backend, into=out[:, :, queries],
             )  # fmt: skip
-    return out
 
 
 def scratch_bytes(pattern: LayerPattern, row_bytes: int, s: int, length: int) -> int:
@@ -160,14 +169,14 @@ def _rows(pages: torch.Tensor, which: torch.Tensor, n_rows: int) -> torch.Tensor
     return pages[which].flatten(1, 2)[:, :n_rows].transpose(0, 1)[None]
 
 
-def _check_length(q, page_table, length: int, size: int) -> None:
-    if q.shape[0] != 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: must be of one sequence, [1, s, h, d]")
-    s, most = q.shape[1], page_table.shape[2] * size
-    if not s <= length <= most:
+def _check_lengths(q, page_table, lengths, size: int) -> None:
+    b, s, most = q.shape[0], q.shape[1], page_table.shape[2] * size
+    if len(lengths) != b:
+        raise ValueError(f"lengths={list(lengths)}: must be {b}, one of each sequence in q")
+    if not all(s <= length <= most for length in lengths):
         raise ValueError(
-            f"length={length}: must be at least the {s} new tokens, and at most {most}: page_table "
-            f"has {page_table.shape[2]} blocks"
+            f"lengths={list(lengths)}: must be at least the {s} new tokens, and at most {most}: "
+            f"page_table has {page_table.shape[2]} blocks"
         )
     if s < 2 * size:
         raise ValueError(

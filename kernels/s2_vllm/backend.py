@@ -185,10 +185,9 @@ class S2Impl(AttentionImpl):
                          pool.pattern)  # fmt: skip
                 write_pages(k, v, *pages, check=False)
                 if takes_prefill(run.tokens, pool.pattern.block_size):
-                    paged_prefill(
-                        q, *pages[:3], pool.pattern, length=run.length, softmax_scale=self.scale,
-                        into=output[None, tokens, heads], check=False,
-                    )  # fmt: skip
+                    into = output[None, tokens, heads]
+                    known = dict(lengths=(run.length,), softmax_scale=self.scale)
+                    paged_prefill(q, *pages[:3], pool.pattern, into=into, check=False, **known)
                     continue
                 out = paged_attention(q, *pages, softmax_scale=self.scale, check=False)
                 output[tokens, heads] = out.flatten(0, 1)

@@ -22,10 +22,10 @@ CASES = [
     PagedCase(LOCAL, (64,), s=64),  # a whole prompt
     PagedCase(LOCAL, (50,), s=40),  # everything is near
     PagedCase(LOCAL, (256,), s=64),  # block edges
-    PagedCase(LOCAL, (203,), s=45),  # a last block in part, queries from within a block on
+    PagedCase(LOCAL, (203, 64, 90), s=45),  # a last block in part, queries from within a block on
     PagedCase(BANDS, (235,), s=70),  # blocks between that are dead
     PagedCase(ENDING, (230,), s=33),  # no block is kept forever
-    PagedCase(MIXED, (177,), s=36),  # a dense head: other heads have fewer rows
+    PagedCase(MIXED, (177, 47), s=36),  # a dense head: other heads have fewer rows
     PagedCase(dense(heads=4, kv_heads=2, block_size=16), (150,), s=40),
     PagedCase(sliding_window(heads=2, block_size=16, local_blocks=3), (130,), s=35),
     PagedCase(replace(LOCAL, block_size=64), (500,), s=130, d=48, dv=64),
@@ -38,9 +38,27 @@ def test_a_chunk_is_the_definition(case, backend):
     """Pages that died hold other heads' keys or NaN."""
     x = make_paged(case, device=DEVICE)
     pages = (x.k_pages, x.v_pages, x.page_table, case.pattern)
-    out = paged_prefill(x.q, *pages, length=case.lengths[0], backend=backend)
+    out = paged_prefill(x.q, *pages, lengths=case.lengths, backend=backend)
     truth, _ = truth_of(case, x)
     assert (out.double() - truth).abs().max() < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("s", [1024, 1000])  # begins at a block, and within one
+@pytest.mark.parametrize("stride", [16, 1])
+def test_a_long_chunk_on_a_gpu(s, stride):
+    """bfloat16 at the size that serving has, Hopper's own kernels where they are: the 2x rule."""
+    shape = dict(heads=8, kv_heads=2, block_size=64)
+    pattern = local_stride(**shape, local_blocks=16, stride=16) if stride > 1 else dense(**shape)
+    case = PagedCase(pattern, (9000,), s=s, d=128)
+    x = make_paged(case, torch.bfloat16, DEVICE)
+    pages = (x.k_pages, x.v_pages, x.page_table, pattern)
+    truth, _ = truth_of(case, x)
+    error = (paged_prefill(x.q, *pages, lengths=(9000,)).double() - truth).abs().max()
+    plain = paged_prefill(x.q, *pages, lengths=(9000,), backend="reference")
+    assert error < 2 * (truth_of(case, x, torch.bfloat16)[0].double() - truth).abs().max()
+    assert (plain.double() - truth).abs().max() < error + 1e-2
 
 
 def test_heads_are_taken_a_few_at_a_time(monkeypatch):
@@ -55,7 +73,7 @@ def test_heads_are_taken_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(prefill, "_rows", lambda *a: made.append(rows(*a)) or made[-1])
     place = torch.full_like(x.q, math.nan)
     pages = (x.k_pages, x.v_pages, x.page_table, MIXED)
-    out = paged_prefill(x.q, *pages, length=177, backend="triton", into=place)
+    out = paged_prefill(x.q, *pages, lengths=(177,), backend="triton", into=place)
     assert out.data_ptr() == place.data_ptr()
     assert (out.double() - truth_of(case, x)[0]).abs().max() < 2e-5
     assert [k.shape[2] for k in made] == [2, 2, 1, 1]  # k and v of two heads, then of the last
@@ -83,7 +101,7 @@ def refusal(**changes) -> str:
     case = PagedCase(LOCAL, (100,), s=40)
     x = make_paged(case, device=DEVICE)
     given = dict(q=x.q, k_pages=x.k_pages, v_pages=x.v_pages, page_table=x.page_table,
-                 pattern=LOCAL, length=100)  # fmt: skip
+                 pattern=LOCAL, lengths=(100,))  # fmt: skip
     with pytest.raises(ValueError) as error:
         paged_prefill(**{**given, **changes})
     return str(error.value)
@@ -91,8 +109,9 @@ def refusal(**changes) -> str:
 
 def test_what_does_not_fit_is_refused_by_name():
     q = torch.zeros(1, 40, 4, 32, device=DEVICE)
-    assert "length=30: must be at least the 40 new tokens" in refusal(length=30)
-    assert "at most 128: page_table has 8 blocks" in refusal(length=2000)
+    assert "lengths=[30]: must be at least the 40 new tokens" in refusal(lengths=[30])
+    assert "at most 128: page_table has 8 blocks" in refusal(lengths=[2000])
+    assert "lengths=[90, 80]: must be 1" in refusal(lengths=[90, 80])
     assert "q has 20 tokens: must be at least 32" in refusal(q=q[:, :20])
     assert "must be [b, s, 4, 32]" in refusal(q=q[:, :, :3])
     table = torch.zeros(2, 2, 8, dtype=torch.int32, device=DEVICE)

@@ -120,9 +120,9 @@ def note_chunks(job: dict) -> list:
     made_for.FEWEST = job.get("fewest", 256)
     chunks, prefill = [], getattr(backend.paged_prefill, "stock", backend.paged_prefill)
 
-    def noting(q, *args, length, **options):
-        chunks.append((q.shape[1], length))
-        return prefill(q, *args, length=length, **options)
+    def noting(q, *args, lengths, **options):
+        chunks.extend((q.shape[1], length) for length in lengths)
+        return prefill(q, *args, lengths=lengths, **options)
 
     noting.stock = prefill
     backend.paged_prefill = noting
