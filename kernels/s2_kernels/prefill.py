@@ -6,7 +6,7 @@ thousands of queries. Here the live pages that it sees are copied, once, into on
 order in which context parallelism has keys of other ranks (near.py): of each head the blocks kept
 forever, and then every block from the chunk's window on. The forward kernel takes them as they are.
 
-What is copied is little: at 128k tokens, window 1,024 and stride 16, a chunk of 8,192 copies 17,408
+What is copied is little: at 128k tokens, window 1,024 and stride 16, a chunk of 8,192 copies 16,832
 rows of a KV head, of 131,072. A dense head copies all, so no more KV heads are taken at a time than
 `SCRATCH_BYTES` hold.
 """
