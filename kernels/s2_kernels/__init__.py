@@ -13,6 +13,7 @@ from s2_kernels.pattern import (
     ranges,
     sliding_window,
 )
+from s2_kernels.prefill import paged_prefill
 
 __all__ = [
     "FOREVER",
@@ -23,6 +24,7 @@ __all__ = [
     "dense",
     "local_stride",
     "paged_attention",
+    "paged_prefill",
     "ranges",
     "s2_attention",
     "s2_attention_backward",

@@ -70,8 +70,8 @@ def paged_attention(
     """
     if check:
         check_pages(k_pages, v_pages, page_table, lengths, pattern, q)
-        _check_queries(q, k_pages, pattern)
-        _check_backend(backend, q, k_pages, v_pages)
+        check_queries(q, k_pages, pattern)
+        check_backend(backend, q, k_pages, v_pages)
     scale = check_scale(softmax_scale, q)
     if _on_triton(backend, q):
         if check:
@@ -114,7 +114,7 @@ def write_pages(
     if check:
         check_pages(k_pages, v_pages, page_table, lengths, pattern, k)
         _check_new_tokens(k, v, k_pages, v_pages, page_table)
-        _check_backend(backend, k, k_pages, v_pages)
+        check_backend(backend, k, k_pages, v_pages)
     if _on_triton(backend, k):
         new = (_last_contiguous(k), _last_contiguous(v))
         pages = (k_pages, v_pages, page_table, lengths)
@@ -136,7 +136,7 @@ def _planned(launcher, tensors, pattern, *rest, **options):
     return _PLANS.run(key, launch, tensors, tensors[0].device)
 
 
-def _check_queries(q, k_pages, pattern) -> None:
+def check_queries(q, k_pages, pattern) -> None:
     if q.dim() != 4 or q.shape[2] != pattern.heads or q.shape[3] != k_pages.shape[2]:
         raise ValueError(
             f"q has shape {tuple(q.shape)}: must be [b, s, {pattern.heads}, {k_pages.shape[2]}], "
@@ -194,7 +194,7 @@ def check_pages(k_pages, v_pages, page_table, lengths, pattern, x) -> None:
             )
 
 
-def _check_backend(backend: str, x, k_pages, v_pages) -> None:
+def check_backend(backend: str, x, k_pages, v_pages) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if _on_triton(backend, x):

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.pattern import LayerPattern
+from s2_kernels.prefill import paged_prefill, scratch_bytes, takes_prefill
 from s2_vllm.compat import KeysThenValues, page_fields
 from s2_vllm.rules import HeldBlocks, places
 from s2_vllm.spec import S2Spec
@@ -36,6 +37,8 @@ class Run:
     end: int
     token: int
     tokens: int
+    length: int = 0
+    """Of a request with more than one new token: all its tokens, the new ones included."""
 
 
 @dataclass
@@ -46,6 +49,8 @@ class S2Metadata:
         block_table: int32 [r, blocks]; entries of dead blocks are stale.
         seq_lens: int32 [r], the new tokens included; 0 where a row pads a CUDA graph.
         query_start_loc_cpu: int32 [r + 1] on the host.
+        seq_lens_cpu: seq_lens on the host. vLLM has it as an upper bound, which is exact but for
+            speculative decoding, which is refused (checks.py). None: the GPU is waited for.
         max_query_len: the most new tokens of a request.
         tables: int32 [r, g, blocks] of groups that belong to one launch, made at the first layer
             that asks.
@@ -54,6 +59,7 @@ class S2Metadata:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc_cpu: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
     max_query_len: int
     tables: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -65,12 +71,14 @@ class S2Metadata:
             return (Run(0, rows, 0, 1),)
         runs = []
         starts = self.query_start_loc_cpu[: rows + 1].tolist()
+        known = self.seq_lens if self.seq_lens_cpu is None else self.seq_lens_cpu
+        lengths = known[:rows].tolist()
         for row in range(rows):
             tokens = starts[row + 1] - starts[row]
             if tokens == 1 and runs and runs[-1].tokens == 1 and runs[-1].end == row:
                 runs[-1] = Run(runs[-1].first, row + 1, runs[-1].token, 1)
             elif tokens > 0:
-                runs.append(Run(row, row + 1, starts[row], tokens))
+                runs.append(Run(row, row + 1, starts[row], tokens, lengths[row]))
         return tuple(runs)
 
 
@@ -89,6 +97,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             seq_lens=common.seq_lens,
             query_start_loc_cpu=common.query_start_loc_cpu,
+            seq_lens_cpu=common.seq_lens_cpu_upper_bound,
             max_query_len=common.max_query_len,
         )
 
@@ -158,6 +167,7 @@ class S2Impl(AttentionImpl):
     ) -> torch.Tensor:
         """Writes k and v [T, g, d] into pages, then attends from q [T, h, d] into output."""
         if attn_metadata is None:  # memory is measured; there is no cache yet
+            query.new_empty(layer.scratch, dtype=torch.uint8)  # what a chunk of a prompt will take
             return output.zero_()
         metadata = get_forward_context().attn_metadata
         group = self.num_heads // self.num_kv_heads
@@ -174,6 +184,11 @@ class S2Impl(AttentionImpl):
                 pages = (pool.k_pages, pool.v_pages, table[rows], attn_metadata.seq_lens[rows],
                          pool.pattern)  # fmt: skip
                 write_pages(k, v, *pages, check=False)
+                if takes_prefill(run.tokens, pool.pattern.block_size):
+                    into = output[None, tokens, heads]
+                    known = dict(lengths=(run.length,), softmax_scale=self.scale)
+                    paged_prefill(q, *pages[:3], pool.pattern, into=into, check=False, **known)
+                    continue
                 out = paged_attention(q, *pages, softmax_scale=self.scale, check=False)
                 output[tokens, heads] = out.flatten(0, 1)
         return output
@@ -238,6 +253,10 @@ class S2Attention(Attention):
             attn_backend=S2Backend,
         )
         self.pattern, self._pools_of = pattern, None
+        chunk = config.scheduler_config.max_num_batched_tokens
+        longest = config.model_config.max_model_len
+        row_bytes = 2 * self.head_size * self.kv_cache_torch_dtype.itemsize
+        self.scratch = scratch_bytes(pattern, row_bytes, min(chunk, longest), longest)
         self.specs = tuple(
             self._spec(head, place, config.max_in_flight_tokens)
             for head, place in zip(held, places(held), strict=True)

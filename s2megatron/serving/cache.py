@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from s2_kernels import LayerPattern
 from s2_kernels.paged import paged_attention, write_pages
+from s2_kernels.prefill import paged_prefill, takes_prefill
 from s2megatron.errors import ConfigError
 from s2megatron.serving.graph import DecodeGraph
 from s2megatron.serving.model import head_size, model_patterns
@@ -328,17 +329,19 @@ class PagedCache(Cache):
         self._grow(layer, begin, end, alive_only=False)
         self.pool.flush()
         lengths = self._lengths if end == self.total else self._lengths - (self.total - end)
-        out = self._attend_pages(layer, q, k, v, lengths, scaling)
+        out = self._attend_pages(layer, q, k, v, lengths, scaling, end)
         self._shrink(layer, begin, end)
         return out
 
-    def _attend_pages(self, layer, q, k, v, lengths, scaling) -> Tensor:
+    def _attend_pages(self, layer, q, k, v, lengths, scaling, end: int = 0) -> Tensor:
         check = q.shape[1] > 1  # a step of one token is like the one before it
         self._write(layer, k, v, lengths, alive_only=False, check=check)
-        return paged_attention(
-            q, *self._pages(layer, lengths), softmax_scale=scaling, backend=self.backend,
-            check=check,
-        )  # fmt: skip
+        options = dict(softmax_scale=scaling, backend=self.backend, check=check)
+        *pages, lengths, pattern = self._pages(layer, lengths)
+        if takes_prefill(q.shape[1], self.pool.size) and max(self._first) <= end - q.shape[1]:
+            known = [end - first for first in self._first]  # on the host; nothing is padding
+            return paged_prefill(q, *pages, pattern, lengths=known, **options)
+        return paged_attention(q, *pages, lengths, pattern, **options)
 
     def _write(self, layer, k, v, lengths, *, alive_only: bool, check: bool = True) -> None:
         self.pool.flush()

@@ -5,6 +5,12 @@
 Three problems of the last chunk, batch 1, bf16: *prefill*, the chunk against all tokens before it;
 and what a rank of context parallelism makes of that: *near*, the chunk and the window before it
 under the pattern, and *far*, the shard before these, which every query sees. One GPU.
+
+    python3 scripts/bench/chunks.py --pages --heads 32 --kv-heads 8 --stride 16
+
+The chunk of a prompt whose keys lie in pages (serving): by `paged_prefill`, which copies what the
+chunk sees and runs the training kernel, the copy by itself, and by `paged_attention`; sparse and
+dense layers.
 """
 
 import argparse
@@ -85,6 +91,46 @@ def measure(p: Problem, backend: str, a: argparse.Namespace) -> tuple[float, flo
     )
 
 
+def page_rows(a: argparse.Namespace) -> list[str]:
+    """A row for a sparse layer, and for a dense one: milliseconds of a chunk over pages."""
+    import torch
+    from triton.testing import do_bench
+
+    from s2_kernels import paged_attention, paged_prefill, prefill
+
+    heads = dict(heads=a.heads, kv_heads=a.kv_heads or a.heads, block_size=BLOCK)
+    sparse = local_stride(**heads, local_blocks=a.local // BLOCK, stride=a.stride)
+    g, blocks, device = sparse.kv_heads, -(-a.tokens // BLOCK), a.device
+    options = dict(dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+    q = torch.randn(1, a.chunk, a.heads, a.d, **options)
+    k_pages, v_pages = (torch.randn(g * blocks, BLOCK, a.d, **options) for _ in range(2))
+    table = torch.randperm(g * blocks, device=device).int().view(1, g, blocks)
+    length = torch.tensor([a.tokens], dtype=torch.int32, device=device)
+    rows = []
+    for name, pattern in (("sparse", sparse), ("dense", dense(**heads))):
+
+        def copy(pattern=pattern):
+            near, seen = prefill._seen(pattern, a.chunk, a.tokens, q.device)
+            n_rows = prefill._n_rows(near, a.tokens, BLOCK)
+            pages = table[0].gather(1, seen)
+            return [prefill._rows(x, pages, n_rows) for x in (k_pages, v_pages)]
+
+        def whole(pattern=pattern):
+            return paged_prefill(q, k_pages, v_pages, table, pattern, lengths=(a.tokens,))
+
+        def decode(pattern=pattern):
+            return paged_attention(q, k_pages, v_pages, table, length, pattern)
+
+        if device == "cpu":  # tried out: nothing is timed
+            assert (whole() - decode()).abs().max() < 1e-4
+        times = [0.0] * 3 if device == "cpu" else [
+            do_bench(run, warmup=25, rep=a.rep, return_mode="median")
+            for run in (whole, copy, decode)
+        ]  # fmt: skip
+        rows.append(f"| {name} | {a.tokens:,} | " + " | ".join(f"{x:.3f}" for x in times) + " |")
+    return rows
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131072)
@@ -95,11 +141,17 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--local", type=int, default=1024, help="window in tokens")
     parser.add_argument("--d", type=int, default=128, help="head size")
     parser.add_argument("--rep", type=int, default=200, help="milliseconds of each measurement")
+    parser.add_argument("--pages", action="store_true", help="keys in pages: see above")
+    parser.add_argument("--device", default="cuda", help="cpu only tries --pages out")
     return parser.parse_args(argv)
 
 
 def main():
     a = parse()
+    if a.pages:
+        print("| layer | tokens | paged_prefill ms | its copy | paged_attention |")
+        print("| --- | --- | --- | --- | --- |", *page_rows(a), sep="\n")
+        return
     print("| problem | keys | forward ms, Hopper | portable | backward ms, Hopper | portable |")
     print("| --- | --- | --- | --- | --- | --- |")
     for p in problems(a):

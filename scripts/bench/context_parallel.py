@@ -11,7 +11,8 @@ For every length: forward and backward on one GPU, and, in rows, the ways to sha
     chosen           as many groups as the plugin takes by itself
 
 Each on all GPUs together, and with the exchange left out (its buffers are there, nothing is sent),
-which gives the communication that is not hidden. Times are medians in ms, of the slowest rank.
+which gives the communication that is not hidden. Times are medians in ms, of the slowest rank, of
+calls that follow each other at once (`IN_A_ROW`); up to 2026-11-28 each began on an idle GPU.
 Bytes are those counted at the collective, per forward and backward pass, and stop the run where
 they are not the formula's. Writes OUT/NAME.json, and prints a table. Without GPUs
 it runs on gloo, to be tried out.
@@ -154,18 +155,27 @@ def ways(kv_heads: int) -> dict[str, tuple[type, dict]]:
     return rows | {"chosen": (ContextAttention, {})}
 
 
+IN_A_ROW = 4
+"""Calls that are timed together: in a training step the GPU is busy when attention is called, and
+does not wait for the host to launch what comes first."""
+
+
 def milliseconds(run, device, repeats: int) -> float:
-    """Median over the repeats, of the rank that took longest; the first two warm up."""
+    """Of one of `IN_A_ROW` calls; median over the repeats, of the rank that took longest.
+
+    The first two repeats warm up.
+    """
     times = []
     for _ in range(repeats + 2):
         dist.barrier()
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        run()
+        for _ in range(IN_A_ROW):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
+        times.append(1000 * (time.perf_counter() - began) / IN_A_ROW)
     slowest = torch.tensor(statistics.median(times[2:]), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
@@ -222,7 +232,7 @@ def measure(options, tokens: int, device: torch.device):
     for way, (attention_class, settings) in ways(options.kv_heads).items():
         attention = attention_class(pattern, None, dist.group.WORLD, **settings)
         together = milliseconds(both_passes(attention.attend, *part), device, options.repeats)
-        received = attention.bytes_received / (options.repeats + 2)
+        received = attention.bytes_received / (options.repeats + 2) / IN_A_ROW
         if received != due:
             raise RuntimeError(
                 f"rank {dist.get_rank()} received {received} bytes a pass, {way}; due: {due}"

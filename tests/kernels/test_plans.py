@@ -148,6 +148,12 @@ def test_decoding_has_plans_too(report):
     assert report["paged"]["prompt"]["same"]
 
 
+def test_a_chunk_of_a_prompt_takes_the_hopper_kernel_as_it_is(report):
+    """Keys are copies of pages, head after head; the result is written where vLLM wants it."""
+    hopper = ["s2_hopper_forward_kernel"]
+    assert report["paged"]["chunk"] == dict(passes=1, kernels=[hopper, hopper], written=True)
+
+
 def test_a_pass_runs_on_the_device_of_its_tensors(monkeypatch):
     """Triton launches on the current device, whatever the addresses are."""
     current, entered = [0], []

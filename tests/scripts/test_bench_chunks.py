@@ -25,3 +25,10 @@ def test_near_and_far_are_what_the_chunk_sees():
 def test_a_chunk_without_a_window_before_it_is_refused():
     with pytest.raises(ValueError, match="--chunk 1920 of --tokens 2048"):
         chunks.problems(chunks.parse(["--tokens=2048", "--chunk=1920", "--stride=1"]))
+
+
+def test_pages_give_the_same_both_ways():
+    a = chunks.parse(["--pages", "--device=cpu", "--tokens=1024", "--chunk=256", "--heads=4",
+                      "--kv-heads=2", "--stride=4", "--local=256", "--d=32"])  # fmt: skip
+    sparse, whole = chunks.page_rows(a)
+    assert sparse.startswith("| sparse | 1,024 |") and whole.count("|") == sparse.count("|") == 6

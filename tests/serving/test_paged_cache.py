@@ -9,6 +9,7 @@ import transformers
 from convert_models import S2, make_model, run_tree
 
 import s2megatron.hf as s2hf
+from s2_kernels import prefill
 from s2_kernels.cache import alive_pages
 from s2_kernels.record import record
 from s2megatron.config import parse_config
@@ -83,10 +84,14 @@ def test_every_step_frees_what_is_dead(model, ids):
     assert cache.pool.taken < cache.pool.pages <= pages_needed(cache.patterns, 1, 90)
 
 
+@pytest.mark.parametrize("fewest", [32, 1000])
 @pytest.mark.parametrize("cuts", [(64, 64, 64), (33, 1, 100, 58), (1, 191), (16, 176)])
-def test_a_conversation_in_turns_gives_the_logits_of_one_pass(model, ids, cuts, monkeypatch):
+def test_a_conversation_in_turns_gives_the_logits_of_one_pass(
+    model, ids, cuts, fewest, monkeypatch
+):
     """Chunks of a prompt's continuation attend to pages, in parts where they are long."""
     monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 48)
+    monkeypatch.setattr(prefill, "FEWEST", fewest)  # from so many on by the training kernels
     text = ids[:, :192]
     cache = poisoned(PagedCache(model, max_length=192, batch_size=2))
     with torch.no_grad():

@@ -76,6 +76,8 @@ def reports(folder, prompts, short, tmp_path_factory):
     ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp",
                  num_gpu_blocks_override=2000)  # fmt: skip
     jobs["roomy"]["graphs"] = True
+    wide = options | dict(max_num_batched_tokens=150, num_gpu_blocks_override=2000)
+    jobs["wide"] = dict(folder=str(folder), options=wide, rounds=[texts, texts], fewest=64)
     for dtype in LOW_PRECISION:
         low = dict(num_gpu_blocks_override=2000, dtype=dtype, **options)
         jobs[dtype] = dict(folder=str(folder), rounds=[texts], options=low)
@@ -101,6 +103,15 @@ def test_the_folder_alone_says_all(reports):
 def test_chunked_prefill_and_requests_of_many_lengths(reports, expected):
     assert reports["roomy"]["rounds"][0]["tokens"] == expected
     assert all(len(tokens) == NEW for tokens in expected)
+
+
+def test_long_chunks_go_through_the_training_kernels(reports, expected):
+    """On a GPU; here through their definition, by the same lengths and tables."""
+    assert [one["tokens"] for one in reports["wide"]["rounds"]] == [expected, expected]
+    chunks = {(new, in_all) for new, in_all in reports["wide"]["chunks"]}
+    assert chunks and all(64 <= new <= in_all for new, in_all in chunks)
+    assert any(new < in_all for new, in_all in chunks)  # behind tokens that are in pages
+    assert reports["roomy"]["chunks"] == []  # 48 tokens a step
 
 
 def test_a_second_round_comes_out_of_the_prefix_cache(reports, expected, prompts):
@@ -153,7 +164,7 @@ def test_cuda_graphs_hold_what_a_step_needs(reports):
 
 
 def test_no_page_is_lost(reports):
-    for name in ("roomy", "tight", "ranks"):
+    for name in ("roomy", "tight", "ranks", "wide"):
         for one in reports[name]["rounds"]:
             assert one["free_before"] == one["free_after"] == reports[name]["pages"] - 1
 

@@ -27,6 +27,7 @@ from s2_kernels.hopper import backward_dkdv as hopper_dkdv
 from s2_kernels.hopper import backward_dkdv_wide, primitives
 from s2_kernels.near import Near
 from s2_kernels.paged import paged_attention, write_pages
+from s2_kernels.prefill import paged_prefill
 
 WIDE = dict(heads=4, local_blocks=4, stride=4)
 
@@ -358,6 +359,19 @@ def paged(gpu: StubGPU) -> dict:
         direct, by_plan, passes = both_ways(functools.partial(step, tokens))
         kernels = [x[0] for x in by_plan]
         found[name] = dict(same=direct == by_plan, passes=passes, kernels=kernels)
+
+    cache = torch.zeros(99, 2, pattern.block_size, 128).bfloat16()  # as vLLM has pages
+    table = torch.randperm(99)[:32].int().view(1, 2, 16)
+
+    def chunk() -> list:
+        gpu.clear()
+        q, out = (torch.zeros(400, 4, 128).bfloat16()[None, 50:350] for _ in "qo")
+        paged_prefill(q, *cache.unbind(1), table, pattern, lengths=(900,), into=out)
+        return renamed(gpu.launches, {q.data_ptr(): "q", out.data_ptr(): "out"})
+
+    direct, by_plan, passes = both_ways(chunk)
+    found["chunk"] = dict(passes=passes, kernels=[[x[0] for x in run] for run in (direct, by_plan)])
+    found["chunk"]["written"] = "out" in str(by_plan) and "'q'" in str(by_plan)
     return found
 
 

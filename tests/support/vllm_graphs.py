@@ -50,6 +50,7 @@ def replays(layer, config) -> bool:
     def step(q, k, v, lengths, *tables):
         common = (
             SimpleNamespace(block_table_tensor=table, seq_lens=lengths, max_query_len=1,
+                            seq_lens_cpu_upper_bound=None,
                             query_start_loc_cpu=torch.arange(ROWS + 1))
             for table in tables
         )  # fmt: skip

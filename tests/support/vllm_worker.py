@@ -27,7 +27,7 @@ def serve(job: dict) -> dict:
     except ValueError as error:
         return {"error": str(error)}
     core = engine.engine_core.engine_core
-    counted = count_preemptions(core.scheduler)
+    counted, chunks = count_preemptions(core.scheduler), note_chunks(job)
     pages = core.scheduler.kv_cache_manager.block_pool
     groups = core.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     report = {
@@ -51,7 +51,7 @@ def serve(job: dict) -> dict:
         got |= {"free_before": free, "free_after": pages.get_num_free_blocks()}
         report["rounds"].append(got | {"preemptions": len(counted) - before})
     stop(engine)
-    return report
+    return report | {"chunks": chunks}
 
 
 def do(job: dict) -> dict:
@@ -107,6 +107,26 @@ def count_preemptions(scheduler) -> list:
 
     scheduler._preempt_request = counting
     return counted
+
+
+def note_chunks(job: dict) -> list:
+    """A list that grows with every call of paged_prefill: (new tokens, tokens in all).
+
+    It is called from `job["fewest"]` new tokens on; texts here are short.
+    """
+    from s2_kernels import prefill as made_for
+    from s2_vllm import backend
+
+    made_for.FEWEST = job.get("fewest", 256)
+    chunks, prefill = [], getattr(backend.paged_prefill, "stock", backend.paged_prefill)
+
+    def noting(q, *args, lengths, **options):
+        chunks.extend((q.shape[1], length) for length in lengths)
+        return prefill(q, *args, lengths=lengths, **options)
+
+    noting.stock = prefill
+    backend.paged_prefill = noting
+    return chunks
 
 
 def run_round(engine, one: dict) -> dict:
