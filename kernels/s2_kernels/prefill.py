@@ -91,14 +91,13 @@ def paged_prefill(
 def _attend(q, k_pages, v_pages, page_table, pattern, length: int, scale: float, out) -> None:
     """One sequence, a few KV heads at a time."""
     s, group = q.shape[1], q.shape[2] // pattern.kv_heads
-    heads = _heads_at_a_time(pattern, (q.shape[-1] + out.shape[-1]) * q.itemsize, s, length)
+    row_bytes = (q.shape[-1] + out.shape[-1]) * q.itemsize
+    heads = _heads_at_a_time(pattern, _head_bytes(pattern, row_bytes, s, length))
     backend = "auto" if q.is_cuda else "triton"
     for first in range(0, pattern.kv_heads, heads):
         kv = slice(first, min(first + heads, pattern.kv_heads))
         part = pattern if heads == pattern.kv_heads else _part(pattern, kv.start, kv.stop)
-        near, blocks = _seen(part, s, length, q.device)
-        pages = page_table[kv].gather(1, blocks)
-        k, v = (_rows(x, pages, _n_rows(near, length, part.block_size)) for x in (k_pages, v_pages))
+        k, v, near = copy_seen(k_pages, v_pages, page_table[kv], part, s, length)
         queries = slice(kv.start * group, kv.stop * group)
         with torch.no_grad():
             s2_attention(
@@ -107,19 +106,41 @@ def _attend(q, k_pages, v_pages, page_table, pattern, length: int, scale: float,
             )  # fmt: skip
 
 
+def copy_seen(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    pattern: LayerPattern,
+    s: int,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor, Near | None]:
+    """k [1, rows, g, d], v [1, rows, g, dv] that the last s of `length` tokens see, and near.
+
+    Args:
+        page_table: int32 [g, blocks], of one sequence.
+    """
+    near, blocks = _seen(pattern, s, length, page_table.device)
+    pages, n_rows = page_table.gather(1, blocks), _n_rows(near, length, pattern.block_size)
+    k, v = (_rows(x, pages, n_rows) for x in (k_pages, v_pages))
+    return k, v, near
+
+
 def scratch_bytes(pattern: LayerPattern, row_bytes: int, s: int, length: int) -> int:
     """What `paged_prefill` copies at a time for s new tokens of a sequence of `length`.
 
     Args:
         row_bytes: of the key and the value of one token of one KV head.
     """
-    head = _n_rows(_near(pattern, s, length), length, pattern.block_size) * row_bytes
-    return min(head * pattern.kv_heads, max(head, SCRATCH_BYTES))
+    head = _head_bytes(pattern, row_bytes, s, length)
+    return head * _heads_at_a_time(pattern, head)
 
 
-def _heads_at_a_time(pattern, row_bytes: int, s: int, length: int) -> int:
-    head = _n_rows(_near(pattern, s, length), length, pattern.block_size) * row_bytes
-    return min(pattern.kv_heads, max(1, SCRATCH_BYTES // head))
+def _head_bytes(pattern: LayerPattern, row_bytes: int, s: int, length: int) -> int:
+    return _n_rows(_near(pattern, s, length), length, pattern.block_size) * row_bytes
+
+
+def _heads_at_a_time(pattern: LayerPattern, head_bytes: int) -> int:
+    return min(pattern.kv_heads, max(1, SCRATCH_BYTES // head_bytes))
 
 
 @functools.lru_cache(64)

@@ -96,7 +96,8 @@ def page_rows(a: argparse.Namespace) -> list[str]:
     import torch
     from triton.testing import do_bench
 
-    from s2_kernels import paged_attention, paged_prefill, prefill
+    from s2_kernels import paged_attention, paged_prefill
+    from s2_kernels.prefill import copy_seen
 
     heads = dict(heads=a.heads, kv_heads=a.kv_heads or a.heads, block_size=BLOCK)
     sparse = local_stride(**heads, local_blocks=a.local // BLOCK, stride=a.stride)
@@ -110,10 +111,7 @@ def page_rows(a: argparse.Namespace) -> list[str]:
     for name, pattern in (("sparse", sparse), ("dense", dense(**heads))):
 
         def copy(pattern=pattern):
-            near, seen = prefill._seen(pattern, a.chunk, a.tokens, q.device)
-            n_rows = prefill._n_rows(near, a.tokens, BLOCK)
-            pages = table[0].gather(1, seen)
-            return [prefill._rows(x, pages, n_rows) for x in (k_pages, v_pages)]
+            return copy_seen(k_pages, v_pages, table[0], pattern, a.chunk, a.tokens)
 
         def whole(pattern=pattern):
             return paged_prefill(q, k_pages, v_pages, table, pattern, lengths=(a.tokens,))

@@ -147,8 +147,7 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        "megatron.log_timers_to_tensorboard=true",
-        *(traced if trace else [f"megatron.train_iters={max(last, 3)}"]),
+        *(traced if trace else [f"megatron.train_iters={last + 1}"]),  # the last one is not logged
     ]
 
 
@@ -177,22 +176,13 @@ def train_cold(case: ScalingCase, options, folder: Path) -> str:
     return log.read_text()
 
 
-def seconds_of_iterations(scalars: dict) -> dict[int, float]:
-    """By iteration; no step needs to follow the last one that is timed.
-
-    s2/seconds-per-iteration ends where the next iteration begins, so the last one has none. It has
-    Megatron's iteration-time, whose second value, however, is the mean of the first two iterations
-    (megatron-core 0.19: the timer goes on after the first).
-    """
-    megatrons = {n: seconds for n, seconds in scalars["iteration-time"] if n > 2}
-    return megatrons | dict(scalars["s2/seconds-per-iteration"])
-
-
 def measure(case: ScalingCase, options, folder: Path, pool: Pool | None) -> MeasuredRun:
     """One run under the launcher. Raises RuntimeError with what went wrong."""
     folder.mkdir(parents=True)
     text = train_warm(case, options, folder, pool) if pool else train_cold(case, options, folder)
-    steps = seconds_of_iterations(read_scalars(folder / "tensorboard"))
+    # Not Megatron's iteration-time, whose second value is the mean of the first two iterations
+    # (megatron-core 0.19 does not reset that timer after the first).
+    steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
     if len(timed) < options.steps:

@@ -155,7 +155,11 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("layer-12", "layer-6", "the last layer dense against the sixth"),
     ("every-6-dense-head", "every-6", "a dense head in the others, half their window"),
     ("no-dense-stride-8", "no-dense", "eight shards that cover all against half of sixteen"),
-    ("no-dense-stride-8", "plain-8k-stride-8", "they against a plain window of as many keys at 8k"),
+    (
+        "no-dense-stride-8",
+        "plain-8k-stride-8",
+        "all shards against a window of as many keys at 8k",
+    ),
     ("no-dense", "plain-8k-stride-8", "half of the shards against a plain window of more keys"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
