@@ -80,7 +80,7 @@ class Fusion:
             name, forward = "gated MLPs", functools.partial(fused, module, weights)
         elif "q_proj" in parts and (rotary := _rotary_of(own)) is not None:
             # Attention itself stays as it is.
-            replaced = {ROTARY: self._once(rotary, rotary)}
+            replaced = {ROTARY: self._rotary(rotary)}
             name = "rotary embeddings"
             forward = functools.partial(_own_copy(own, replaced), module)
         elif _is_untouched(module, parts) and self._once_known(own, lambda: _is_prenorm(module)):
@@ -89,6 +89,19 @@ class Fusion:
             return None
         self.counts[name] = self.counts.get(name, 0) + 1
         return forward
+
+    def _rotary(self, rotary: Callable) -> Callable:
+        """A rotary function compiled: a kernel for q and k together where it treats them alike."""
+        if not self._once_known((_rotates_alike, rotary), lambda: _rotates_alike(rotary)):
+            return self._once(rotary, rotary)
+        together = self._once((_rotate_both, rotary), _rotate_both, force_pointwise_cat=True)
+
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **options):
+            if rest or options:  # such as another dimension of heads
+                return self._once(rotary, rotary)(q, k, cos, sin, *rest, **options)
+            return together(rotary, q, k, cos, sin)
+
+        return rotate
 
     def _kept(self, own: Callable, module: nn.Module) -> Callable:
         return functools.partial(self._ahead.forward, own, module)
@@ -129,17 +142,19 @@ class Fusion:
         added = layer.mlp(normed)
         return (hidden + added, None) if after is None else add_norm(after, hidden, added)
 
-    def _once(self, key, function: Callable) -> Callable:
-        return self._once_known(key, lambda: self._compile(function))
+    def _once(self, key, function: Callable, **options) -> Callable:
+        return self._once_known(key, lambda: self._compile(function, **options))
 
     def _once_known(self, key, made: Callable):
         if key not in self._compiled:
             self._compiled[key] = made()
         return self._compiled[key]
 
-    def _compile(self, function: Callable) -> Callable:
+    def _compile(self, function: Callable, **options) -> Callable:
+        """With options of inductor."""
         # Dynamo counts how often a code object was compiled: this one is for these shapes alone.
-        options = {"emulate_precision_casts": True} if self._backend == "inductor" else None
+        options = options | {"emulate_precision_casts": True}
+        options = options if self._backend == "inductor" else None
         return torch.compile(
             _own_copy(function), fullgraph=True, dynamic=False, backend=self._backend,
             options=options,
@@ -207,6 +222,26 @@ def _rotary_of(forward: Callable) -> Callable | None:
         return None
     found = forward.__globals__.get(ROTARY)
     return found if isinstance(found, types.FunctionType) else None
+
+
+def _rotate_both(
+    rotary: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotary` of q [b, h, s, d] and k [b, g, s, d] as of one tensor with h + g heads."""
+    both, _ = rotary(torch.cat((q, k), dim=1), k[:, :0], cos, sin)
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+
+
+def _rotates_alike(rotary: Callable) -> bool:
+    """Whether a rotary function is `_rotate_both` of itself, tried out."""
+    x = torch.linspace(-1, 1, 2 * 6 * 3 * 8).view(2, 6, 3, 8)
+    q, k, cos, sin = x[:, :4], x[:, 4:], x[:, 0], x[:, 1]
+    try:
+        expected = rotary(q, k, cos, sin)
+    except (RuntimeError, TypeError):  # it takes other shapes or arguments
+        return False
+    got = _rotate_both(rotary, q, k, cos, sin)
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _is_rmsnorm(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as usual
 
 from s2megatron.serving import fusing
 from s2megatron.serving.fusing import Fusion, fusion_of, no_compiler
@@ -242,6 +243,23 @@ def test_two_compiled_calls_a_layer_are_left():
     with Fusion(model, backend=count).active():
         model(IDS)
     assert len(calls) == 2 * 2 + 1
+
+
+@torch.no_grad()
+def test_a_rotary_embedding_is_one_call_where_q_and_k_are_treated_alike(one_thread):
+    def scaled(q, k, cos, sin):
+        q, k = usual(q, k, cos, sin)
+        return q, 2 * k
+
+    def heads_later(q, k, cos, sin):
+        return usual(q, k, cos, sin, 2)
+
+    assert [fusing._rotates_alike(x) for x in (usual, scaled, heads_later)] == [True, False, False]
+    projected, tables = torch.randn(2, 1, 10, 16).transpose(1, 2), torch.randn(2, 2, 1, 16)
+    q, k = projected[:, :6], projected[:, 6:8]
+    got = Fusion(model_of(MODELS["Llama"][0]))._rotary(usual)(q, k, *tables)
+    for x, y in zip(got, usual(q, k, *tables), strict=True):
+        assert x.shape == y.shape and (x - y).abs().max() < 1e-6 * y.abs().max()
 
 
 def test_layers_of_another_kind_keep_their_sums():
