@@ -6,9 +6,13 @@ While a step runs, `Fusion.active` puts compiled forwards on the modules of one 
 after it, and in any other model, modules run as transformers has them.
 
 What is compiled is transformers' own code, module by module, so that a model of another kind gets
-what is found in it. Only the sum of a layer's residual belongs to no module: `_fused_layer` adds it
-where a layer was seen to compute what `_is_prenorm` says. Roundings to 16 bits are kept where that
-code has them; sums over a row are added in another order.
+what is found in it (recognition.py). What belongs to no module is done where a layer was seen to
+compute what `is_prenorm` says: `_end` adds its residuals and computes the norm that comes next.
+Roundings to 16 bits are kept where that code has them; sums over a row are added in another order.
+
+Projections of one input are one product (projections.py). A layer of Llama is eleven kernels then:
+q with k and v; rotary embedding; writing the pages; attention in two; o; sum and norm; gate with
+up; activation; down; sum and norm.
 """
 
 import contextlib
@@ -21,11 +25,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from s2megatron.serving.projections import GROUPS, Ahead, OneProduct, is_replaced, merge
+from s2megatron.serving.projections import GROUPS, Ahead, OneProduct, merge
+from s2megatron.serving.recognition import (
+    ROTARY,
+    is_gated,
+    is_prenorm,
+    is_rmsnorm,
+    is_rotary_tables,
+    is_untouched,
+    norms_after,
+    rotary_of,
+    rotate_both,
+    rotates_alike,
+)
 
-ROTARY = "apply_rotary_pos_emb"
-PRENORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-"""What the layers of a decoder with norms before attention and MLP are called in transformers."""
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +68,7 @@ class Fusion:
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self.counts: dict[str, int] = {}
         self._merged = merge(model)
-        self._norm_after = _norms_after(model)
+        self._norm_after = norms_after(model)
         for module in model.modules():
             forward = None if "forward" in vars(module) else self._forward(module)
             if forward is not None:
@@ -72,18 +85,21 @@ class Fusion:
         """What a module runs in place of its forward; None: its own."""
         parts = {name for name, _ in module.named_children()}
         own = type(module).forward
-        if _is_rmsnorm(module):
+        if is_rmsnorm(module):
             name, forward = "RMSNorms", self._kept(self._once(own, own), module)
-        elif _is_gated(module):
+        elif is_gated(module):
             weights = self._weights(module)
             fused = self._once((_mlp, own, weights is None), _mlp)
             name, forward = "gated MLPs", functools.partial(fused, module, weights)
-        elif "q_proj" in parts and (rotary := _rotary_of(own)) is not None:
+        elif is_rotary_tables(module):
+            name = "rotary tables"
+            forward = functools.partial(self._once((_own_forward, own), _own_forward), module)
+        elif "q_proj" in parts and (rotary := rotary_of(own)) is not None:
             # Attention itself stays as it is.
             replaced = {ROTARY: self._rotary(rotary)}
             name = "rotary embeddings"
             forward = functools.partial(_own_copy(own, replaced), module)
-        elif _is_untouched(module, parts) and self._once_known(own, lambda: _is_prenorm(module)):
+        elif is_untouched(module, parts) and self._once_known(own, lambda: is_prenorm(module)):
             name, forward = "residual sums", self._layer(module)
         else:
             return None
@@ -92,9 +108,9 @@ class Fusion:
 
     def _rotary(self, rotary: Callable) -> Callable:
         """A rotary function compiled: a kernel for q and k together where it treats them alike."""
-        if not self._once_known((_rotates_alike, rotary), lambda: _rotates_alike(rotary)):
+        if not self._once_known((rotates_alike, rotary), lambda: rotates_alike(rotary)):
             return self._once(rotary, rotary)
-        together = self._once((_rotate_both, rotary), _rotate_both, force_pointwise_cat=True)
+        together = self._once((rotate_both, rotary), rotate_both, force_pointwise_cat=True)
 
         def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **options):
             if rest or options:  # such as another dimension of heads
@@ -112,9 +128,9 @@ class Fusion:
         return next(((x.weight, x.bias) for x in found), None)
 
     def _layer(self, layer: nn.Module) -> Callable:
-        """The forward of a layer that `_is_prenorm` holds for."""
+        """The forward of a layer that `is_prenorm` holds for."""
         after = self._norm_after.get(layer)
-        if _is_gated(layer.mlp):
+        if is_gated(layer.mlp):
             weights = self._weights(layer.mlp)
             norms = [type(x).forward for x in (layer.post_attention_layernorm, after) if x]
             key = (_end, type(layer.mlp).forward, *norms, weights is None)
@@ -216,97 +232,8 @@ def _twice(x: Tensor) -> Tensor:
     return x + x
 
 
-def _rotary_of(forward: Callable) -> Callable | None:
-    """The function by which an attention module's forward rotates; None where it has another."""
-    if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
-        return None
-    found = forward.__globals__.get(ROTARY)
-    return found if isinstance(found, types.FunctionType) else None
-
-
-def _rotate_both(
-    rotary: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`rotary` of q [b, h, s, d] and k [b, g, s, d] as of one tensor with h + g heads."""
-    both, _ = rotary(torch.cat((q, k), dim=1), k[:, :0], cos, sin)
-    return both[:, : q.shape[1]], both[:, q.shape[1] :]
-
-
-def _rotates_alike(rotary: Callable) -> bool:
-    """Whether a rotary function is `_rotate_both` of itself, tried out."""
-    x = torch.linspace(-1, 1, 2 * 6 * 3 * 8).view(2, 6, 3, 8)
-    q, k, cos, sin = x[:, :4], x[:, 4:], x[:, 0], x[:, 1]
-    try:
-        expected = rotary(q, k, cos, sin)
-    except (RuntimeError, TypeError):  # it takes other shapes or arguments
-        return False
-    got = _rotate_both(rotary, q, k, cos, sin)
-    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-def _is_rmsnorm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-
-
-def _is_gated(module: nn.Module) -> bool:
-    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    return {*names} <= {name for name, _ in module.named_children()}
-
-
-def _is_untouched(layer: nn.Module, parts: set[str]) -> bool:
-    """Whether a layer has the parts of `PRENORM`, and nobody has replaced what one of them does."""
-    if not parts >= {*PRENORM} or any("forward" in vars(getattr(layer, x)) for x in PRENORM):
-        return False
-    return not any(is_replaced(getattr(layer, name)) for name in PRENORM[2:])  # not called as such
-
-
-def _is_prenorm(layer: nn.Module) -> bool:
-    """Whether a layer is x + attn(norm(x)), then x + mlp(norm(x)), tried out with other parts."""
-    parts = {name: torch.full((1, 1, 2), 10.0**i) for i, name in enumerate(PRENORM)}
-    seen = []
-
-    def part(name: str) -> Callable:
-        def forward(hidden_states, *_, **__):
-            seen.append((name, hidden_states.flatten().tolist()))
-            return (parts[name], None) if name == "self_attn" else parts[name]
-
-        return forward
-
-    modules = {name: getattr(layer, name) for name in PRENORM}
-    for name, module in modules.items():
-        vars(module)["forward"] = part(name)
-    try:
-        out = type(layer).forward(layer, torch.full((1, 1, 2), 0.5))
-    finally:
-        for module in modules.values():
-            del vars(module)["forward"]
-    expected = [(name, [x, x]) for name, x in zip(PRENORM, (0.5, 1, 10.5, 100), strict=True)]
-    return seen == expected and isinstance(out, Tensor) and out.flatten().tolist() == [1010.5] * 2
-
-
-def _norms_after(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The norm that reads what a layer gives: the next layer's, or the one after all layers.
-
-    It is what decoders look like, not known: `Ahead` gives a norm only what it is called with.
-    """
-    after = {}
-    for parent in model.modules():
-        layers = getattr(parent, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            readers = [*layers[1:], parent]
-            norms = [getattr(x, PRENORM[0], None) for x in layers[1:]]
-            norms.append(getattr(parent, "norm", None))
-            for layer, reader, norm in zip(layers, readers, norms, strict=True):
-                hooked = any(
-                    map(is_replaced, (layer, reader) if reader is not parent else (layer,))
-                )
-                if norm is not None and _is_rmsnorm(norm) and not is_replaced(norm) and not hooked:
-                    after[layer] = norm
-    return after
-
-
-def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    return type(norm).forward(norm, hidden)
+def _own_forward(module: nn.Module, *given, **named):
+    return type(module).forward(module, *given, **named)
 
 
 def _mlp(mlp: nn.Module, weights: tuple | None, x: Tensor) -> Tensor:
@@ -316,7 +243,7 @@ def _mlp(mlp: nn.Module, weights: tuple | None, x: Tensor) -> Tensor:
 
 def _add_norm(norm: nn.Module, residual: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     hidden = residual + added
-    return hidden, _norm(norm, hidden)
+    return hidden, _own_forward(norm, hidden)
 
 
 def _end(

@@ -8,7 +8,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as usual
 
-from s2megatron.serving import fusing
+from s2megatron.serving import fusing, recognition
 from s2megatron.serving.fusing import Fusion, fusion_of, no_compiler
 from s2megatron.serving.projections import moves
 
@@ -233,7 +233,7 @@ def test_a_model_that_moved_or_was_adapted_since_is_merged_anew():
 
 @torch.no_grad()
 def test_two_compiled_calls_a_layer_are_left():
-    """Rotary embedding, and the layer's end with the next layer's norm; the first norm is extra."""
+    """Rotary embedding, and the layer's end with the next norm; cos and sin and the first norm."""
     calls = []
 
     def count(graph, inputs):
@@ -242,7 +242,7 @@ def test_two_compiled_calls_a_layer_are_left():
     model = model_of(MODELS["Llama"][0])
     with Fusion(model, backend=count).active():
         model(IDS)
-    assert len(calls) == 2 * 2 + 1
+    assert len(calls) == 2 * 2 + 2
 
 
 @torch.no_grad()
@@ -254,7 +254,11 @@ def test_a_rotary_embedding_is_one_call_where_q_and_k_are_treated_alike(one_thre
     def heads_later(q, k, cos, sin):
         return usual(q, k, cos, sin, 2)
 
-    assert [fusing._rotates_alike(x) for x in (usual, scaled, heads_later)] == [True, False, False]
+    assert [recognition.rotates_alike(x) for x in (usual, scaled, heads_later)] == [
+        True,
+        False,
+        False,
+    ]
     projected, tables = torch.randn(2, 1, 10, 16).transpose(1, 2), torch.randn(2, 2, 1, 16)
     q, k = projected[:, :6], projected[:, 6:8]
     got = Fusion(model_of(MODELS["Llama"][0]))._rotary(usual)(q, k, *tables)
@@ -266,7 +270,7 @@ def test_layers_of_another_kind_keep_their_sums():
     """Norms after attention, or a scaled residual: only what is in modules is fused."""
     model = model_of(MODELS["Llama"][0])
     layer = model.model.layers[0]
-    assert fusing._is_prenorm(layer)
+    assert recognition.is_prenorm(layer)
 
     class Scaled(type(layer)):
         def forward(self, hidden_states, **options):
@@ -275,7 +279,7 @@ def test_layers_of_another_kind_keep_their_sums():
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     layer.__class__ = Scaled
-    assert not fusing._is_prenorm(layer)
+    assert not recognition.is_prenorm(layer)
     assert Fusion(model, backend="eager").counts["residual sums"] == 1
 
 
