@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from s2megatron.serving.fusing import fusion_of
+from s2megatron.serving.projections import moves
 
 if TYPE_CHECKING:
     from s2megatron.serving.cache import PagedCache
@@ -36,7 +37,7 @@ class DecodeGraph:
     """
 
     def __init__(self, model, cache: "PagedCache", fuse: bool):
-        self.cache = cache
+        self.cache, self._model = cache, model
         self._fusion = fusion_of(model, cache.batch) if fuse else None
         self._forward = replace_forward(model)
         self.forget()
@@ -68,11 +69,12 @@ class DecodeGraph:
         position = position.expand_as(ids).contiguous()
         self._steps += 1
         if self._steps == 1:
+            self._renew()
             # With tensors of the captured step's shapes: nothing is compiled during the capture.
             with self._fused():
                 return self._forward(**arguments | {"position_ids": position})
         cache.step()
-        if self._replay is None:
+        if self._replay is None or self._moves != moves(self._model):  # it would read freed memory
             self._capture(ids, position)
         self._ids.copy_(ids)
         self._position.copy_(position)
@@ -94,7 +96,13 @@ class DecodeGraph:
             finally:
                 self.cache.capturing = False
 
+        self._renew()
+        self._moves = moves(self._model)
         self._replay, self._logits = capture(forward)
+
+    def _renew(self) -> None:
+        if self._fusion is not None:
+            self._fusion.renew()
 
     def _fused(self):
         return contextlib.nullcontext() if self._fusion is None else self._fusion.active()

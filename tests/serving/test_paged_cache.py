@@ -228,6 +228,27 @@ def test_nothing_is_compiled_while_a_fused_step_is_captured(
     assert len(graphs_of_the_cpu) == 3 and 0 < compiled[0] == compiled[-1]
 
 
+def test_a_step_is_captured_again_when_its_weights_were_moved(folder, ids, monkeypatch):
+    """Making a fused cache merges weights: a graph from before would read freed memory."""
+    captured = []
+
+    def capture(forward):
+        captured.append(forward)
+        return lambda: out.copy_(forward()), (out := torch.zeros(1, 1, 128))
+
+    monkeypatch.setattr(graph_module, "capture", capture)
+    model = s2hf.load(folder).eval()
+    cache = PagedCache(model, max_length=60)
+    cache.graph = graph_module.DecodeGraph(model, cache, fuse=False)
+    with torch.no_grad():
+        model(ids[:1, :40], past_key_values=cache)
+        for n in range(40, 46):
+            if n == 43:
+                fusing.Fusion(model, backend="eager")
+            model(input_ids=ids[:1, n : n + 1], past_key_values=cache)
+    assert len(captured) == 2
+
+
 def test_steps_that_ask_for_more_run_as_usual(folder, ids, graphs_of_the_cpu):
     model = s2hf.load(folder).eval()
     cache = PagedCache(model, max_length=60)
