@@ -58,6 +58,8 @@ def _meter(ready: Prepared) -> ThroughputMeter:
         if writer := get_tensorboard_writer():
             for name, value in scalars.items():
                 writer.add_scalar(name, value, iteration)
+            if iteration == args.train_iters:
+                writer.flush()  # Megatron has done so before
 
     args, peak = ready.args, None
     if ready.backends.cuda:
@@ -120,6 +122,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
             ModelType.encoder_or_decoder,
             make_forward_step(meter, pruner.after if pruner else None),
         )
+        if not (args.save or args.do_valid or args.do_test):  # the last iteration has just ended
+            meter.training(args.train_iters)
     except SystemExit as stop:
         # Megatron's way out after a signal, a duration or exit_interval has a code; without one it
         # leaves because of what it has just printed, and the other ranks would wait for this one.

@@ -147,7 +147,7 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        *(traced if trace else [f"megatron.train_iters={last + 1}"]),  # the last one is not logged
+        *(traced if trace else [f"megatron.train_iters={last}"]),
     ]
 
 

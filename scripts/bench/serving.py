@@ -64,6 +64,7 @@ def parse(argv=None):
     parser.add_argument("--chunk", type=int, default=8192, help="--max-num-batched-tokens")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--pages", type=int, help="in the cache, to try out; default: what fits")
+    parser.add_argument("--memory", type=float, help="share of the GPU's; default: vLLM's own")
     parser.add_argument("--deadline", type=float, default=250, help="seconds of a provider")
     parser.add_argument("--device", default="cuda", help="cpu only tries the script out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
@@ -128,6 +129,7 @@ def start(a, provider: str, folder: Path):
         enforce_eager=a.eager or a.device == "cpu",
         enable_prefix_caching=bool(a.load),
         num_gpu_blocks_override=a.pages,
+        **({} if a.memory is None else {"gpu_memory_utilization": a.memory}),
     ).llm_engine
 
 

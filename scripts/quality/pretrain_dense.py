@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from s2megatron.cluster.ending import leave
-from s2megatron.pretrain import run_as_rank
+from s2megatron.cluster.ending import leave, run_as_rank
+from s2megatron.pretrain import main
 
 KERNELS = {
     "cudnn": torch.backends.cuda.enable_cudnn_sdp,
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     if torch.cuda.is_available():  # on a CPU there is no choice
         choose(sys.argv[1])
     del sys.argv[1]
-    leave(run_as_rank())
+    leave(run_as_rank(main))

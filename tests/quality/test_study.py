@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
@@ -110,6 +111,14 @@ def test_a_recipe_that_cannot_work_is_refused(tmp_path, text, message):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(tmp_path / "wrong.yaml")
+
+
+def test_a_run_with_a_chosen_kernel_begins(monkeypatch, capsys):
+    """As far as its arguments are read."""
+    monkeypatch.setattr("sys.argv", ["pretrain_dense.py", "cudnn"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts/quality/pretrain_dense.py"), run_name="__main__")
+    assert stop.value.code == 2 and "required: --config" in capsys.readouterr().err
 
 
 def test_a_key_is_one_token_and_a_value_two(folder):
