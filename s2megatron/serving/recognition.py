@@ -102,13 +102,11 @@ def norms_after(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for parent in model.modules():
         layers = getattr(parent, "layers", None)
         if isinstance(layers, nn.ModuleList):
-            readers = [*layers[1:], parent]
             norms = [getattr(x, PRENORM[0], None) for x in layers[1:]]
             norms.append(getattr(parent, "norm", None))
-            for layer, reader, norm in zip(layers, readers, norms, strict=True):
-                hooked = any(
-                    map(is_replaced, (layer, reader) if reader is not parent else (layer,))
-                )
-                if norm is not None and is_rmsnorm(norm) and not is_replaced(norm) and not hooked:
+            for layer, reader, norm in zip(layers, [*layers[1:], None], norms, strict=True):
+                known = norm is not None and is_rmsnorm(norm)
+                # A hook may change in place what a layer gives or the next one takes.
+                if known and not any(is_replaced(x) for x in (layer, reader, norm) if x):
                     after[layer] = norm
     return after
