@@ -132,7 +132,7 @@ class Fusion:
         after = self._norm_after.get(layer)
         if is_gated(layer.mlp):
             weights = self._weights(layer.mlp)
-            norms = [type(x).forward for x in (layer.post_attention_layernorm, after) if x]
+            norms = type(layer.post_attention_layernorm), type(after)
             key = (_end, type(layer.mlp).forward, *norms, weights is None)
             end = functools.partial(self._once(key, _end), layer, after, weights)
         else:

@@ -39,10 +39,10 @@ def rotates_alike(rotary: Callable) -> bool:
     q, k, cos, sin = x[:, :4], x[:, 4:], x[:, 0], x[:, 1]
     try:
         expected = rotary(q, k, cos, sin)
-    except (RuntimeError, TypeError):  # it takes other shapes or arguments
+        got = rotate_both(rotary, q, k, cos, sin)
+    except (RuntimeError, TypeError, ValueError):  # it takes or gives something else
         return False
-    got = rotate_both(rotary, q, k, cos, sin)
-    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    return len(expected) == 2 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def is_rotary_tables(module: nn.Module) -> bool:
@@ -101,12 +101,13 @@ def norms_after(model: nn.Module) -> dict[nn.Module, nn.Module]:
     after = {}
     for parent in model.modules():
         layers = getattr(parent, "layers", None)
-        if isinstance(layers, nn.ModuleList):
+        if isinstance(layers, nn.ModuleList) and len(layers) > 0:
             norms = [getattr(x, PRENORM[0], None) for x in layers[1:]]
             norms.append(getattr(parent, "norm", None))
             for layer, reader, norm in zip(layers, [*layers[1:], None], norms, strict=True):
                 known = norm is not None and is_rmsnorm(norm)
                 # A hook may change in place what a layer gives or the next one takes.
-                if known and not any(is_replaced(x) for x in (layer, reader, norm) if x):
+                parts = (x for x in (layer, reader, norm) if x is not None)
+                if known and not any(map(is_replaced, parts)):
                     after[layer] = norm
     return after
