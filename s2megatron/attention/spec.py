@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from s2_kernels import LayerPattern
 from s2megatron.attention.core_attention import build_core_attention
+from s2megatron.attention.graph_layer import without_mask
 from s2megatron.attention.norms import TorchNorm
 from s2megatron.errors import ConfigError
 
@@ -54,6 +55,8 @@ def build_layer_spec(
             keep_output=keep_attention_output,
             exchange_groups=exchange_groups,
         )
+        if transformer.cuda_graph_impl == "transformer_engine":
+            layer.module = without_mask(layer.module)
         if not use_te:
             _use_torch_norms(layer, transformer)
     if not use_te:
