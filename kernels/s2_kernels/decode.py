@@ -162,7 +162,8 @@ def attend_pages(
         "n_tiles_q",
         "n_blocks",
         "n_pages",
-    ]
+    ],
+    do_not_specialize_on_alignment=["p_pages", "p_lengths"],  # those of some of a step's sequences
 )
 def s2_decode_kernel(
     p_q,
@@ -385,9 +386,13 @@ def _prefetches(k_pages, v_pages, config: DecodeConfig, block_size: int) -> bool
 
 
 def _rows(s: int, group: int) -> tuple[int, int]:
-    """(rows of a unit's tile, query tokens in it): all tokens in one tile where they are few."""
-    if s * group <= 64:
-        return max(16, triton.next_power_of_2(s * group)), s
+    """(rows of a unit's tile, query tokens in it): all tokens in one tile where they are few.
+
+    Powers of two: kernels are compiled for them, and a server meets every s (ahead.py).
+    """
+    tokens = triton.next_power_of_2(s)
+    if tokens * group <= 64:
+        return max(16, triton.next_power_of_2(tokens * group)), tokens
     m = max(64, triton.next_power_of_2(group))
     return m, m // group
 

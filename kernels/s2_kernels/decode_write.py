@@ -10,7 +10,10 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import lifetime, load_rule
 
 
-@triton.jit(do_not_specialize=["stride_table_b", "stride_table_h", "stride_table_k", "s"])
+@triton.jit(
+    do_not_specialize=["stride_table_b", "stride_table_h", "stride_table_k", "s"],
+    do_not_specialize_on_alignment=["p_pages", "p_lengths"],  # those of some of a step's sequences
+)
 def s2_write_kernel(
     p_k,
     p_v,

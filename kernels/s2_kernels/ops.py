@@ -109,9 +109,9 @@ def _own_offsets(cu_seqlens_q, cu_seqlens_k) -> Tensor | None:
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, into=None) -> tuple[Tensor, ...]:
-    """out and lse, or lse alone, by the plan of such a pass, or as `_launch_forward`."""
+    """out and lse, or lse alone, by the plan of such a pass, or as `launch_attention`."""
     inputs = (q, k, v, cu_seqlens_q, _own_offsets(cu_seqlens_q, cu_seqlens_k))
-    launcher = functools.partial(_launch_forward, problem=problem)
+    launcher = functools.partial(launch_attention, problem=problem)
     if not q.is_cuda:
         return launcher(*inputs, into)
     key = _key(*inputs, problem)
@@ -120,8 +120,11 @@ def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, into=None) -> tuple[T
     return _PLANS.run((*_layout(into), *key), launcher, (*inputs, into), q.device)
 
 
-def _launch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, into=None, *, problem) -> tuple:
-    """What it allocates for its caller: out and lse, or lse alone where out has its place."""
+def launch_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, into=None, *, problem) -> tuple:
+    """What it allocates for its caller: out and lse, or lse alone where out has its place.
+
+    The tensors may be stand-ins (recording.Operand), which take note of the launch.
+    """
     rule = LayerPattern.from_key(problem.pattern)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, problem)
     scale, q_offset, near = problem.softmax_scale, problem.q_offset, problem.near

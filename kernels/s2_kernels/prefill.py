@@ -12,7 +12,8 @@ rows of a KV head, of 131,072. A dense head copies all, so no more KV heads are 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -133,6 +134,45 @@ def scratch_bytes(pattern: LayerPattern, row_bytes: int, s: int, length: int) ->
     """
     head = _head_bytes(pattern, row_bytes, s, length)
     return head * _heads_at_a_time(pattern, head)
+
+
+class Kind(NamedTuple):
+    """Chunks that one kernel attends from.
+
+    Attributes:
+        pattern: of the KV heads that are taken at a time.
+        length: of the sequence, the chunk included; rows: of keys; near: which keys they are.
+    """
+
+    pattern: LayerPattern
+    length: int
+    rows: int
+    near: Near | None
+
+
+def kinds_of_chunks(
+    pattern: LayerPattern, row_bytes: int, s: int, most: int, longest: int
+) -> Iterator[Kind]:
+    """A chunk of s tokens of each kind that kernels are compiled for (ahead.py).
+
+    Kernels know where a chunk stands by arguments that they are not compiled for, but for three
+    cases: it is the first, it is not and every key is near, or near begins later.
+
+    Args:
+        row_bytes: of the key and the value of one token of one KV head.
+        most: the most tokens of a chunk.
+        longest: the most of a sequence, and at least s.
+    """
+    parts = {pattern.n_bands: pattern}  # kernels know of the pattern its bands and its block size
+    fewest = _heads_at_a_time(pattern, _head_bytes(pattern, row_bytes, min(most, longest), longest))
+    for heads in range(fewest, pattern.kv_heads):
+        for first in range(0, pattern.kv_heads, heads):
+            part = _part(pattern, first, min(first + heads, pattern.kv_heads))
+            parts.setdefault(part.n_bands, part)
+    for part in parts.values():
+        for length in sorted({s, min(s + 1, longest), longest}):
+            near = _near(part, s, length)
+            yield Kind(part, length, _n_rows(near, length, part.block_size), near)
 
 
 def _head_bytes(pattern: LayerPattern, row_bytes: int, s: int, length: int) -> int:

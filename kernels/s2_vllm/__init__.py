@@ -9,6 +9,7 @@ is such a layer: its own pages, its own page table, freed as its lifetimes say. 
     rules.py     what one head keeps: arithmetic over s2_kernels.cache, no vLLM
     spec.py      that head, as vLLM's cache knows it, and its manager
     backend.py   attention of a layer over s2_kernels.paged
+    warmup.py    its kernels, compiled before the first request
     models.py    vLLM's own models with that attention
     checks.py    what is set and what is refused, before weights are loaded
     compat.py    what differs between vLLM's releases

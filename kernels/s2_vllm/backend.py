@@ -27,6 +27,7 @@ from s2_kernels.prefill import paged_prefill, scratch_bytes, takes_prefill
 from s2_vllm.compat import KeysThenValues, page_fields
 from s2_vllm.rules import HeldBlocks, places
 from s2_vllm.spec import S2Spec
+from s2_vllm.warmup import get_ready
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,9 @@ class S2Impl(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes k and v [T, g, d] into pages, then attends from q [T, h, d] into output."""
-        if attn_metadata is None:  # memory is measured; there is no cache yet
+        if attn_metadata is None:  # memory is measured, or vLLM warms up
             query.new_empty(layer.scratch, dtype=torch.uint8)  # what a chunk of a prompt will take
+            layer.get_ready()
             return output.zero_()
         metadata = get_forward_context().attn_metadata
         group = self.num_heads // self.num_kv_heads
@@ -240,8 +242,8 @@ class S2Attention(Attention):
 
     def __init__(self, stock: Attention, pattern: LayerPattern, held: tuple[HeldBlocks, ...]):
         config = get_current_vllm_config()
-        context = config.compilation_config.static_forward_context
-        del context[stock.layer_name]
+        self._of_model = config.compilation_config.static_forward_context
+        del self._of_model[stock.layer_name]
         super().__init__(
             stock.num_heads,
             stock.head_size,
@@ -253,10 +255,11 @@ class S2Attention(Attention):
             attn_backend=S2Backend,
         )
         self.pattern, self._pools_of = pattern, None
-        chunk = config.scheduler_config.max_num_batched_tokens
-        longest = config.model_config.max_model_len
+        self.sequences = config.scheduler_config.max_num_seqs
+        self.longest = config.model_config.max_model_len
+        self.new_tokens = min(config.scheduler_config.max_num_batched_tokens, self.longest)
         row_bytes = 2 * self.head_size * self.kv_cache_torch_dtype.itemsize
-        self.scratch = scratch_bytes(pattern, row_bytes, min(chunk, longest), longest)
+        self.scratch = scratch_bytes(pattern, row_bytes, self.new_tokens, self.longest)
         self.specs = tuple(
             self._spec(head, place, config.max_in_flight_tokens)
             for head, place in zip(held, places(held), strict=True)
@@ -286,9 +289,20 @@ class S2Attention(Attention):
     @property
     def pools(self) -> tuple[Pool, ...]:
         """One of all KV heads where vLLM put them into one tensor, as it does for equal layers."""
-        if self._pools_of is not self.kv_cache:  # vLLM binds a small cache first, to measure memory
-            self._pools, self._pools_of = self._find_pools(), self.kv_cache
+        self.get_ready()
         return self._pools
+
+    def get_ready(self) -> None:
+        """With a new cache, all layers find their pools and their kernels are compiled.
+
+        vLLM gives all layers their caches at once: small ones first, to measure memory.
+        """
+        if self._pools_of is self.kv_cache or self.kv_cache.numel() == 0:
+            return
+        layers = [layer for layer in self._of_model.values() if isinstance(layer, S2Attention)]
+        for layer in layers:
+            layer._pools, layer._pools_of = layer._find_pools(), layer.kv_cache
+        get_ready(layers)
 
     def _find_pools(self) -> tuple[Pool, ...]:
         layers = (self, *self.other_heads)

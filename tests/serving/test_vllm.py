@@ -1,5 +1,8 @@
 """vLLM on the CPU serves tiny S2 models: tokens as transformers gives them, and no page is lost."""
 
+import shutil
+from collections import Counter
+
 import pytest
 from vllm_cases import (
     chosen_tokens,
@@ -11,6 +14,7 @@ from vllm_cases import (
 )
 
 from s2_kernels import local_stride, ranges
+from s2_kernels.versions import installed_triton, prepares_launches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEW = 40
@@ -34,6 +38,10 @@ PATTERNS = {
 
 
 LOW_PRECISION = ("bfloat16", "float16")
+COMPILED_FOR = ("bfloat16", "float32")
+STUB = None if shutil.which("gcc") else "Triton's launcher is compiled with gcc"
+if not prepares_launches(installed_triton()):
+    STUB = "the stub driver takes Triton 3.6 only"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,9 @@ def reports(folder, prompts, short, tmp_path_factory):
         for tp, pages in ((1, 80), (2, 60)):
             jobs[f"{name}-TP{tp}"] = dict(pattern=pattern.key, ranks=tp, pages=pages,
                                           seed=seed, steps=2000)  # fmt: skip
+    for dtype in COMPILED_FOR if STUB is None else ():
+        jobs[f"{dtype}-ahead"] = dict(ahead=True, dtype=dtype)
+        jobs[f"{dtype}-late"] = dict(ahead=False, dtype=dtype)
     served = serve(list(jobs.values()), tmp_path_factory.mktemp("served"))
     return dict(zip(jobs, served, strict=True))
 
@@ -161,6 +172,23 @@ def test_cuda_graphs_hold_what_a_step_needs(reports):
     assert graphs["support"] == "UNIFORM_SINGLE_TOKEN_DECODE"
     assert set(graphs["modes"].values()) == {"FULL_AND_PIECEWISE"}
     assert all(graphs["replayed"]) and graphs["pools"] == [1, 1, 1, 1]
+
+
+def test_every_layer_is_ready_before_requests_come(reports):
+    """Also where steps are eager: vLLM warms up with the caches that it will serve from."""
+    one = [[4], [4], [4], [4]]
+    assert reports["roomy"]["ready"] == one == reports["tight"]["ready"]
+
+
+@pytest.mark.skipif(STUB is not None, reason=str(STUB))
+@pytest.mark.parametrize("dtype", COMPILED_FOR)
+def test_nothing_is_compiled_while_requests_wait(reports, dtype):
+    """105 steps, from one token to chunks of 8,192, alone and beside others that decode."""
+    ahead, late = (reports[f"{dtype}-{name}"] for name in ("ahead", "late"))
+    assert ahead["after"] == []
+    assert Counter(ahead["ahead"]) == Counter(late["after"])  # and nothing that no step needs
+    attends = "s2_forward_kernel" if dtype == "float32" else "s2_hopper_forward_kernel"
+    assert {"s2_write_kernel", "s2_decode_kernel", "s2_merge_kernel", attends} == set(late["after"])
 
 
 def test_no_page_is_lost(reports):

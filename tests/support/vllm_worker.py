@@ -3,7 +3,8 @@
 A job is a folder, options of `LLM`, and rounds of requests; of each round the tokens are noted and
 what the cache held. Without rounds only the configuration is made, which is where most is refused.
 "without_plugin" stands in the last job only.
-With a pattern in place of a folder random requests meet the cache alone (vllm_traffic.py).
+With a pattern in place of a folder random requests meet the cache alone (vllm_traffic.py), with
+"ahead" steps meet a GPU that only notes what is compiled (vllm_steps.py).
 One process runs all jobs, because importing vLLM takes longer than a job.
 """
 
@@ -22,6 +23,7 @@ def serve(job: dict) -> dict:
     """What came of a job's rounds, or the error that kept the engine from starting."""
     from vllm import LLM
 
+    ready = note_ready()
     try:
         engine = LLM(model=job["folder"], **{**ALWAYS, **job["options"]}).llm_engine
     except ValueError as error:
@@ -36,6 +38,7 @@ def serve(job: dict) -> dict:
         "pages": pages.num_gpu_blocks,
         "layers_of_groups": [len(group.layer_names) for group in groups],
         "block_size": groups[0].kv_cache_spec.block_size,
+        "ready": list(ready),
         "rounds": [],
     }
     if job.get("graphs"):
@@ -57,6 +60,10 @@ def serve(job: dict) -> dict:
 def do(job: dict) -> dict:
     if "rounds" in job:
         return serve(job)
+    if "ahead" in job:
+        from vllm_steps import compiled
+
+        return compiled(job)
     return traffic(job) if "pattern" in job else configure(job)
 
 
@@ -127,6 +134,19 @@ def note_chunks(job: dict) -> list:
     noting.stock = prefill
     backend.paged_prefill = noting
     return chunks
+
+
+def note_ready() -> list:
+    """A list that grows when kernels are compiled ahead: the KV heads of each layer's pools."""
+    from s2_vllm import backend
+
+    ready = []
+
+    def get_ready(layers):
+        ready.extend([pool.end - pool.first for pool in layer.pools] for layer in layers)
+
+    backend.get_ready = get_ready
+    return ready
 
 
 def run_round(engine, one: dict) -> dict:
