@@ -7,12 +7,13 @@ are compiled for, and that goes by shapes, strides, and addresses (tests/support
 import random
 from types import SimpleNamespace
 
+import host_path
 import torch
-from host_path import stub_gpu
 
 import s2_vllm.backend as backend
-from s2_kernels import decode, dense, local_stride, ranges
+from s2_kernels import decode, dense, local_stride, ops, paged, ranges
 from s2_kernels.hopper import primitives
+from s2_kernels.plans import Plans
 from s2_vllm import warmup
 
 HEADS = dict(heads=8, kv_heads=4, block_size=64)
@@ -33,7 +34,11 @@ def compiled(job: dict) -> dict:
     decode.multiprocessors = lambda device: 132  # an H100's
     primitives.concurrent_programs = lambda device, num_warps: 132
     dtype = getattr(torch, job["dtype"])
-    with stub_gpu() as gpu:
+    # As a new process has it: nothing is compiled, planned, or ready.
+    host_path.DEVICE += 1
+    ops._PLANS, paged._PLANS = Plans(), Plans()
+    warmup._READY.clear()
+    with host_path.stub_gpu() as gpu:
         layers = [Layer(name, pattern, dtype) for name, pattern in LAYERS.items()]
         if job["ahead"]:
             warmup.get_ready(layers)

@@ -38,14 +38,16 @@ def serve(job: dict) -> dict:
         "pages": pages.num_gpu_blocks,
         "layers_of_groups": [len(group.layer_names) for group in groups],
         "block_size": groups[0].kv_cache_spec.block_size,
-        "ready": list(ready),
         "rounds": [],
     }
     if job.get("graphs"):
         from vllm_graphs import graphs
 
-        model = core.model_executor.driver_worker.worker.get_model()
-        report["graphs"] = graphs(engine, model)
+        worker = core.model_executor.driver_worker.worker
+        if not ready:  # on a GPU it was part of the start
+            worker.model_runner._dummy_run(4, skip_eplb=True)
+        report["ready"] = list(ready)
+        report["graphs"] = graphs(engine, worker.get_model())
     for one in job["rounds"]:
         if one.get("forget"):
             assert core.scheduler.reset_prefix_cache()
