@@ -6,12 +6,15 @@ A model of Llama's shape with random weights (`--load-format dummy`); window 1,0
 64. Each provider runs in a process of its own: "s2", and "dense", the folder without its `s2` key.
 Of every length and batch: how many sequences of that length the cache has room for, seconds from a
 prompt to its first token, and tokens a second while `batch` requests decode, or as many of them as
-run at a time. Every prompt is its own, and all are prefilled. Writes NAME.json and NAME.md.
+run at a time. Every prompt is its own, and all are prefilled. Before that comes one request of the
+first length, so that rows are of a warm engine; what it waited is told apart. Writes NAME.json and
+NAME.md.
 
     python3 scripts/bench/serving.py --load 200 --shape 1.3b --lengths 8192
 
 sends so many requests of mixed lengths in place of that, takes a fifth of them back, and compares
-every answer with what the same request gets alone (serving_load.py).
+every answer with what the same request gets alone (serving_load.py). When --deadline nears, it says
+how many were compared until then.
 """
 
 import argparse
@@ -194,14 +197,18 @@ def measure(a, provider: str) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         engine = start(a, provider, Path(folder))
+        ready = time.time()
         if a.load:
             longest = max(tokens for tokens, _ in a.cases)
-            load = serving_load.Load(engine, a.load, longest, a.tokens, VOCAB)
+            left = began + a.deadline - time.time()
+            load = serving_load.Load(engine, a.load, longest, a.tokens, VOCAB, left)
             rows.append(dict(provider=provider, **load.run()))
             print(serving_load.line(rows[0]), flush=True)
             return _described(a, rows)
-        warm = Decoding(engine, a, 64, 1)
-        warm.run(time.time() + a.deadline)
+        tokens = a.cases[0][0]
+        first = Decoding(engine, a, tokens, 1).run(began + a.deadline)["first_s"]
+        result = dict(start_s=ready - began, first_request=dict(tokens=tokens, first_s=first))
+        print(told_apart(provider, result), flush=True)
         for tokens, batch in a.cases:
             fits = sequences_that_fit(engine, tokens + a.tokens)
             row = dict(provider=provider, tokens=tokens, batch=batch, fits=fits)
@@ -211,7 +218,7 @@ def measure(a, provider: str) -> dict:
             row |= Decoding(engine, a, tokens, batch).run(began + a.deadline)
             rows.append(row)
             print(line(row), flush=True)
-    return _described(a, rows)
+    return _described(a, rows) | result
 
 
 def _described(a, rows: list[dict]) -> dict:
@@ -226,6 +233,17 @@ HEADING = (
     "| tokens | batch | who | sequences that fit | first token s | run together | ms a step "
     "| tokens/s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
+
+
+def told_apart(provider: str, result: dict) -> str:
+    """A sentence on the first request after the start, which no row of the table is about."""
+    first = result["first_request"]
+    found = "not reached" if first["first_s"] is None else f"after {first['first_s']:.2f} s"
+    return (
+        f"{provider}: vLLM started in {result['start_s']:.0f} s; the first token of its first "
+        f"request, {first['tokens']:,} tokens: {found}. In the table first tokens are of later "
+        "requests."
+    )
 
 
 def line(row: dict) -> str:
@@ -258,7 +276,12 @@ def write(results: list[dict], a) -> Path:
     heading = serving_load.HEADING if a.load else HEADING
     rows = "\n".join(line(row) for result in results for row in result["rows"])
     file = a.out / f"{name}.md"
-    file.write_text(f"{text}{heading}\n{rows}\n")
+    apart = [
+        told_apart(result["rows"][0]["provider"], result)
+        for result in results
+        if result["rows"] and "first_request" in result
+    ]
+    file.write_text("\n".join([f"{text}{heading}\n{rows}\n", *apart]).rstrip("\n") + "\n")
     return file
 
 
