@@ -21,7 +21,7 @@ from s2_kernels.pattern import LayerPattern
 from s2_kernels.prefill import kinds_of_chunks, takes_prefill
 from s2_kernels.recording import Noted, Operand, Recorder
 
-MOST_THREADS = 16
+MOST_THREADS = 8
 """Compilers that run at a time; each takes a few hundred MiB of the host's memory."""
 
 

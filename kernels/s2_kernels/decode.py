@@ -385,7 +385,7 @@ def _prefetches(k_pages, v_pages, config: DecodeConfig, block_size: int) -> bool
     )  # fmt: skip
 
 
-def _rows(s: int, group: int) -> tuple[int, int]:
+def tile_of(s: int, group: int) -> tuple[int, int]:
     """(rows of a unit's tile, query tokens in it): all tokens in one tile where they are few.
 
     Powers of two: kernels are compiled for them, and a server meets every s (ahead.py).
@@ -419,7 +419,7 @@ def launch_decode(
     out = q.new_empty((b, s, h, v_pages.shape[-1]))
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     group = h // pattern.kv_heads
-    m, tokens = _rows(s, group)
+    m, tokens = tile_of(s, group)
     # So many query tokens at once that no launch has more than MOST_UNITS units.
     step = max(1, MOST_UNITS // (b * pattern.kv_heads)) * tokens
     pages, rest = (k_pages, v_pages, page_table), (m, tokens, config, programs)

@@ -9,7 +9,7 @@ from paged_cases import PagedCase, make_paged, truth_of
 
 from s2_kernels import dense, local_stride, ranges, sliding_window
 from s2_kernels.cache import alive_blocks
-from s2_kernels.decode import DecodeConfig, launch_decode
+from s2_kernels.decode import DecodeConfig, launch_decode, tile_of
 from s2_kernels.paged import paged_attention, write_pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,3 +159,13 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     assert "k_pages is torch.float16" in refusal(k_pages=x.k_pages.half())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a GPU" in refusal(backend="triton")
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 64, 96])
+def test_few_tiles_serve_every_number_of_tokens(group):
+    """A kernel is compiled for each tile, and a server meets every number of new tokens."""
+    tiles = {tokens: tile_of(tokens, group) for tokens in range(1, 256)}
+    assert len(set(tiles.values())) <= 7
+    for tokens, (rows, held) in tiles.items():
+        assert held * group <= rows and rows & (rows - 1) == 0
+        assert tokens <= held < 2 * tokens or 2 * held * group > 64
