@@ -41,6 +41,11 @@ NO_FULL_ITERATION = (
 )
 NO_LOGITS = "needs the attention logits, which S2 attention never holds; leave it out"
 NO_LATENT = "S2 attention has no latent form; leave it out"
+NO_LOW_PRECISION = (
+    "needs Transformer Engine's linear layers; Megatron's local modules, which this run has, would "
+    "train in full precision and not say so; set transformer_impl to 'transformer_engine', or "
+    "leave it out"
+)
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
 
 
@@ -154,6 +159,8 @@ def check_run_options(args) -> None:
          and os.environ.get(LOADS_PICKLES) != "1",
          "Transformer Engine saves its scaling state as pickles and refuses to load them, so the "
          f"run's checkpoints could not be resumed; choose 'tensorwise', or set {LOADS_PICKLES}=1"),
+        ("fp8", args.fp8 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
+        ("fp4", args.fp4 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),
         ("perform_rl_step", args.perform_rl_step, "only pretraining is supported"),
         ("fim_data", args.fim_data, "not supported by this launcher"),
