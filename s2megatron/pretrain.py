@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from s2megatron.training.train import train
 
+            environment.be_the_only_rank()
             train(options.config, options.overrides)
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: it may be this node's files

@@ -29,12 +29,10 @@ from s2megatron.layer_table import layer_table
 
 LOADS_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 NO_MTP = "multi-token prediction layers ignore the layer spec and would run dense; leave it out"
-UNPROVEN_CAPTURES = frozenset({"local", "transformer_engine"})
-"""Of cuda_graph_impl: captures of attention whose losses were not compared with a plain run's on a
-GPU. tests/training/test_cuda_graphs_gpu.py does that; what it has shown is taken out here."""
 GRAPHS = (
-    ": that the losses stay those of a plain run has not been shown yet; choose cuda_graph_impl "
-    "'transformer_engine' and cuda_graph_modules without 'attn', as [mlp] (docs/configuration.md)"
+    "captures attention, whose exchange between context-parallel ranks was not run in a graph yet; "
+    "choose cuda_graph_impl 'transformer_engine' and cuda_graph_modules without "
+    "'attn', as [mlp] (docs/configuration.md)"
 )
 NO_FULL_ITERATION = (
     "runs the forward step once and replays it: the throughput meter and the pruning of old "
@@ -43,6 +41,11 @@ NO_FULL_ITERATION = (
 )
 NO_LOGITS = "needs the attention logits, which S2 attention never holds; leave it out"
 NO_LATENT = "S2 attention has no latent form; leave it out"
+NO_LOW_PRECISION = (
+    "needs Transformer Engine's linear layers; Megatron's local modules, which this run has, would "
+    "train in full precision and not say so; set transformer_impl to 'transformer_engine', or "
+    "leave it out"
+)
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
 
 
@@ -93,16 +96,21 @@ def check_model_options(
          "'inference_optimized' is not supported; use 'transformer_engine' or 'local'"),
         ("cuda_graph_impl", config.cuda_graph_impl == "full_iteration",
          NO_FULL_ITERATION),
-        ("cuda_graph_impl", config.cuda_graph_impl == "local" and "local" in UNPROVEN_CAPTURES,
-         f"captures whole layers, attention included{GRAPHS}"),
-        ("cuda_graph_modules", config.cuda_graph_impl == "transformer_engine"
-         and "transformer_engine" in UNPROVEN_CAPTURES
-         and (not config.cuda_graph_modules or CudaGraphModule.attn in config.cuda_graph_modules),
-         f"captures attention (an empty list: whole layers){GRAPHS}"),
+        ("cuda_graph_impl", config.context_parallel_size > 1 and _captures_attention(config),
+         GRAPHS),
     ]  # fmt: skip
     for name, asked_for, way_out in refused:
         if asked_for:
             raise ConfigError(f"megatron.{name}={getattr(config, name)!s}: {way_out}")
+
+
+def _captures_attention(config: TransformerConfig) -> bool:
+    """Whether a CUDA graph of Megatron's has attention in it; an empty list is whole layers."""
+    modules = config.cuda_graph_modules
+    return config.cuda_graph_impl == "local" or (
+        config.cuda_graph_impl == "transformer_engine"
+        and (not modules or CudaGraphModule.attn in modules)
+    )
 
 
 def check_run_options(args) -> None:
@@ -151,6 +159,8 @@ def check_run_options(args) -> None:
          and os.environ.get(LOADS_PICKLES) != "1",
          "Transformer Engine saves its scaling state as pickles and refuses to load them, so the "
          f"run's checkpoints could not be resumed; choose 'tensorwise', or set {LOADS_PICKLES}=1"),
+        ("fp8", args.fp8 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
+        ("fp4", args.fp4 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),
         ("perform_rl_step", args.perform_rl_step, "only pretraining is supported"),
         ("fim_data", args.fim_data, "not supported by this launcher"),

@@ -1,8 +1,8 @@
 """Megatron's layer for Transformer Engine's CUDA graphs, without the mask that Megatron adds.
 
-megatron-core 0.19 captures every attention with a mask [b, 1, s, s], and fills one with zeros before
-each replay, also where no mask was given: 1 GiB a layer at 32k tokens, 16 GiB at 128k. Attention
-that is causal by itself, S2's and Transformer Engine's, takes none.
+megatron-core 0.19 captures every attention with a mask [b, 1, s, s], and fills one with zeros
+before each replay, also where no mask was given: 1 GiB a layer at 32k tokens, 16 GiB at 128k.
+Attention that is causal by itself, S2's and Transformer Engine's, takes none.
 """
 
 from functools import cache

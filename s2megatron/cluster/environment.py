@@ -42,6 +42,14 @@ LEFT_TO_THE_SITE = {
 }
 """Not set here, because the right value is the site's (or the default is right)."""
 
+ALONE = {
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+}  # fmt: skip
+"""What torch.distributed asks of a run's only rank."""
+_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""How many processes were started, by those who start them and do not set RANK."""
+
 _OTHER_NAMES = {"PYTORCH_CUDA_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
 _VARIABLE = re.compile(r"\b(?:CUBLAS|CUDA|MAMBA|NCCL|NVTE|PYTORCH|TORCH)_[A-Z0-9_]+\b")
 
@@ -66,6 +74,25 @@ def apply(environ: MutableMapping[str, str] = os.environ) -> list[str]:
     return added
 
 
+def be_the_only_rank(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Makes a process that nobody launched as a rank a run of one rank.
+
+    Raises:
+        ConfigError: it is one of several tasks, each of which would train by itself.
+    """
+    if "RANK" in environ:
+        return
+    for name in _TASKS:
+        if environ.get(name, "1") != "1":
+            raise ConfigError(
+                f"{name}={environ[name]}: several processes were started, and none of them has a "
+                "rank, so each would train by itself; let one process a node start torchrun "
+                f"(scripts/slurm/train.sbatch does), or unset {name} for a run of one rank"
+            )
+    for name, value in ALONE.items():
+        environ.setdefault(name, value)
+
+
 def apply_for_options(args, environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
     """What these options need of the environment: set where nothing is set.
 
@@ -82,7 +109,7 @@ def apply_for_options(args, environ: MutableMapping[str, str] = os.environ) -> d
         ConfigError: an option that does not go with the value of a variable.
     """
     _refuse_misfits(args, environ)
-    if not (option := _captures(args)) or not _expands_segments(environ):
+    if not (option := captures(args)) or not _expands_segments(environ):
         return {}
     value = environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     if value != "0":
@@ -115,7 +142,7 @@ def named_in(message: str, environ: Mapping[str, str] = os.environ) -> list[str]
     return lines
 
 
-def _captures(args) -> str:
+def captures(args) -> str:
     """The option that asks for CUDA graphs, with its value; or ""."""
     old = [name for name in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, name)]
     if args.cuda_graph_impl != "none":

@@ -40,6 +40,18 @@ class Prepared:
     """Of the environment, those that this run's options asked for."""
 
 
+@contextlib.contextmanager
+def _megatrons_refusals() -> Iterator[None]:
+    """What Megatron asserts of options becomes a ConfigError that says where it does."""
+    try:
+        yield
+    except (AssertionError, TypeError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        told = str(error) or where.line
+        lines = [f"Megatron refuses these options: {told}", *environment.named_in(told)]
+        raise ConfigError("\n".join([*lines, f"({where.filename}:{where.lineno})"])) from error
+
+
 def prepare(
     config: str,
     overrides: Sequence[str],
@@ -87,12 +99,8 @@ def prepare(
     variables = environment.apply_for_options(parsed)  # Megatron's check is next, NCCL later
     sys.argv = [sys.argv[0], *argv]
     try:
-        args = parse_and_validate_args()
-    except (AssertionError, TypeError, ValueError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        told = str(error) or where.line
-        lines = [f"Megatron refuses these options: {told}", *environment.named_in(told)]
-        raise ConfigError("\n".join([*lines, f"({where.filename}:{where.lineno})"])) from error
+        with _megatrons_refusals():
+            args = parse_and_validate_args()
     except OSError as error:  # it has opened TensorBoard's files
         raise ConfigError(
             f"{error.filename or options.get('tensorboard_dir')}: {error.strerror}: make room, see "
@@ -100,7 +108,8 @@ def prepare(
         ) from error
     check_resumable(args, backends.fused_adam)
     args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
-    model_config = gpt_config_from_args(args)
+    with _megatrons_refusals():
+        model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
     shape = ModelShape.from_megatron(model_config.transformer, args)

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
+from s2megatron.training.backends import check_machine
 from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_content import checksums_at_the_end_of_a_save
 from s2megatron.training.checkpoint_errors import explain
@@ -95,6 +96,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ranks = Ranks.of_launch()
     ready = prepare(config, overrides, choose=partial(choose_checkpoint, ranks=ranks))
+    check_machine(ready.backends, ready.args)
     check_schedule(ready.args)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

@@ -147,7 +147,8 @@ def overrides_of(case: ScalingCase, options, folder: Path) -> list[str]:
         "megatron.log_interval=1",
         "megatron.tensorboard_log_interval=1",
         f"megatron.tensorboard_dir={folder}/tensorboard",
-        *(traced if trace else [f"megatron.train_iters={last}"]),
+        # The last iteration ends with the run, which takes some 80 ms: only where it takes long.
+        *(traced if trace else [f"megatron.train_iters={last + (options.steps > 1)}"]),
     ]
 
 
@@ -336,6 +337,7 @@ def attempt(
     case: ScalingCase, options, logs: Path, pool, planner: "Planner", notes
 ) -> MeasuredRun | None:
     """One run beside its prediction; None, and a note, where it failed."""
+    began = time.perf_counter()
     try:
         run = measure(case, options, logs / case.folder, pool)
     except RuntimeError as error:  # one layout that runs out of memory does not end the rest
@@ -344,7 +346,8 @@ def attempt(
         return None
     result = planner.predict(case)
     print(f"    {run.seconds * 1e3:.1f} ms/step, {run.tokens_per_second:,.0f} tokens/s; "
-          f"predicted {result.seconds * 1e3:.1f} ms", flush=True)  # fmt: skip
+          f"predicted {result.seconds * 1e3:.1f} ms; the run took "
+          f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
     return replace(run, predicted_seconds=result.seconds, predicted_gib=result.memory.total / 2**30)
 
 

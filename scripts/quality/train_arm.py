@@ -29,6 +29,7 @@ from recipe import Phase, Recipe, load_recipe
 from results import TRAINED, read_log, read_result, write_result
 
 from s2megatron import cli, provenance
+from s2megatron.cluster.environment import ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,10 +41,6 @@ SAVING = 90
 """Seconds that a phase which was told to stop has for its checkpoint."""
 TIMING_STEPS = 12
 """Steps that a phase with `train_seconds` is timed by."""
-
-ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0",
-         "WORLD_SIZE": "1"}  # fmt: skip
-"""The environment of a single rank."""
 
 
 @dataclass

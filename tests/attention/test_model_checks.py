@@ -146,7 +146,10 @@ CASES = {
         ["megatron.apply_query_key_layer_scaling=true", "megatron.fp16=true"],
         ["apply_query_key_layer_scaling"],
     ),
-    "cuda_graphs": (["megatron.cuda_graph_impl=local"], ["cuda_graph_impl"]),
+    "cuda_graphs": (
+        ["megatron.cuda_graph_impl=local", "megatron.context_parallel_size=2"],
+        ["megatron.cuda_graph_impl=local: captures attention", "as [mlp]"],
+    ),
     "graphs_register": (
         ["NCCL_GRAPH_REGISTER=1", *GRAPHS],
         ["NCCL_GRAPH_REGISTER=1: ", "cuda_graph_impl=transformer_engine", "set it to 0"],
@@ -217,8 +220,9 @@ def test_sound_options_pass(options):
 
 def test_cuda_graphs_may_leave_attention_out(options):
     assert options["graphs_of_mlp"] == ""
-    assert options["graphs_of_attn"].startswith("ConfigError: megatron.cuda_graph_modules=")
-    assert "whole layers" in options["graphs_of_layers"]
+    for captured in ("attn", "layers"):  # with two context-parallel ranks
+        found = options[f"graphs_of_{captured}"]
+        assert found.startswith("ConfigError: megatron.cuda_graph_impl=transformer_engine: ")
 
 
 def test_broken_run_file_stops_the_stock_route(options):

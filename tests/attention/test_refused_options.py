@@ -18,7 +18,7 @@ MODEL = dict(
     softmax_type="vanilla", window_size=None, apply_query_key_layer_scaling=False,
     experimental_attention_variant=None, use_kitchen_attention=False,
     heterogeneous_block_specs=False, transformer_impl="local", cuda_graph_impl="none",
-    cuda_graph_modules=[],
+    cuda_graph_modules=[], context_parallel_size=1,
 )  # fmt: skip
 REFUSED_OF_MODEL = [
     {"kv_channels": 24}, {"kv_channels": 272},
@@ -28,7 +28,7 @@ REFUSED_OF_MODEL = [
     {"log_max_attention_logit": True}, {"apply_query_key_layer_scaling": True},
     {"experimental_attention_variant": "dsa"}, {"use_kitchen_attention": True},
     {"heterogeneous_block_specs": True}, {"transformer_impl": "inference_optimized"},
-    {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "full_iteration"},
+    {"cuda_graph_impl": "full_iteration"},
 ]  # fmt: skip
 
 
@@ -56,23 +56,19 @@ def test_option_of_a_model(changes):
         check_model(patterns=DENSE + SPARSE, **changes)
 
 
-@pytest.mark.parametrize("modules", [[], [CudaGraphModule.mlp, CudaGraphModule.attn]])
-def test_graphs_that_capture_attention(modules):
-    options = dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=modules)
-    with pytest.raises(ConfigError, match=r"megatron\.cuda_graph_modules=.*not been shown yet"):
-        check_model(**options)
-
-
-def test_a_capture_that_was_proven_is_allowed(monkeypatch):
-    """What a run of tests/training/test_cuda_graphs_gpu.py lifts, and what stays refused."""
-    monkeypatch.setattr(checks, "UNPROVEN_CAPTURES", frozenset({"local"}))
-    check_model(cuda_graph_impl="transformer_engine", cuda_graph_modules=[])
-    with pytest.raises(ConfigError, match=r"captures whole layers, .* not been shown yet"):
-        check_model(cuda_graph_impl="local")
-    monkeypatch.setattr(checks, "UNPROVEN_CAPTURES", frozenset())
-    check_model(cuda_graph_impl="local")
-    with pytest.raises(ConfigError, match="would see one iteration only"):
-        check_model(cuda_graph_impl="full_iteration")
+@pytest.mark.parametrize("impl, modules", [
+    ("local", []), ("transformer_engine", []),
+    ("transformer_engine", [CudaGraphModule.mlp, CudaGraphModule.attn]),
+])  # fmt: skip
+def test_graphs_that_capture_attention(impl, modules):
+    """What tests/training/test_cuda_graphs_gpu.py compares on one GPU; not over several ranks."""
+    options = dict(cuda_graph_impl=impl, cuda_graph_modules=modules)
+    check_model(**options)
+    words = rf"megatron\.cuda_graph_impl={impl}: captures attention, whose exchange .* as \[mlp\]"
+    with pytest.raises(ConfigError, match=words):
+        check_model(context_parallel_size=2, **options)
+    mlp = dict(cuda_graph_impl="transformer_engine", cuda_graph_modules=[CudaGraphModule.mlp])
+    check_model(context_parallel_size=2, **mlp)
 
 
 RUN = dict(
@@ -82,6 +78,7 @@ RUN = dict(
     multi_latent_attention=False, qk_clip=False, log_max_attention_logit=False,
     attention_backend=AttnBackend.auto, sft=False, reset_attention_mask=False,
     create_attention_mask_in_dataloader=False, fp8=None, fp8_recipe="delayed", save=None,
+    fp4=None, transformer_impl="transformer_engine",
     spec=None, perform_rl_step=False, fim_data=False, logits_load_dir=None,
     hybrid_layer_pattern=None, heterogeneous_layers_config_path=None,
     overlap_moe_expert_parallel_comm=False, sequence_parallel=False, seq_length=128,
@@ -106,6 +103,8 @@ REFUSED_OF_RUN = {
     "reset_attention_mask": [{"reset_attention_mask": True}],
     "create_attention_mask_in_dataloader": [{"create_attention_mask_in_dataloader": True}],
     "fp8_recipe": [{"fp8": "hybrid", "save": "runs/x"}],
+    "fp8": [{"fp8": "hybrid", "transformer_impl": "local"}],
+    "fp4": [{"fp4": "e2m1", "transformer_impl": "local"}],
     "spec": [{"spec": ["module", "function"]}],
     "perform_rl_step": [{"perform_rl_step": True}],
     "fim_data": [{"fim_data": True}],

@@ -90,3 +90,21 @@ def test_variables_in_an_error_of_megatrons_are_explained():
     assert "NVTE_CPU_OFFLOAD_V1: is not set here; set it before the start" in offload
     assert "NVTE_FLASH_ATTN: is 0 here; change or unset it" in flash
     assert environment.named_in("hidden_size must be a multiple") == []
+
+
+def test_a_process_that_nobody_launched_is_the_only_rank():
+    environ = {"MASTER_PORT": "29500"}
+    environment.be_the_only_rank(environ)
+    assert environ == environment.ALONE | {"MASTER_PORT": "29500"}
+    launched = {"RANK": "3", "SLURM_NTASKS": "8"}
+    environment.be_the_only_rank(launched)
+    assert launched == {"RANK": "3", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_one_of_several_tasks_does_not_train_by_itself(name):
+    environment.be_the_only_rank({name: "1"})
+    environ = {name: "8"}
+    with pytest.raises(ConfigError, match=rf"{name}=8: .* start torchrun .* or unset {name}"):
+        environment.be_the_only_rank(environ)
+    assert environ == {name: "8"}

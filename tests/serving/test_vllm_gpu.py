@@ -1,5 +1,7 @@
 """vLLM on a GPU: the Triton kernels, CUDA graphs, and tokens as transformers gives them."""
 
+import re
+
 import pytest
 import torch
 from vllm_cases import chosen_tokens, make_folder, random_tokens, serve
@@ -31,4 +33,7 @@ def test_tokens_are_those_of_transformers(eager, tmp_path):
     tokens = report["rounds"][0]["tokens"]
     assert tokens == chosen_tokens(folder, prompts, tokens, "cuda") == report["rounds"][1]["tokens"]
     assert sum(report["rounds"][1]["cached"]) > 2000
+    log = (tmp_path / "log.txt").read_text()
+    assert "kernels ready in" in log
+    assert not re.search(r"compilation during inference: s2_\w+", log)  # vLLM's own monitor
     assert all(one["free_after"] == report["pages"] - 1 for one in report["rounds"])

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -105,5 +106,12 @@ def main() -> None:
 if __name__ == "__main__":
     rooms = (room for room in HERE.parent.iterdir() if room.is_dir())  # their cases, by name
     sys.path[:0] = [str(HERE), *map(str, rooms)]
-    main()
-    os._exit(0)  # hundreds of threads of process groups long destroyed may take minutes to end
+    status = 1
+    try:
+        main()
+        status = 0
+    except Exception:  # reported by the status; an ordinary end may wait for a lost peer for ever
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # hundreds of threads of process groups long destroyed may take minutes to end

@@ -84,7 +84,7 @@ def options_refused() -> dict:
         "heterogeneous_block_specs": True,
         "attention_dropout": 0.1,
         "experimental_attention_variant": "dsa",
-        "cuda_graph_impl": "local",
+        "cuda_graph_impl": "full_iteration",
         "transformer_impl": "inference_optimized",
     }
     for name, value in changes.items():
@@ -92,7 +92,7 @@ def options_refused() -> dict:
         setattr(config, name, value)
         results[name] = check(config)
     graphs = copy.copy(sound)
-    graphs.cuda_graph_impl = "transformer_engine"
+    graphs.cuda_graph_impl, graphs.context_parallel_size = "transformer_engine", 2
     for name, modules in (("attn", ["attn", "mlp"]), ("layers", []), ("mlp", ["mlp"])):
         graphs.cuda_graph_modules = [CudaGraphModule[module] for module in modules]
         results[f"graphs_of_{name}"] = check(graphs)

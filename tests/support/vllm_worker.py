@@ -142,12 +142,14 @@ def note_ready() -> list:
     """A list that grows when kernels are compiled ahead: the KV heads of each layer's pools."""
     from s2_vllm import backend
 
-    ready = []
+    ready, stock = [], getattr(backend.get_ready, "stock", backend.get_ready)
 
-    def get_ready(layers):
+    def noting(layers):
         ready.extend([pool.end - pool.first for pool in layer.pools] for layer in layers)
+        stock(layers)
 
-    backend.get_ready = get_ready
+    noting.stock = stock
+    backend.get_ready = noting
     return ready
 
 

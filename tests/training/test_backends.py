@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from s2megatron.errors import ConfigError
-from s2megatron.training.backends import default_options, find_backends
+from s2megatron.training.backends import check_machine, default_options, find_backends
 
 TE = {
     "transformer_engine/__init__.py": "",
@@ -177,3 +177,34 @@ def test_a_writer_that_megatron_does_not_import_beside_is_refused(install, versi
     install(resiliency(version))
     with pytest.raises(ConfigError, match=f"{version} is installed, .*install 0.6 or newer"):
         find_backends()
+
+
+NO_CAPTURE = dict(
+    cuda_graph_impl="none", enable_cuda_graph=False, external_cuda_graph=False,
+    te_rng_tracker=False, nccl_ub=False, optimizer_cuda_graph=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [
+    {"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"},
+    {"enable_cuda_graph": True}, {"te_rng_tracker": True},
+], ids=str)  # fmt: skip
+def test_cuda_graphs_need_a_gpu_and_transformer_engine(install, asked):
+    """Seen: AttributeError, 'Tensor' object has no attribute 'manual_seed'."""
+    ((name, value),) = asked.items()
+    backends, args = find_backends(), SimpleNamespace(**NO_CAPTURE | asked)
+    check_machine(backends, SimpleNamespace(**NO_CAPTURE))
+    with pytest.raises(ConfigError, match=rf"megatron\.{name}={value}: needs a GPU, .* leave"):
+        check_machine(replace(backends, cuda=False), args)
+    with pytest.raises(ConfigError, match=rf"{name}={value}: needs Transformer Engine, .* leave"):
+        check_machine(replace(backends, cuda=True), args)
+    check_machine(replace(backends, cuda=True, transformer_engine="2.20.2"), args)
+
+
+@pytest.mark.parametrize("name", ["nccl_ub", "optimizer_cuda_graph"])
+def test_options_that_need_a_gpu(install, name):
+    """Seen: ValueError, max() iterable argument is empty; AssertionError of torch's optimizer."""
+    args = SimpleNamespace(**NO_CAPTURE | {name: True})
+    with pytest.raises(ConfigError, match=rf"megatron\.{name}=True: needs a GPU"):
+        check_machine(replace(find_backends(), cuda=False), args)
+    check_machine(replace(find_backends(), cuda=True), args)

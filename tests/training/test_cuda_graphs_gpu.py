@@ -1,7 +1,4 @@
-"""Runs whose layers are captured in CUDA graphs, attention included: the losses of plain ones.
-
-Until these have passed on a GPU, such runs are refused (attention/checks.py, UNPROVEN_CAPTURES).
-"""
+"""Runs whose layers are captured in CUDA graphs, attention included: the losses of plain ones."""
 
 import pytest
 import torch
