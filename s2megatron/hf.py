@@ -32,6 +32,7 @@ from s2_kernels.record import read_record
 from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache, Tokens
+from s2megatron.serving.model import CACHE
 
 NAME = "s2"
 
@@ -147,7 +148,7 @@ def generate(
             f"generate: {input_ids.shape[1]} tokens are given, and the cache holds "
             f"{cache.total}: a position cannot go back; give all tokens so far and new ones"
         )
-    return model.generate(input_ids, past_key_values=cache, **options)
+    return model.generate(input_ids, **{CACHE: cache}, **options)
 
 
 def _attend(pattern: LayerPattern, scaling, q, k, v, first: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ up; activation; down; sum and norm.
 
 import contextlib
 import functools
+import inspect
 import logging
 import types
 import weakref
@@ -95,10 +96,10 @@ class Fusion:
             name = "rotary tables"
             forward = functools.partial(self._once((_own_forward, own), _own_forward), module)
         elif "q_proj" in parts and (rotary := rotary_of(own)) is not None:
-            # Attention itself stays as it is.
+            # Attention itself stays as it is, but for decorators (recognition.rotary_of).
             replaced = {ROTARY: self._rotary(rotary)}
             name = "rotary embeddings"
-            forward = functools.partial(_own_copy(own, replaced), module)
+            forward = functools.partial(_own_copy(inspect.unwrap(own), replaced), module)
         elif is_untouched(module, parts) and self._once_known(own, lambda: is_prenorm(module)):
             name, forward = "residual sums", self._layer(module)
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from s2megatron.serving.fusing import fusion_of
+from s2megatron.serving.model import CACHE
 from s2megatron.serving.projections import moves
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 # Arguments of a step that a captured one honours; with any other that is set, the step runs as is.
 _KNOWN = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict",
-    "logits_to_keep",
+    "input_ids", "attention_mask", "position_ids", "past_key_values", CACHE, "use_cache",
+    "return_dict", "logits_to_keep",
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ class DecodeGraph:
         self._position.copy_(position)
         self._replay()
         cache.after_step()
-        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self._logits.clone(), **{CACHE: cache})
 
     def _capture(self, ids: Tensor, position: Tensor) -> None:
         self._ids, self._position = ids.clone(), position.clone()
@@ -91,7 +92,7 @@ class DecodeGraph:
                 with self._fused():
                     return self._forward(
                         input_ids=self._ids, position_ids=self._position,
-                        past_key_values=self.cache, use_cache=True, return_dict=True,
+                        use_cache=True, return_dict=True, **{CACHE: self.cache},
                     ).logits  # fmt: skip
             finally:
                 self.cache.capturing = False
@@ -125,7 +126,8 @@ def replace_forward(model):
 
     @functools.wraps(own)
     def forward(*args, **arguments):
-        graph = getattr(arguments.get("past_key_values"), "graph", None)
+        cache = arguments.get(CACHE, arguments.get("past_key_values"))  # the old name still works
+        graph = getattr(cache, "graph", None)
         if args or not isinstance(graph, DecodeGraph) or not graph.takes(arguments):
             return own(*args, **arguments)
         return graph.run(arguments)

@@ -1,10 +1,19 @@
 """What a cache has to know of a model: the pattern of every layer, and that they fit its heads."""
 
+from dataclasses import fields
+
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from s2_kernels import LayerPattern
 from s2_kernels.record import read_record
 from s2megatron.errors import ConfigError, as_config_error
+
+CACHE = "past_key_values"
+"""What a cache is called where models take it and give it back; "cache" from transformers 5.24 on,
+which takes the old name, too, until 5.40."""
+if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}:
+    CACHE = "cache"
 
 
 def head_size(config) -> int:

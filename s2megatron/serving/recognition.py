@@ -4,6 +4,7 @@ Some of it is told by names, which transformers keeps from model to model. What 
 tried out: a layer is run with parts that record what they are given.
 """
 
+import inspect
 import types
 from collections.abc import Callable
 
@@ -18,7 +19,11 @@ PRENORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 def rotary_of(forward: Callable) -> Callable | None:
-    """The function by which an attention module's forward rotates; None where it has another."""
+    """The function by which an attention module's forward rotates; None where it has another.
+
+    transformers 5.24 decorates the forward, for the sake of callers with an argument's old name.
+    """
+    forward = inspect.unwrap(forward)
     if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
     found = forward.__globals__.get(ROTARY)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,18 @@ def graphs_of_the_cpu(monkeypatch):
 
     monkeypatch.setattr(graph_module, "capture", capture)
     return replays
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_step_is_known_by_either_name_of_its_cache(monkeypatch, name):
+    """transformers 5.24 calls it `cache`; under another name a graph never ran, without a word."""
+    monkeypatch.setattr(graph_module, "CACHE", "cache")
+    graph = object.__new__(graph_module.DecodeGraph)
+    graph.takes, graph.run = lambda arguments: True, lambda arguments: "captured"
+    model = SimpleNamespace(forward=lambda **arguments: "as usual")
+    graph_module.replace_forward(model)
+    assert model.forward(**{name: SimpleNamespace(graph=graph)}) == "captured"
+    assert model.forward(**{name: None}) == model.forward() == "as usual"
 
 
 def test_captured_steps_give_the_same_tokens(folder, ids, graphs_of_the_cpu):
