@@ -17,6 +17,8 @@ from s2_kernels.versions import release
 from s2megatron.cluster.environment import captures
 from s2megatron.errors import ConfigError
 
+MEGATRON = (0, 19)
+"""The release of megatron-core that setup.py asks for."""
 RESILIENCY = (0, 6)
 """The oldest nvidia-resiliency-ext that Megatron takes; its import fails beside an older one."""
 
@@ -52,6 +54,7 @@ class Backends:
         fusion = "off" if self.gradient_accumulation_fusion else "off (NVIDIA Apex not found)"
         adam = f"fused Adam ({self.fused_adam})" if self.fused_adam else "torch AdamW"
         parts = {
+            "megatron-core": _megatron(),
             "device": "CUDA" if self.cuda else "CPU (no GPU found), gloo",
             "linear layers": engine + fp8
             if te
@@ -100,6 +103,16 @@ def find_backends() -> Backends:
         ),
         resiliency=_resiliency(),
     )
+
+
+def _megatron() -> str:
+    """The version here, and whether it was tried: setup.py asks for one, a container may not."""
+    from megatron.core import __version__ as version
+
+    if release(version) == MEGATRON:
+        return version
+    tried = ".".join(map(str, MEGATRON))
+    return f"{version}, NOT TRIED: s2megatron was tried with {tried} only (docs/install.md)"
 
 
 def _resiliency() -> str | None:

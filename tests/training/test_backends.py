@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import megatron.core
 import pytest
 
 from s2megatron.errors import ConfigError
@@ -77,6 +78,14 @@ def test_without_either(install):
     assert not options["gradient_accumulation_fusion"] and not options["apply_rope_fusion"]
     with pytest.raises(ConfigError, match="gradient_accumulation_fusion: true needs NVIDIA Apex"):
         default_options(found, {"gradient_accumulation_fusion": True})
+
+
+def test_a_megatron_that_was_not_tried_is_told(install, monkeypatch):
+    found, told = find_backends(), "NOT TRIED: s2megatron was tried with 0.19 only"
+    assert f"megatron-core    {megatron.core.__version__}" in lines(found)
+    assert told not in lines(found)
+    monkeypatch.setattr(megatron.core, "__version__", "0.20.1rc0")
+    assert f"megatron-core    0.20.1rc0, {told}" in lines(found)
 
 
 def test_apex_of_pypi_brings_nothing(install):
