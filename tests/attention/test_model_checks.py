@@ -12,6 +12,7 @@ from launches import ON_CPU, ROOT, TINY, torchrun, write_run_file
 
 from s2megatron import stock
 
+CP2, LOCAL = "megatron.context_parallel_size=2", "megatron.cuda_graph_impl=local"
 GRAPHS = ["megatron.cuda_graph_impl=transformer_engine", "megatron.cuda_graph_modules=[mlp]"]
 CASES = {
     "unknown_option": (
@@ -146,10 +147,7 @@ CASES = {
         ["megatron.apply_query_key_layer_scaling=true", "megatron.fp16=true"],
         ["apply_query_key_layer_scaling"],
     ),
-    "cuda_graphs": (
-        ["megatron.cuda_graph_impl=local", "megatron.context_parallel_size=2"],
-        ["megatron.cuda_graph_impl=local: captures attention", "as [mlp]"],
-    ),
+    "cuda_graphs": ([LOCAL, CP2], [f"{LOCAL}: captures attention", "as [mlp]"]),
     "graphs_register": (
         ["NCCL_GRAPH_REGISTER=1", *GRAPHS],
         ["NCCL_GRAPH_REGISTER=1: ", "cuda_graph_impl=transformer_engine", "set it to 0"],
@@ -172,7 +170,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def refused():
     overrides = {name: overrides for name, (overrides, _) in CASES.items()}
-    sound = {"sound": [], "context": ["megatron.context_parallel_size=2"], "graphs": GRAPHS}
+    sound = {"sound": [], "context": [CP2], "graphs": GRAPHS}
     return call("model_cases", "refusals", json.dumps(overrides | sound))
 
 
