@@ -41,6 +41,7 @@ def parse(argv=None):
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=16)
     parser.add_argument("--d", type=int, default=128, help="head size")
+    parser.add_argument("--ffn", type=int, help="width; default: 8/3 of heads x d")
     parser.add_argument("--stride", type=int, default=16, help="in blocks of 64 tokens")
     parser.add_argument("--dense-layers", type=int, default=0, help="the first so many are dense")
     parser.add_argument("--steps", type=int, default=24, help="tokens timed")
@@ -61,7 +62,7 @@ def make_model(a):
     hidden = a.heads * a.d
     config = transformers.LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=int(hidden * 8 / 3) // 64 * 64,
+        intermediate_size=a.ffn or int(hidden * 8 / 3) // 64 * 64,
         num_hidden_layers=a.layers,
         num_attention_heads=a.heads,
         num_key_value_heads=a.kv_heads,

@@ -49,10 +49,14 @@ class DocumentMix:
     Args:
         repeats: share of the documents that are repeats.
         records: share of the other documents that are records; what is left are tasks.
+        shortest: tokens of the shortest document, a power of two.
+        styles: what tasks are written in, one drawn for each.
     """
 
     repeats: float = 0.5
     records: float = 0.6
+    shortest: int = SHORTEST
+    styles: tuple[str, ...] = ("records", "records", "sentences")
 
 
 class Maker:
@@ -89,8 +93,8 @@ class Maker:
         return tokens
 
     def document_length(self, rng: random.Random, room: int) -> int:
-        """A power of two times 32, shorter ones more often; the room left where less would stay."""
-        lengths = [SHORTEST]
+        """A power of two from the shortest on; the room left where less would stay."""
+        lengths = [self.mix.shortest]
         while lengths[-1] * 2 <= self.length:
             lengths.append(lengths[-1] * 2)
         length = rng.choice(lengths)
@@ -107,7 +111,7 @@ class Maker:
                 filler=self.filler(rng, length), style="records",
             )  # fmt: skip
             return made.tokens
-        style = rng.choice(("records", "records", "sentences"))
+        style = rng.choice(self.mix.styles)
         task = rng.choice(TASKS)
         size = self.record if style == "records" else 40
         records = max(4, min(rng.randint(4, 64), length // (3 * size)))

@@ -41,6 +41,10 @@ class Phase(_Checked):
     """See documents.DocumentMix."""
     repeats: float = Field(default=0.5, ge=0, le=1)
     """See documents.DocumentMix."""
+    shortest: int | None = None
+    """Tokens of the shortest retrieval document; left out: documents.SHORTEST."""
+    styles: list[Literal["records", "sentences"]] | None = Field(default=None, min_length=1)
+    """See documents.DocumentMix; left out: its own."""
     seconds: float | None = None
     """Training stops after so many seconds of this phase, wherever it is: for trying a recipe, not
     for comparing arms. Left out: no limit."""
@@ -76,6 +80,10 @@ class Phase(_Checked):
         """Of the dataset of its retrieval documents; recipes that want the same ones share it."""
         wanted = int(self.steps * self.sequences * self.retrieval * 1.02) + 8
         kind = f"{self.records:g}-{self.repeats:g}"
+        if self.shortest is not None:
+            kind += f"-from-{self.shortest}"
+        if self.styles is not None:
+            kind += f"-{''.join(style[0] for style in self.styles)}"
         return f"retrieval-{self.length}-{kind}-seed-{seed}-of-{wanted}"
 
     def micro_batch(self, sequences: int) -> int:

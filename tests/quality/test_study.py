@@ -25,7 +25,7 @@ import results
 import study
 import tokenizer
 from jobs import Job, with_what_comes_before
-from recipe import history, load_recipe
+from recipe import Phase, history, load_recipe
 
 from s2megatron.errors import ConfigError
 
@@ -160,6 +160,20 @@ def test_retrieval_documents_fill_sequences(folder, length):
     first, second = (maker.sequences(3, 8) for maker in makers)
     assert first.shape == (8, length) and (first[:, -1] == 0).all()
     numpy.testing.assert_array_equal(first, second)
+
+
+def test_a_phase_names_the_documents_that_it_asks_for(folder):
+    """A shorter list of long documents is another dataset, and is what a maker writes."""
+    options = dict(length=512, tokens=5120, batch_tokens=512, lr=1e-3, final_lr=1e-4, retrieval=1)
+    plain = Phase(**options).documents_name(1)
+    asked = Phase(**options, shortest=256, styles=["sentences", "records"]).documents_name(1)
+    assert (plain, asked) == ("retrieval-512-0.6-0.5-seed-1-of-18",
+                              "retrieval-512-0.6-0.5-from-256-sr-seed-1-of-18")  # fmt: skip
+    mix = documents.DocumentMix(shortest=256, styles=("sentences",))
+    maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, mix)
+    rng = random.Random(2)
+    assert {maker.document_length(rng, 512) for _ in range(40)} == {256, 512}
+    assert maker.document_length(rng, 100) == 100
 
 
 def test_repeated_keys_keep_their_values(folder):
