@@ -103,6 +103,60 @@ def options_refused() -> dict:
     return results
 
 
+STOCK = {
+    "packed": dict(
+        dataloader_inter_document_masking=True, pipeline_model_parallel_size=2, micro_batch_size=2
+    ),
+    "mask": dict(reset_attention_mask=True),
+    "fp8": dict(fp8="hybrid", fp8_recipe="tensorwise"),
+    "fp4": dict(fp4="e2m1"),
+    "precision": dict(te_precision_config_file="recipes.yaml"),
+    "fp8_recipe": dict(
+        fp8="hybrid", fp8_recipe="delayed", save="x", transformer_impl="transformer_engine"
+    ),
+    "hybrid": dict(hybrid_layer_pattern="M*"),
+    "heterogeneous": dict(heterogeneous_layers_config_path="x.json"),
+    "optimizer": dict(optimizer="sgd", save="x", use_distributed_optimizer=True),
+    "graphs": dict(cuda_graph_impl="local"),
+}
+"""Of Megatron's arguments; each of these trained, and left out what was asked for."""
+
+
+def refused_by_the_stock_route() -> dict:
+    """What `--spec` says of Megatron's arguments, and of its model configuration."""
+    from unittest import mock
+
+    from megatron.training import global_vars
+
+    from s2megatron.layer_spec import s2_layer_spec
+    from s2megatron.training.prepare import prepare
+
+    ready = prepare(_run_file(MOCK), [], writers=False)
+    expands = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    os.environ.pop("NCCL_GRAPH_REGISTER", None)
+    os.environ["S2MEGATRON_CONFIG"] = _run_file(MOCK)
+
+    def said(args) -> str:
+        with (
+            mock.patch.object(global_vars, "_GLOBAL_ARGS", args),
+            mock.patch.dict(os.environ, expands),
+            mock.patch("s2megatron.layer_spec.layer_spec"),  # asks for process groups
+        ):
+            return _said(s2_layer_spec, ready.model_config)
+
+    results = {"sound": said(ready.args)}
+    for name, changes in STOCK.items():
+        args = copy.copy(ready.args)
+        vars(args).update(changes)
+        results[name] = said(args)
+    for name in ("use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp"):
+        with mock.patch.object(ready.model_config.transformer, name, True):
+            results[name] = said(ready.args)
+    with mock.patch.object(ready.model_config, "restore_modelopt_state", True):
+        results["restore_modelopt_state"] = said(ready.args)
+    return results
+
+
 def built_model() -> dict:
     """What the check says of a built model, sound and tampered with."""
     import torch
