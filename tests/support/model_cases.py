@@ -193,6 +193,13 @@ def built_model() -> dict:
     results["mask"] = _said(core, q, k, k, torch.ones(1, 1, 128, 128, dtype=torch.bool))
     other_layout = PackedSeqParams(qkv_format="sbhd")
     results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=other_layout))
+    ends, rows = (torch.tensor(x, dtype=torch.int32) for x in ([0, 60, 120], [0, 64, 128]))
+    padded = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=60, max_seqlen_kv=60,
+        cu_seqlens_q_padded=rows, cu_seqlens_kv_padded=rows,
+    )  # fmt: skip
+    q3, k3 = q.flatten(0, 1), k.flatten(0, 1)
+    results["padded"] = _said(lambda: core(q3, k3, k3, None, packed_seq_params=padded))
     results["cache"] = _said(core, q[-1:], k, k, None)
     results["state"] = sorted(core.state_dict())
     results["kept"] = [kept_of_projection(core, rotated=rotated) for rotated in (True, False)]
