@@ -296,6 +296,15 @@ def model_sizes(name: str) -> dict:
     }
 
 
+def modules_of_plans() -> dict:
+    """Whether a plan is of Transformer Engine's modules, by what the run file says of them."""
+    from s2megatron.planner.report import read_run
+
+    said = {"": [], "local": ["megatron.transformer_impl=local"]}
+    config = _run_file(MOCK)
+    return {impl: read_run(config, x, 1, local=False)[1].fused for impl, x in said.items()}
+
+
 def dry_run_configs() -> dict:
     """Every shipped run file's dry run: [status, stdout, stderr]."""
     from launches import ROOT
