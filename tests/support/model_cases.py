@@ -144,7 +144,8 @@ def refused_by_the_stock_route() -> dict:
         ):
             return _said(s2_layer_spec, ready.model_config)
 
-    results = {"sound": said(ready.args)}
+    del ready.args.s2_data
+    results = {"sound": said(ready.args), "documents": getattr(ready.args, "s2_data", None)}
     for name, changes in STOCK.items():
         args = copy.copy(ready.args)
         vars(args).update(changes)

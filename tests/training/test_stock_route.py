@@ -103,6 +103,10 @@ def refused():
     return call("model_cases", "refused_by_the_stock_route")
 
 
+def test_stock_route_records_which_documents_are_read(refused):
+    assert refused["documents"] == {}  # none of mock data; a resume is told of others
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_stock_route_refuses_what_it_would_ignore(refused, case):
     """What the launcher refuses, too, where nothing else of Megatron's own script would."""
