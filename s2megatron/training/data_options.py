@@ -72,20 +72,22 @@ def _refuse_other_data(data: DataConfig, added: dict, options: dict) -> None:
 def _refuse_other_tokenizer(data: DataConfig, added: dict, options: dict) -> None:
     if data.tokenizer == "megatron":
         return
+    named = "tokenizer" in data.model_fields_set
     beside = f"beside data.tokenizer: {data.tokenizer!r}"
     for name in ("tokenizer_type", "tokenizer_model"):
         value = options.get(name)
-        if "tokenizer" in data.model_fields_set and value not in (None, added.get(name)):
+        if named and value not in (None, added.get(name)):
             raise ConfigError(
                 f"megatron.{name}: {value!r} {beside}: these are two tokenizers; leave the first "
                 f"one out (megatron.{name}=null), or set data.tokenizer to megatron"
             )
     size = options.get("vocab_size") or BYTE_VOCAB
-    if data.tokenizer == "bytes" and not options.get("tokenizer_type") and size != BYTE_VOCAB:
+    ours = data.tokenizer == "bytes" and (named or not options.get("tokenizer_type"))
+    if ours and size != BYTE_VOCAB:
         raise ConfigError(
             f"megatron.vocab_size: {size} {beside}, which has {BYTE_VOCAB}, and the end of a "
-            "document as the last one: leave it out (make_vocab_size_divisible_by gives the model "
-            "more rows), or name the tokenizer"
+            "document as the last one: leave it out (null; make_vocab_size_divisible_by gives "
+            "the model more rows), or name the tokenizer"
         )
 
 

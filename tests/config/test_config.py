@@ -183,6 +183,8 @@ def test_missing_data(tmp_path):
     ({"tokenizer_model": "e"}, {"mock": True, "tokenizer": "bytes"},
      "tokenizer_model: 'e' beside data.tokenizer: 'bytes'"),
     ({"vocab_size": 512}, {"mock": True}, "vocab_size: 512 beside data.tokenizer: 'bytes'"),
+    ({"vocab_size": 512, "tokenizer_type": "NullTokenizer"}, {"mock": True, "tokenizer": "bytes"},
+     "vocab_size: 512 beside data.tokenizer: 'bytes'"),
 ])  # fmt: skip
 def test_two_sections_that_do_not_agree(dataset, megatron, data, words):
     """Megatron's options won, and what `data:` said was not read."""
