@@ -25,10 +25,14 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
 
+    from s2megatron.training.megatron_options import canonical
+
     layout = layout_of(ready.args, gpus)
     unset_global_variables()  # Megatron's: another run file may be read after this one
     unset_num_microbatches_calculator()
     keep = ready.run.sparsity.keep_attention_output
+    # Megatron's arguments say what is installed here; the run file, what is wanted there.
+    local = local or canonical(ready.run.megatron).get("transformer_impl") == "local"
     layout = replace(layout, fused=not local, keep_attention_output=keep)
     return Model(ready.shape, ready.patterns), layout
 
@@ -59,6 +63,8 @@ def plan_run(
         local: Megatron's local modules, not Transformer Engine's.
     """
     machine = load_machine(gpu)
+    if best is not None and best < 1:
+        raise ConfigError(f"--search {best}: must be at least 1")
     model, layout = read_run(config, overrides, gpus, local=local)
     head = [
         f"{gpus} x {machine.gpu}, {machine.gpus_per_node} per node",
