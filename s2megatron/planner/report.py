@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from s2_kernels.record import describe
+from s2megatron.config import load_config
 from s2megatron.errors import ConfigError
 from s2megatron.machine import Machine, load_machine
 from s2megatron.planner.context import received_bytes
@@ -15,24 +16,28 @@ from s2megatron.planner.step import Plan, plan
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
     from s2megatron.cluster import environment
+    from s2megatron.training.backends import find_backends
+    from s2megatron.training.megatron_options import keys_of
     from s2megatron.training.prepare import prepare_without_launch
 
     environment.apply()  # what Megatron asks for where there are GPUs
 
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
+    given = load_config(config, overrides).megatron
+    modules = {key: given[key] for key in keys_of(given, ["transformer_impl"])}
+    local = local or "local" in modules.values()
+    if not find_backends().transformer_engine:  # the run that is planned is another machine's
+        wanted = [key for key, value in modules.items() if value == "transformer_engine"]
+        overrides = [*overrides, *(f"megatron.{key}=null" for key in wanted)]
     ready = prepare_without_launch(config, overrides)
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
-
-    from s2megatron.training.megatron_options import canonical
 
     layout = layout_of(ready.args, gpus)
     unset_global_variables()  # Megatron's: another run file may be read after this one
     unset_num_microbatches_calculator()
     keep = ready.run.sparsity.keep_attention_output
-    # Megatron's arguments say what is installed here; the run file, what is wanted there.
-    local = local or canonical(ready.run.megatron).get("transformer_impl") == "local"
     layout = replace(layout, fused=not local, keep_attention_output=keep)
     return Model(ready.shape, ready.patterns), layout
 

@@ -15,8 +15,9 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 
-_PATHS = ("data_path", "data_args_path", "per_split_data_args_path")
-_SPLITS = ("train_data_path", "valid_data_path", "test_data_path")
+PATHS = ("data_path", "data_args_path", "per_split_data_args_path")
+SPLITS = ("train_data_path", "valid_data_path", "test_data_path")
+"""Megatron's options that name datasets: of all splits together, and of each."""
 
 
 def resolve(data: DataConfig, options: dict) -> dict:
@@ -55,10 +56,10 @@ def _refuse_other_data(data: DataConfig, added: dict, options: dict) -> None:
     """Megatron's options would win, so that a field of `data:` would not be read."""
     sections = []
     if data.mock:
-        sections = [(name, "data.mock") for name in (*_PATHS, *_SPLITS)]
+        sections = [(name, "data.mock") for name in (*PATHS, *SPLITS)]
     elif added:
         first = next(iter(added)).removesuffix("_data_path")
-        sections = [(name, f"data.{first}") for name in (*_PATHS, "mock_data")]
+        sections = [(name, f"data.{first}") for name in (*PATHS, "mock_data")]
         sections += [(name, f"data.{name.removesuffix('_data_path')}") for name in added]
     if data.cache:
         sections.append(("data_cache_path", "data.cache"))

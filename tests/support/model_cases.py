@@ -301,7 +301,8 @@ def modules_of_plans() -> dict:
     """Whether a plan is of Transformer Engine's modules, by what the run file says of them."""
     from s2megatron.planner.report import read_run
 
-    said = {"": [], "local": ["megatron.transformer_impl=local"]}
+    names = "local", "transformer_engine"
+    said = {"": [], **{name: [f"megatron.transformer_impl={name}"] for name in names}}
     config = _run_file(MOCK)
     return {impl: read_run(config, x, 1, local=False)[1].fused for impl, x in said.items()}
 
