@@ -38,6 +38,10 @@ class Prepared:
     """Its folder, where the run file names one."""
     variables: dict[str, str]
     """Of the environment, those that this run's options asked for."""
+    asked: frozenset[str]
+    """Megatron options that the run file has, by their stored names."""
+    sources: object
+    """Of its documents (data_checks.Sources)."""
 
 
 @contextlib.contextmanager
@@ -80,12 +84,14 @@ def prepare(
     from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
+    from s2megatron.training.data_checks import find_sources
     from s2megatron.training.data_identity import data_identity
     from s2megatron.training.megatron_options import canonical, check_required, to_argv
     from s2megatron.training.resume_layout import check_resumable
 
     skip_missing_makefile()
-    options = default_options(backends, canonical(run.megatron))
+    chosen = canonical(run.megatron)
+    options = default_options(backends, chosen)
     check_required(options)  # before the data: a run file without a model has none either
     options = data_options.resolve(run.data, options)
     place = output.resolve(run.output, options, choose)
@@ -107,13 +113,35 @@ def prepare(
             "who may write there, or name another output.folder"
         ) from error
     check_resumable(args, backends.fused_adam)
+    sources = find_sources(args)
     args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
     with _megatrons_refusals():
         model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
     shape = ModelShape.from_megatron(model_config.transformer, args)
-    return Prepared(run, backends, args, model_config, patterns, shape, place, variables)
+    asked = frozenset(name for name, value in chosen.items() if value is not None)
+    return Prepared(
+        run, backends, args, model_config, patterns, shape, place, variables, asked, sources
+    )
+
+
+def check_start(ready: Prepared) -> list[str]:
+    """What a run that is to start needs beside a model that can be built.
+
+    Returns:
+        Lines for the start table.
+
+    Raises:
+        ConfigError: the schedule, the data or what is to be loaded does not fit.
+    """
+    from s2megatron.training.data_checks import check_data, settle_evaluation
+
+    args = ready.args
+    check_schedule(args)
+    check_data(args, ready.sources)
+    evaluation = settle_evaluation(args, ready.sources, asked=ready.asked)
+    return [f"{'evaluation':<16} {line}" for line in evaluation]
 
 
 def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:
@@ -148,10 +176,10 @@ def _quiet_megatron() -> Iterator[None]:
 def dry_run(config: str, overrides: Sequence[str]) -> str:
     """The layer table, parameter count and true FLOPs per step of a run, without starting it."""
     ready = prepare_without_launch(config, overrides)
-    check_schedule(ready.args)
+    notes = check_start(ready)
     split = ContextSplit.from_options(vars(ready.args))
     table = layer_table(ready.patterns, split.seq_len, split=split)
-    return "\n".join(summary(ready, [table]))
+    return "\n".join(summary(ready, [*notes, table]))
 
 
 def ranks_named_by(run: RunConfig) -> int:

@@ -16,9 +16,8 @@ from s2megatron.training.checkpoint_content import checksums_at_the_end_of_a_sav
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import CheckpointPruner
 from s2megatron.training.load_fixes import name_damaged_files, save_what_was_loaded_never_again
-from s2megatron.training.prepare import Prepared, prepare, summary
+from s2megatron.training.prepare import Prepared, check_start, prepare, summary
 from s2megatron.training.run_lock import RunLock
-from s2megatron.training.schedule import check_schedule
 from s2megatron.training.throughput import ThroughputMeter, peak_tflops
 from s2megatron.training.writer_watch import WriterWatch, end_rank
 
@@ -97,7 +96,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     ranks = Ranks.of_launch()
     ready = prepare(config, overrides, choose=partial(choose_checkpoint, ranks=ranks))
     check_machine(ready.backends, ready.args)
-    check_schedule(ready.args)
+    notes = check_start(ready)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -110,7 +109,7 @@ def train(config: str, overrides: Sequence[str]) -> None:
     args = ready.args
     lock, pruner = None, None
     if args.rank == 0:
-        print("\n".join(summary(ready, [])), flush=True)
+        print("\n".join(summary(ready, notes)), flush=True)
         if ready.output:
             lock, pruner = _take_output(ready)
     meter = _meter(ready)
