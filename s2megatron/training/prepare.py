@@ -136,12 +136,18 @@ def check_start(ready: Prepared) -> list[str]:
         ConfigError: the schedule, the data or what is to be loaded does not fit.
     """
     from s2megatron.training.data_checks import check_data, settle_evaluation
+    from s2megatron.training.resume import check_load
 
     args = ready.args
     check_schedule(args)
+    loading = check_load(args)
     check_data(args, ready.sources)
     evaluation = settle_evaluation(args, ready.sources, asked=ready.asked)
-    return [f"{'evaluation':<16} {line}" for line in evaluation]
+    saving = [] if args.save else ["none are saved: name output.folder to keep what is trained"]
+    return [
+        *(f"{'evaluation':<16} {line}" for line in evaluation),
+        *(f"{'checkpoints':<16} {line}" for line in (*loading, *saving)),
+    ]
 
 
 def prepare_without_launch(config: str, overrides: Sequence[str]) -> Prepared:

@@ -142,3 +142,16 @@ def train_until_the_writer_is_killed() -> int:
 
     CheckpointPruner.after = then_kill
     return run_as_rank(pretrain.main)
+
+
+def load_that_is_not_there(config: str) -> list[str]:
+    """The refusals of the launcher's start, and of Megatron's own script under --spec."""
+    from s2megatron.layer_spec import s2_layer_spec
+    from s2megatron.training.prepare import check_start, prepare_without_launch
+
+    os.environ["S2MEGATRON_CONFIG"] = config
+    ready = prepare_without_launch(config, [])
+    return [
+        refusal(lambda *_: check_start(ready), config, []),
+        refusal(lambda *_: s2_layer_spec(ready.model_config), config, []),
+    ]
