@@ -19,6 +19,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
+from s2megatron.training.machine_checks import check_machine
 from s2megatron.training.schedule import check_rates, check_schedule
 
 
@@ -45,11 +46,11 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def _megatrons_refusals() -> Iterator[None]:
+def megatrons_refusals() -> Iterator[None]:
     """What Megatron asserts of options becomes a ConfigError that says where it does."""
     try:
         yield
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         told = str(error) or where.line
         lines = [f"Megatron refuses these options: {told}", *environment.named_in(told)]
@@ -66,7 +67,8 @@ def prepare(
     """Everything up to the start of the process group.
 
     Args:
-        writers: let Megatron open its TensorBoard and wandb writers.
+        writers: the run starts here: look at this machine, and let Megatron open its TensorBoard
+            and wandb writers.
         choose: which checkpoint of an output folder to resume from.
 
     Raises:
@@ -86,7 +88,13 @@ def prepare(
     from s2megatron.training.attach import attach
     from s2megatron.training.data_checks import find_sources
     from s2megatron.training.data_identity import data_identity
-    from s2megatron.training.megatron_options import canonical, check_required, to_argv
+    from s2megatron.training.megatron_options import (
+        canonical,
+        check_required,
+        megatron_parser,
+        to_argv,
+    )
+    from s2megatron.training.option_checks import check_first_step, check_read_options
     from s2megatron.training.resume_layout import check_resumable
 
     skip_missing_makefile()
@@ -100,12 +108,16 @@ def prepare(
         options |= {"tensorboard_dir": None, "wandb_project": None}
     # Megatron's parser reads the command line: from here on it is the run file's.
     argv, parsed = to_argv(options)
+    if writers:  # they are packages, too
+        check_machine(backends, parsed)
     check_run_options(parsed)
+    check_read_options(parsed, megatron_parser().get_default)
+    check_first_step(parsed)
     check_rates(parsed)
     variables = environment.apply_for_options(parsed)  # Megatron's check is next, NCCL later
     sys.argv = [sys.argv[0], *argv]
     try:
-        with _megatrons_refusals():
+        with megatrons_refusals():
             args = parse_and_validate_args()
     except OSError as error:  # it has opened TensorBoard's files
         raise ConfigError(
@@ -115,7 +127,7 @@ def prepare(
     check_resumable(args, backends.fused_adam)
     sources = find_sources(args)
     args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
-    with _megatrons_refusals():
+    with megatrons_refusals():
         model_config = gpt_config_from_args(args)
     patterns = attach(model_config, args, run.sparsity, on_gpu=backends.cuda)
     args.s2_tokenizer = run.data.tokenizer  # Megatron's args do not tell bytes from any numbers
