@@ -155,3 +155,11 @@ def load_that_is_not_there(config: str) -> list[str]:
         refusal(lambda *_: check_start(ready), config, []),
         refusal(lambda *_: s2_layer_spec(ready.model_config), config, []),
     ]
+
+
+def train_and_leave() -> None:
+    """The launcher, and its own way to end."""
+    from s2megatron import pretrain
+    from s2megatron.cluster.ending import leave, run_as_rank
+
+    leave(run_as_rank(pretrain.main))

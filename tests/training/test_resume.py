@@ -61,6 +61,7 @@ KINDS = {
     "1.3B": Kind("llama_1.3b_32k", ODD_BUCKETS, MOVES),
     "70B": Kind("llama_70b_32k", {"num_query_groups": 2}, [("PP2", "TP2")]),
     "quickstart": Kind("quickstart", {}, [("DP2", "TP2"), ("PP2", "TP2")]),
+    "SGD": Kind("quickstart", {"optimizer": "sgd"}, [("DP2", "TP2")]),
     "by bucket": Kind(
         "llama_7b_32k",
         {"dist_ckpt_optim_fully_reshardable": "false"},
