@@ -212,10 +212,14 @@ def ranks_named_by(run: RunConfig) -> int:
 
 def summary(ready: Prepared, lines: list[str]) -> list[str]:
     """What the start table says of a run, above `lines`."""
+    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+
     args, shape = ready.args, ready.shape
-    sparse = shape.flops_per_sequence(ready.patterns) * args.global_batch_size
-    attention = shape.attention_flops(ready.patterns) * args.global_batch_size
-    dense = shape.dense_attention_flops() * args.global_batch_size
+    batch, schedule = get_current_running_global_batch_size(), args.step_batch_size_schedule
+    later = f", then by step_batch_size_schedule ({schedule})" if schedule else ""
+    sparse = shape.flops_per_sequence(ready.patterns) * batch
+    attention = shape.attention_flops(ready.patterns) * batch
+    dense = shape.dense_attention_flops() * batch
     stages = args.virtual_pipeline_model_parallel_size
     experts, contexts = args.expert_model_parallel_size, args.context_parallel_size
     layout = (
@@ -231,7 +235,7 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
         *ready.backends.lines(args),
         f"{'layout':<16} {layout}: {args.world_size} rank(s)",
         f"{'parameters':<16} {shape.parameters():,}",
-        f"{'batch':<16} {args.global_batch_size} sequences of {args.seq_length} tokens",
+        f"{'batch':<16} {batch} sequences of {args.seq_length} tokens{later}",
         f"{'FLOPs per step':<16} {sparse:.4e} true model FLOPs, {attention / sparse:.1%} of them "
         f"attention; with dense attention {sparse - attention + dense:.4e}{assumed}",
         *(f"{'environment':<16} {name}={value}" for name, value in ready.variables.items()),

@@ -65,6 +65,7 @@ def _summarize() -> None:
 
 
 def _meter(ready: Prepared) -> ThroughputMeter:
+    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
     from megatron.training import get_tensorboard_writer, is_last_rank
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
@@ -83,7 +84,7 @@ def _meter(ready: Prepared) -> ThroughputMeter:
     return ThroughputMeter(
         ready.shape,
         ready.patterns,
-        sequences=args.global_batch_size,
+        sequences=get_current_running_global_batch_size,  # step_batch_size_schedule changes it
         gpus=args.world_size,
         log_interval=args.log_interval,
         peak=peak,
