@@ -27,14 +27,10 @@ def run_as_rank(main: Callable[[], int]) -> int:
     checkpoint writer can block for ever, and the job with them.
 
     Returns:
-        What `main` returns, or exits with; after an exception the process ends here, with status 1.
+        What `main` returns; after an exception the process ends here, with status 1.
     """
     try:
         return record(main)() or 0  # it keeps the exit of status 0 to itself
-    except SystemExit as stop:  # all ranks leave: Megatron's statuses 16 and 17, argparse's 2
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr, flush=True)
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception:  # whatever ended training: the agent reports it
         traceback.print_exc()
         sys.stdout.flush()

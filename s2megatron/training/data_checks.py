@@ -4,9 +4,12 @@ Megatron answers late: by a bare assertion or an endless loop when it builds the
 `None` in its first evaluation, hours after the start and before the checkpoint of that iteration.
 """
 
+import itertools
 import json
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -16,6 +19,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s2megatron.errors import ConfigError
+from s2megatron.training.data_identity import KnownGPTDataset
 from s2megatron.training.data_options import check_dataset
 
 SPLITS = ("train", "valid", "test")
@@ -91,6 +95,10 @@ def check_data(args, sources: Sources) -> None:
         _check_blend(*sources.common, field)
         for prefix in sources.common[0]:
             _check_split(args.split, prefix, field)
+    if args.rank == 0:  # it writes, and the others read
+        for prefixes, _ in filter(None, (sources.common, *sources.own.values())):
+            for prefix in itertools.filterfalse(is_object_storage_path, prefixes):
+                _check_cache(args.data_cache_path, prefix)
 
 
 def settle_evaluation(args, sources: Sources, *, asked: frozenset[str]) -> list[str]:
@@ -181,6 +189,18 @@ def _check_blend(prefixes: list[str], weights: list[float] | None, field: str) -
                 f"{field}: {prefix} has the weight {weight:g}; leave the dataset out, or give it "
                 "a weight above 0"
             )
+
+
+def _check_cache(cache: str | None, prefix: str) -> None:
+    """There is an index already, or it can be written; Megatron tries with the model built."""
+    folder = Path(cache or f"{prefix}/cache/{KnownGPTDataset.__name__}_indices")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if above == folder or (above.is_dir() and os.access(above, os.W_OK)):
+        return
+    raise ConfigError(
+        f"data.cache: {cache or 'is missing'}: the order of {prefix}'s documents is kept in "
+        f"{folder}, and {above} cannot be written: name a folder that can, and that all nodes see"
+    )
 
 
 def _shares(split: str | None) -> list[tuple[float, float] | None]:

@@ -9,8 +9,6 @@ import pytest
 import zygote
 from launches import ON_CPU, ROOT, TINY, write_run_file
 
-from s2megatron.cluster.ending import run_as_rank
-
 BUSY_THREADS = """
 import atexit, sys, threading, time, torch
 from s2megatron.cluster.ending import leave
@@ -51,12 +49,6 @@ def test_killing_what_is_left_does_not_hide_the_error():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
                           timeout=120)  # fmt: skip
     assert (done.returncode, done.stderr) == (3, "")
-
-
-@pytest.mark.parametrize("code, status", [(None, 0), (0, 0), (17, 17), ("why", 1)])
-def test_status_that_megatron_exits_with_is_the_process_s(code, status, capsys):
-    assert run_as_rank(lambda: sys.exit(code)) == status
-    assert capsys.readouterr().err == ("why\n" if code == "why" else "")
 
 
 ENDS = {

@@ -18,6 +18,8 @@ def home(tmp_path_factory):
     for name, documents in (("a", DOCUMENTS), ("v", 2), ("w", 1)):
         texts = [f"{name} {n} of some words " * 20 for n in range(documents)]
         write_dataset(texts, f"{folder}/{name}")
+    write_dataset(["some words"], f"{folder}/odd")
+    (folder / "odd").touch()  # in the place of its cache, as a folder that cannot be written
     (folder / "none.txt").write_text(f"1 {folder}/missing")
     (folder / "short.json").write_text(json.dumps({"train": [f"{folder}/a"]}))
     write_run_file(folder / "run.yaml", TINY | {"data": {"train": [f"{folder}/a"]}})
@@ -39,6 +41,8 @@ REFUSED = {
     "data.train=[] megatron.data_args_path=D/none.txt": "megatron.split: None: must be three",
     "data.train=[] megatron.data_args_path=D/none.txt megatron.split=1": "megatron.data_args_",
     "data.train=[] megatron.per_split_data_args_path=D/short.json": "megatron.per_split_data_args_",
+    "data.train=[D/odd]": "data.cache: is missing: the order of D/odd's documents is kept",
+    "data.cache=D/a.bin/x": "data.cache: D/a.bin/x: the order of D/a's documents is kept in D/a.bi",
     "megatron.split=99,1,0": "megatron.split: '99,1,0' beside datasets of each split",
     "data.train=[] data.valid=[D/v]": "data.train: names nothing to train on",
     "data.train=['0 D/a','1 D/v']": "data.train: D/a has the weight 0; leave the dataset out",
