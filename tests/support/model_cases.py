@@ -297,6 +297,14 @@ def model_sizes(name: str) -> dict:
     }
 
 
+def plan_of_a_batch_schedule() -> list:
+    """[status, standard output, errors] of the command."""
+    from s2megatron import cli
+
+    batch = ["megatron.global_batch_size=null", "megatron.step_batch_size_schedule=0:2 1280:8"]
+    return run_command_line(cli.main, ["plan", _run_file(MOCK), "--gpus", "1", *batch])
+
+
 def modules_of_plans() -> dict:
     """Whether a plan is of Transformer Engine's modules, by what the run file says of them."""
     from s2megatron.planner.report import read_run
