@@ -246,6 +246,8 @@ def summary(ready: Prepared, lines: list[str]) -> list[str]:
 
 def _resuming(args) -> list[str]:
     """A line for a run whose checkpoints do not resume everywhere."""
+    if args.save and args.no_save_optim:
+        return [f"{'resuming':<16} never: checkpoints are without the optimizer (no_save_optim)"]
     if not args.save or not args.use_distributed_optimizer:
         return []
     if args.dist_ckpt_optim_fully_reshardable:

@@ -1,4 +1,4 @@
-"""Can a run's checkpoints be resumed: by its optimizer at all, and at this TP, PP and EP?"""
+"""Can a run's checkpoints be resumed: with an optimizer at all, and at this TP, PP and EP?"""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from s2megatron.errors import ConfigError
 
 
 def check_layout(args, common: dict, folder: Path) -> None:
-    """Refuses EP that comes or goes, and another TP or PP of optimizer state saved by bucket.
+    """Refuses a checkpoint without an optimizer, EP that comes or goes, and another TP or PP of
+    optimizer state saved by bucket.
 
     Megatron has one optimizer where each rank holds all experts, and a second one for the experts
     where they are spread over ranks; the states of the two are not told apart.
@@ -19,6 +20,11 @@ def check_layout(args, common: dict, folder: Path) -> None:
     """
     if getattr(args, "no_load_optim", False) or getattr(args, "finetune", False):
         return
+    if getattr(common["args"], "no_save_optim", False):
+        raise ConfigError(
+            f"checkpoint {folder} was saved without its optimizer (megatron.no_save_optim), and "
+            f"training cannot go on from it; {_anew(folder)}"
+        )
     saved = getattr(common["args"], "expert_model_parallel_size", 1)
     wanted = getattr(args, "expert_model_parallel_size", 1)
     if (saved == 1) != (wanted == 1):

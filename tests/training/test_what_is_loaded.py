@@ -11,6 +11,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.training.changed_options import compare, refusal
 from s2megatron.training.checkpoint_folder import write_tracker
 from s2megatron.training.resume import check_load
+from s2megatron.training.resume_layout import check_layout
 
 
 def asked(**options) -> Namespace:
@@ -100,6 +101,14 @@ def test_experts_in_other_layers_are_another_model(tmp_path):
     assert compare(one, same, optimizer=True).shape == []
     said = refusal(compare(one, other, optimizer=False), tmp_path / "iter_0000001", other)
     assert "megatron.moe_layer_freq: [1, 0, 1, 0] in the checkpoint, [1, 1, 1, 1] now" in said
+
+
+def test_checkpoint_without_an_optimizer_is_no_run_to_resume(tmp_path):
+    """Seen: KeyError: 'optimizer'."""
+    common = {"args": Namespace(no_save_optim=True)}
+    with pytest.raises(ConfigError, match=r"saved without its optimizer .*megatron.finetune=true"):
+        check_layout(Namespace(), common, tmp_path / "iter_0000003")
+    check_layout(Namespace(finetune=True), common, tmp_path / "iter_0000003")
 
 
 def test_list_of_datasets_that_names_others_is_told():
