@@ -115,7 +115,7 @@ def settle_evaluation(args, sources: Sources, *, asked: frozenset[str]) -> list[
     Raises:
         ConfigError: an evaluation that cannot be, with the way out.
     """
-    for name in ("eval_interval", "log_interval"):
+    for name in ("eval_interval", "log_interval", "tensorboard_log_interval"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"megatron.{name}: {getattr(args, name)}: must be at least 1")
     if args.eval_iters < 0:
@@ -169,8 +169,10 @@ def _check_full_validation(args, sources: Sources, asked: frozenset[str]) -> Non
             "which reads one sample at a time; leave it out"
         )
     args.eval_micro_batch_size = 1
-    if "eval_global_batch_size" not in asked:  # each iteration is one sample a rank
-        args.eval_global_batch_size = args.data_parallel_size
+    if "eval_global_batch_size" not in asked:  # an iteration is one sample a rank, or what fits
+        interleaved = args.virtual_pipeline_model_parallel_size is not None
+        group = args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size
+        args.eval_global_batch_size = args.data_parallel_size * (group if interleaved else 1)
 
 
 def _named_in(args) -> str:

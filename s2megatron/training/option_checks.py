@@ -49,6 +49,8 @@ def check_read_options(args, default) -> None:
 def _read_by_nobody(args) -> list[tuple[str, Any, str]]:
     unread = "Megatron 0.19 does not read it"
     return [
+        ("yaml_cfg", args.yaml_cfg is not None,
+         "is another file of Megatron's options; write them under megatron: in the run file"),
         ("rampup_batch_size", args.rampup_batch_size,
          f"{unread}; write step_batch_size_schedule ('0:256 2B:512': from so many tokens on, that "
          "batch) in place of it and of global_batch_size"),

@@ -20,7 +20,7 @@ from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
 from s2megatron.training.machine_checks import check_machine
-from s2megatron.training.schedule import check_rates, check_schedule
+from s2megatron.training.schedule import check_interleaving, check_rates, check_schedule
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ def check_start(ready: Prepared) -> list[str]:
     loading = check_load(args)
     check_data(args, ready.sources)
     evaluation = settle_evaluation(args, ready.sources, asked=ready.asked)
+    check_interleaving(args)
     saving = [] if args.save else ["none are saved: name output.folder to keep what is trained"]
     return [
         *(f"{'evaluation':<16} {line}" for line in evaluation),

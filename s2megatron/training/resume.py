@@ -93,6 +93,12 @@ def load_common(folder: Path) -> dict:
     try:
         return load_common_state_dict(str(folder))
     except (*unreadable, RuntimeError, pickle.UnpicklingError) as error:
+        if any(folder.glob("mp_rank_*")):
+            raise ConfigError(
+                f"checkpoint {folder}: is in Megatron's older format 'torch', which is not read "
+                "here; load it once in Megatron's own script without --spec, with "
+                "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+            ) from None
         reason = (str(error).strip().splitlines() or [""])[-1]
         number = re.fullmatch(r"iter_(\d+)", folder.name)
         back = f"; {way_back(folder.parent, int(number[1]))}" if number else ""

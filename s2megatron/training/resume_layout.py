@@ -108,6 +108,11 @@ def check_resumable(args, fused_adam: str | None) -> None:
     Raises:
         ConfigError: the option, and the one that makes resuming possible.
     """
+    if args.save and args.ckpt_format == "torch":
+        raise ConfigError(
+            "megatron.ckpt_format=torch is a format that is not read here, so that this run's "
+            "checkpoints could not be resumed; use 'torch_dist'"
+        )
     if not args.save or not args.use_distributed_optimizer:
         return
     local = args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable
@@ -115,8 +120,6 @@ def check_resumable(args, fused_adam: str | None) -> None:
         ("optimizer", args.optimizer == "sgd" or (args.optimizer == "lion" and not fused_adam),
          "the distributed optimizer saves Adam's state and no other; set "
          "use_distributed_optimizer=false, or optimizer=adam"),
-        ("ckpt_format", args.ckpt_format == "torch",
-         "is gathered by the distributed optimizer for one layout; use 'torch_dist'"),
         ("non_persistent_ckpt_type", local,
          "Megatron's local checkpoints hold optimizer state by bucket only; set "
          "dist_ckpt_optim_fully_reshardable=false, with which TP and PP are fixed"),

@@ -163,3 +163,10 @@ def train_and_leave() -> None:
     from s2megatron.cluster.ending import leave, run_as_rank
 
     leave(run_as_rank(pretrain.main))
+
+
+def common_state(checkpoint: str) -> str:
+    """What is said of one that cannot be read."""
+    from s2megatron.training.resume import load_common
+
+    return refusal(lambda *_: load_common(Path(checkpoint)), "", [])

@@ -128,12 +128,17 @@ def test_evaluation_has_a_micro_batch_size_of_its_own(home, ranks, layout):
     assert len(two) == 3 and two == pytest.approx(one, abs=1e-5)
 
 
-@pytest.mark.parametrize("ranks, layout", [(2, "tensor"), (4, "pipeline")])
-def test_whole_validation_sets_at_a_layout(home, ranks, layout):
+VIRTUAL = ["megatron.num_layers_per_virtual_pipeline_stage=1", "megatron.micro_batch_size=1"]
+
+
+@pytest.mark.parametrize(
+    "ranks, layout, more", [(2, "tensor", []), (4, "pipeline", []), (2, "pipeline", VIRTUAL)]
+)
+def test_whole_validation_sets_at_a_layout(home, ranks, layout, more):
     """Its loader gives one sample at a time, to first and last stages only."""
     common = [f"data.valid=[{home}/v,{home}/w]", *BOTH.split(), "megatron.micro_batch_size=2"]
     size = f"megatron.{layout}_model_parallel_size={ranks}"
-    found = _validation(ran(home / "run.yaml", *common, size, ranks=ranks))
+    found = _validation(ran(home / "run.yaml", *common, size, *more, ranks=ranks))
     assert len(found) == 6
 
 

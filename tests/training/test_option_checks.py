@@ -11,6 +11,10 @@ from s2megatron.errors import ConfigError
 from s2megatron.training.backends import Backends
 from s2megatron.training.machine_checks import check_machine
 
+STAGES = (
+    "megatron.pipeline_model_parallel_size=2 megatron.num_layers_per_virtual_pipeline_stage=1 "
+    "megatron.global_batch_size"
+)
 LEARNED = "megatron.position_embedding_type=learned_absolute"
 REFUSED = {
     "megatron.rampup_batch_size=[2,2,8]": "rampup_batch_size: [2, 2, 8]: Megatron 0.19 does not re",
@@ -30,9 +34,19 @@ REFUSED = {
     "megatron.num_experts=4 megatron.tensor_model_parallel_size=2": "num_experts: 4: experts under",
     "megatron.init_model_with_meta_device=true": "init_model_with_meta_device: True: without FSDP",
     "megatron.apply_layernorm_1p=true": "layernorm_zero_centered_gamma: True: needs Transformer En",
+    f"{STAGES}=3": "global_batch_size: 3: 3 micro-batches a rank, and virtual pipeline stages take",
+    f"{STAGES}=1": "global_batch_size: 1: 1 micro-batches a rank, and virtual pipeline stages take",
+    f"{STAGES}=4 megatron.eval_iters=1 megatron.eval_global_batch_size=1": "eval_global_batch_size",
+    f"{STAGES}=4 megatron.microbatch_group_size_per_vp_stage=1": "global_batch_size: 4: 4 micro-ba",
+    "megatron.yaml_cfg=x.yaml": "yaml_cfg: 'x.yaml': is another file of Megatron's options",
+    "megatron.tensorboard_log_interval=0": "tensorboard_log_interval: 0: must be at least 1",
+    "megatron.save=x megatron.save_interval=1 megatron.ckpt_format=torch": "ckpt_format=torch is a",
     "megatron.phase_transition_iterations=2": "phase_transition_iterations: '2': Megatron counts p",
 }
 TAKEN = [
+    f"{STAGES}=4 megatron.eval_iters=1",
+    f"{STAGES}=5 megatron.microbatch_group_size_per_vp_stage=3",
+    f"{STAGES}=4 megatron.eval_global_batch_size=1",
     "megatron.position_embedding_type=yarn megatron.rotary_scaling_factor=4",
     "megatron.use_rope_scaling=true megatron.rope_scaling_factor=32 megatron.rotary_base=500000",
     "megatron.num_experts=4 megatron.tensor_model_parallel_size=2 megatron.sequence_parallel=true",

@@ -111,6 +111,12 @@ def test_checkpoint_without_an_optimizer_is_no_run_to_resume(tmp_path):
     check_layout(Namespace(finetune=True), common, tmp_path / "iter_0000003")
 
 
+def test_checkpoint_in_the_older_format_is_named_as_one(tmp_path):
+    (tmp_path / "iter_0000003/mp_rank_00").mkdir(parents=True)
+    said = call("operating_cases", "common_state", str(tmp_path / "iter_0000003"))
+    assert "is in Megatron's older format 'torch'" in said and "--ckpt-convert-format" in said
+
+
 def test_list_of_datasets_that_names_others_is_told():
     lists = dict(data_args_path="list.txt", per_split_data_args_path=None)
     saved = Namespace(**lists, s2_data={"a": "01", "b": "02"})
