@@ -31,7 +31,9 @@ def check_read_options(args, default) -> None:
         "rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
         "yarn_beta_fast yarn_beta_slow"
     )
+    grouped = args.group_query_attention or args.num_query_groups == args.num_attention_heads
     needs = [
+        ("num_query_groups", grouped, "group_query_attention is off; set it to true"),
         (rotary, kind in ROTARY, f"position_embedding_type is {kind!r}; set it to 'rope'"),
         (yarn, kind == "yarn", f"position_embedding_type is {kind!r}; set it to 'yarn'"),
         ("rope_scaling_factor", args.use_rope_scaling, "use_rope_scaling is off; set it to true"),
@@ -81,11 +83,17 @@ def check_first_step(args) -> None:
     sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
     local = args.transformer_impl == "local"
     phases = args.phase_transition_iterations
+    frequency, layers = args.moe_layer_freq, args.num_layers
+    listed = isinstance(frequency, list) and layers and len(frequency) != layers
     _refuse(args, [
         ("seed", args.seed < 1, "must be at least 1"),
         ("num_experts",
          args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
          "experts under tensor parallelism need sequence_parallel: true"),
+        ("moe_router_topk", args.num_experts and args.moe_router_topk > args.num_experts,
+         f"is more than num_experts, {args.num_experts}"),
+        ("moe_layer_freq", args.num_experts and listed,
+         f"a list has one number, 0 or 1, for each of num_layers, {layers}"),
         ("init_model_with_meta_device", args.init_model_with_meta_device and not sharded,
          "without FSDP the weights would be whatever the memory held; leave it out"),
         ("layernorm_zero_centered_gamma", args.layernorm_zero_centered_gamma and local,

@@ -30,6 +30,9 @@ REFUSED = {
     "megatron.rotary_scaling_factor=4": "rotary_scaling_factor: 4.0 would not be read: position_em",
     "megatron.yarn_beta_fast=16": "yarn_beta_fast: 16.0 would not be read: position_embedding_type",
     "megatron.calc_ft_timeouts=true": "calc_ft_timeouts: True would not be read: enable_ft_package",
+    "megatron.group_query_attention=false": "num_query_groups: 2 would not be read: group_query_a",
+    "megatron.num_experts=4 megatron.moe_router_topk=5": "moe_router_topk: 5: is more than num_exp",
+    "megatron.num_experts=4 megatron.moe_layer_freq='[0,1]'": "moe_layer_freq: [0, 1]: a list has",
     "megatron.seed=0": "seed: 0: must be at least 1",
     "megatron.num_experts=4 megatron.tensor_model_parallel_size=2": "num_experts: 4: experts under",
     "megatron.init_model_with_meta_device=true": "init_model_with_meta_device: True: without FSDP",
@@ -44,6 +47,7 @@ REFUSED = {
     "megatron.phase_transition_iterations=2": "phase_transition_iterations: '2': Megatron counts p",
 }
 TAKEN = [
+    "megatron.group_query_attention=false megatron.num_query_groups=4",
     f"{STAGES}=4 megatron.eval_iters=1",
     f"{STAGES}=5 megatron.microbatch_group_size_per_vp_stage=3",
     f"{STAGES}=4 megatron.eval_global_batch_size=1",
