@@ -48,11 +48,13 @@ TUNED = {(16, 1): 10, (16, 16): 10, (16, 8): 7, (8, 1): 10, (16, 64): 5, (16, 20
 
 def parse_config(text: str) -> DecodeConfig:
     """Reads what `str` writes: n64w4s4x2c4, with p4, r168 or nopdl behind where it differs."""
-    found = re.fullmatch(r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(nopdl)?", text)
-    sizes, (start, prefetch, maxnreg) = found.groups()[:4], found.groups()[4:7]
+    found = re.fullmatch(
+        r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(?:a(\d+))?(one)?(nopdl)?", text
+    )
+    sizes, (start, prefetch, maxnreg, ahead) = found.groups()[:4], found.groups()[4:8]
     return DecodeConfig(
-        *map(int, sizes), pdl=not found[8], start=int(start), prefetch=int(prefetch or 0),
-        maxnreg=int(maxnreg or 0),
+        *map(int, sizes), pdl=not found[10], start=int(start), prefetch=int(prefetch or 0),
+        maxnreg=int(maxnreg or 0), ahead=int(ahead or 1), one_launch=bool(found[9]),
     )  # fmt: skip
 
 
