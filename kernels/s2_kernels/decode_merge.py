@@ -111,7 +111,7 @@ def s2_merge_kernel(
 
 
 def merge_tile(rows: int, dv: int, threads: int, parts: int) -> tuple[int, int]:
-    """(rows, parts) that a merge adds up at a time: 64 numbers a thread, which do not spill.
+    """(rows, parts) that a merge adds up at a time: up to 64 numbers a thread, which do not spill.
 
     The same for both ways to merge: other tiles add up in another order.
 
@@ -120,4 +120,4 @@ def merge_tile(rows: int, dv: int, threads: int, parts: int) -> tuple[int, int]:
     """
     at_once = min(max(triton.next_power_of_2(parts), 4), 16)
     most = max(1, 64 * threads // (at_once * pad(dv)))
-    return min(triton.next_power_of_2(rows), most), at_once
+    return min(triton.next_power_of_2(rows), most, 8), at_once

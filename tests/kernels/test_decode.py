@@ -249,6 +249,8 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     assert "k_pages is torch.float16" in refusal(k_pages=x.k_pages.half())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a GPU" in refusal(backend="triton")
+    with pytest.raises(ValueError, match="start=0: must be 1 or more"):
+        DecodeConfig(64, 4, 4, 2, start=0)
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 64, 96])

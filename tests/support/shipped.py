@@ -5,9 +5,11 @@ main loops of the Hopper kernels, and what another length compiled again. Which 
 for the caller to say, by PYTHONPATH.
 """
 
+import dataclasses
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,10 @@ BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, 
 BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
 DENSE = dense(heads=4)
 THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
+
+
+COUNT = re.compile(r"(bar\.sync|st\.global)(?:(?!bar\.sync|st\.global).)*?(atom\.global\S+)", re.S)
+"""Of each atomic operation in PTX: the barrier or store before it, and what it is."""
 
 
 def tensors(n, pattern, d, dtype, packed):
@@ -98,8 +104,11 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_of
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, **at)
 
 
-def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
-    """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
+def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, **config):
+    """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages.
+
+    config: what a configuration has in place of what it has by itself.
+    """
     kv_heads, size = pattern.kv_heads, pattern.block_size
     pages = torch.zeros(3, size, d, dtype=dtype)
     table = torch.zeros(2, kv_heads, -(-n // size), dtype=torch.int32)
@@ -108,7 +117,10 @@ def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
         q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
         k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
         decode_write.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
-        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
+        rows, _ = decode.tile_of(tokens, pattern.heads // kv_heads)
+        own = decode.decode_config(d, d, rows, size, dtype, q.device)
+        own = dataclasses.replace(own, **config)
+        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1, config=own)
 
 
 def moved(arch, n, d, dtype=torch.bfloat16):
@@ -135,6 +147,9 @@ PORTABLE = [
     *((paged, dict(d=d)) for d in (64, 128, 256)),
     (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32)),
+    *((paged, dict(d=d, one_launch=True, ahead=8)) for d in (64, 128, 256)),
+    (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16, one_launch=True)),
+    (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32, one_launch=True)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
     (portable, dict(d=128, near=True)),
@@ -156,6 +171,7 @@ ONCE = [
     (portable, dict(d=128, fused=True, dtype=torch.float32)),
     (sparse, dict(d=128)),
     (paged, dict(d=128)),
+    (paged, dict(d=128, one_launch=True)),
     (moved, dict(d=128)),
 ]
 """Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
@@ -164,7 +180,7 @@ ONCE = [
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    keys = ("packed", "fused", "pattern", "q_offset", "near")
+    keys = ("packed", "fused", "pattern", "q_offset", "near", "one_launch")
     words += [key for key in keys if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
@@ -173,7 +189,7 @@ def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
     for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
-    report = dict(usage=[], loops=[])
+    report = dict(usage=[], loops=[], counts=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
         seen = set()
         for launch, options in cases:
@@ -185,6 +201,8 @@ def compile_all(arch: int, cases: list) -> dict:
             names = [(x.metadata.name, x) for x in new.values()]
             names = [(n, x) for n, x in names if n.startswith("s2_hopper")]
             report["loops"] += [(n, main_loops(x)) for n, x in names]
+            decoding = [x for x in new.values() if x.metadata.name == "s2_decode_kernel"]
+            report["counts"] += [COUNT.findall(x.asm["ptx"]) for x in decoding if arch == 90]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]
