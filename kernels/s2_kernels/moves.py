@@ -54,6 +54,21 @@ def copy_blocks(to: Blocks, source: Blocks) -> None:
         to.x[to.index] = source.x[source.index]
 
 
+def clear_blocks(to: Blocks) -> None:
+    """to's blocks become 0.
+
+    On a GPU `x[index] = 0` would not do: PyTorch copies the 0 from the host for it, and waits.
+    """
+    if not len(to.slots):
+        return
+    if to.x.is_cuda:
+        from s2_kernels.moves_kernel import move_blocks  # imports Triton
+
+        move_blocks(to, None, None, add=False)
+    else:
+        to.x[to.index] = 0
+
+
 def add_blocks(to: Blocks, source: Blocks, starts: Tensor | None = None) -> None:
     """Adds to each block of `to` its blocks of `source`, one after the other, and rounds once.
 

@@ -42,7 +42,7 @@ def s2_move_blocks_kernel(
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Grid: (blocks that are written, tiles of a block, batch)."""
+    """Grid: (blocks that are written, tiles of a block, batch). Without p_from they become 0."""
     i_block, i_batch = tl.program_id(0), tl.program_id(2)
     o_row, o_d = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
@@ -56,26 +56,33 @@ def s2_move_blocks_kernel(
             p = block_tile(p_from, strides_from, p_slots, p_heads, i, i_batch, o_row, o_d)
             b_sum += tl.load(p, mask=m_d).to(tl.float32)
         tl.store(p_to, b_sum.to(p_to.dtype.element_ty), mask=m_d)
+    elif p_from is None:
+        tl.store(p_to, tl.zeros([ROWS, BLOCK_D], p_to.dtype.element_ty), mask=m_d)
     else:
         p = block_tile(p_from, strides_from, p_slots, p_heads, i_block, i_batch, o_row, o_d)
         tl.store(p_to, tl.load(p, mask=m_d), mask=m_d)
 
 
-def move_blocks(to: Blocks, source: Blocks, starts: torch.Tensor | None, *, add: bool) -> None:
+def move_blocks(
+    to: Blocks, source: Blocks | None, starts: torch.Tensor | None, *, add: bool
+) -> None:
     """`moves.copy_blocks` or, with `add`, `moves.add_blocks`; by the plan of such a move.
+
+    Without a source it is `moves.clear_blocks`.
 
     Raises:
         ValueError: a last dimension is not contiguous.
     """
+    source = source or Blocks(None, None, None)
     for x in (to.x, source.x):
-        if x.stride(-1) != 1:
+        if x is not None and x.stride(-1) != 1:
             raise ValueError(
                 f"blocks of a tensor with strides {x.stride()}: its last dimension must be "
                 "contiguous; call contiguous() on it"
             )
     tensors = (to.x, source.x, *to[1:], *source[1:], starts)
     launcher = launch_add if add else launch_copy
-    key = (add, *((x.shape, x.stride(), x.dtype) for x in tensors[:2]))
+    key = (add, *(x is not None and (x.shape, x.stride(), x.dtype) for x in tensors[:2]))
     key += tuple(None if x is None else len(x) for x in tensors[2:])
     _PLANS.run((*key, to.x.device), launcher, tensors, to.x.device)
 
@@ -97,7 +104,7 @@ def _launch(tensors: tuple, *, add: bool) -> None:
     on_grid(s2_move_blocks_kernel, (len(slots), size // rows, b))(
         *tensors,
         to.stride()[:4],
-        source.stride()[:4],
+        (to if source is None else source).stride()[:4],
         D=d,
         BLOCK_D=pad(d),
         ROWS=rows,

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s2_kernels import LayerPattern, s2_attention, s2_attention_backward
-from s2_kernels.exchange import ChunkView, Placement, Places, RankPlan, Sums, plan_rank, zigzag
-from s2_kernels.moves import add_blocks, copy_blocks, of_rows, of_tokens
+from s2_kernels.exchange import ChunkView, Placement, RankPlan, Sums, plan_rank, zigzag
+from s2_kernels.moves import add_blocks, clear_blocks, copy_blocks, of_rows, of_tokens
 from s2megatron.attention.overlap import SPARE, Cut, choose_groups
 
 
@@ -286,19 +286,15 @@ def _buffer(view: ChunkView, received: Tensor, k: Tensor, v: Tensor) -> tuple[Te
     _, b, block, size = received.shape
     own = view.before * block
     whole = received.new_empty(b, own + k.shape[1], k.shape[2], size)
-    _clear(whole[:, :own], block, view.empty)
-    to = of_tokens(whole[:, :own], block, view.came.slots, view.came.heads)
+    before = whole[:, :own]
+    # What nobody may send: a kernel may load a block that it masks, and no NaN then.
+    clear_blocks(of_tokens(before, block, *view.empty))
+    to = of_tokens(before, block, view.came.slots, view.came.heads)
     copy_blocks(to, of_rows(received, view.came.rows))
     keys, values = _halves(whole, k)
     for x, part in ((k, keys), (v, values)):
         copy_blocks(of_tokens(part[:, own:], block, *view.own), of_tokens(x, block, *view.own))
     return keys, values
-
-
-def _clear(tokens: Tensor, block: int, empty: Places, value: float = 0.0) -> None:
-    """Sets to 0 what nobody may send: a kernel may load a block that it masks, and no NaN then."""
-    if len(empty.slots):
-        tokens.unflatten(1, (-1, block))[:, empty.slots, :, empty.heads] = value
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ VARIANTS = {
     "s2_decode_kernel": 20,
     "s2_merge_kernel": 10,
     "s2_write_kernel": 5,
-    "s2_move_blocks_kernel": 16,
+    "s2_move_blocks_kernel": 20,
     **HOPPER_VARIANTS,
 }
 

@@ -5,7 +5,6 @@ what every case gave (JSON). Groups of 1, 2 and 3 ranks are subgroups of the 4 t
 """
 
 import datetime
-import functools
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from s2_kernels import LayerPattern, dense, local_stride, ranges, s2_attention, sliding_window
 from s2_kernels.exchange import block_bytes, merged, received_blocks, sent_blocks, zigzag
+from s2_kernels.moves import Blocks
 from s2megatron.attention import context_parallel
 from s2megatron.attention.context_parallel import ContextAttention
 
@@ -90,8 +90,11 @@ CASES = {
 
 def poison(value: float):
     """Makes `value` stand in buffers where nobody sent anything. (Sums start at 0 all the same.)"""
-    fill = functools.partial(context_parallel._clear, value=value)
-    return mock.patch.object(context_parallel, "_clear", fill)
+
+    def fill(to: Blocks) -> None:
+        to.x[to.index] = value
+
+    return mock.patch.object(context_parallel, "clear_blocks", fill)
 
 
 def _inputs(case: ContextCase):

@@ -306,7 +306,7 @@ def in_place(gpu: StubGPU) -> dict:
 
 
 def moved(gpu: StubGPU) -> dict:
-    """Rows copied to blocks of tokens, and added to them, by plan and without."""
+    """Rows copied to blocks of tokens, added to them, and cleared; by plan and without."""
     slots, heads, starts = (torch.arange(n) for n in (3, 3, 4))
 
     def step() -> list:
@@ -314,6 +314,7 @@ def moved(gpu: StubGPU) -> dict:
         x, rows = torch.zeros(1, 256, 3, 128).bfloat16(), torch.zeros(3, 1, 64, 256).bfloat16()
         to = moves.of_tokens(x, 64, slots, heads)
         source = moves.of_rows(rows[..., 128:], slots)
+        moves.clear_blocks(to)
         moves.copy_blocks(to, source)
         moves.add_blocks(source, to)
         moves.add_blocks(to, source, starts)

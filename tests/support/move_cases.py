@@ -1,5 +1,6 @@
 """Blocks that are copied and added up, by the kernel and by PyTorch: the same bits."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,10 +29,12 @@ class MoveCase:
 MOVE_CASES = [MoveCase(16, 32, b=2), MoveCase(64, 48), MoveCase(128, 128), MoveCase(32, 256, b=2)]
 
 
-def moved(case: MoveCase, dtype, device: str, copy: Callable, add: Callable) -> list[Tensor]:
-    """Tensors after a move each: rows from tokens and tokens from rows, copied and added.
+def moved(
+    case: MoveCase, dtype, device: str, copy: Callable, add: Callable, clear: Callable
+) -> list[Tensor]:
+    """Tensors after a move each: rows from tokens and tokens from rows, copied and added; cleared.
 
-    `copy` and `add` as in moves.py. All lies in larger tensors, whose rest is NaN.
+    `copy`, `add` and `clear` as in moves.py. All lies in larger tensors, whose rest is NaN.
     """
     g = torch.Generator().manual_seed(0)
 
@@ -58,12 +61,14 @@ def moved(case: MoveCase, dtype, device: str, copy: Callable, add: Callable) -> 
         move(rows_of(found[-2]), blocks_of(tokens, blocks[:9]))
         move(blocks_of(found[-1], blocks[:9]), rows_of(rows))
     found.append(tokens.clone())
+    clear(blocks_of(found[-1], blocks[3:7]))
+    found.append(tokens.clone())
     add(blocks_of(found[-1], blocks[:5]), rows_of(rows), starts)
     return found
 
 
 def by_kernel(add: bool) -> Callable:
-    def move(to: Blocks, source: Blocks, starts: Tensor | None = None) -> None:
+    def move(to: Blocks, source: Blocks | None, starts: Tensor | None = None) -> None:
         moves_kernel.move_blocks(to, source, starts, add=add)
 
     return move
@@ -71,7 +76,9 @@ def by_kernel(add: bool) -> Callable:
 
 def check_moves(case: MoveCase, dtype, device: str = "cpu") -> None:
     """The kernel's results, on a device, beside PyTorch's on the CPU."""
-    got = moved(case, dtype, device, by_kernel(False), by_kernel(True))
-    expected = moved(case, dtype, "cpu", moves.copy_blocks, moves.add_blocks)
+    clear = functools.partial(by_kernel(False), source=None)
+    got = moved(case, dtype, device, by_kernel(False), by_kernel(True), clear)
+    by_torch = moves.copy_blocks, moves.add_blocks, moves.clear_blocks
+    expected = moved(case, dtype, "cpu", *by_torch)
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=0, atol=0, equal_nan=True)

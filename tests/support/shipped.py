@@ -132,6 +132,7 @@ def moved(arch, n, d, dtype=torch.bfloat16):
     slots, starts = torch.zeros(9, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)
     moves_kernel.launch_copy(rows, x, slots, None, slots, slots, None)
     moves_kernel.launch_copy(x, rows, slots, slots, slots, None, None)
+    moves_kernel.launch_copy(x, None, slots, slots, None, None, None)
     moves_kernel.launch_add(rows, x, slots, None, slots, slots, None)
     moves_kernel.launch_add(x, rows, slots, slots, slots, None, starts)
 
