@@ -150,6 +150,7 @@ def attend_pages(
     block = tile_blocks(segments, low, N, B, N_BANDS)
     page = pages
     if AHEAD > 1:
+        tl.debug_barrier()  # else ptxas waits for the page numbers before it asks for q
         page = tl.sum(tl.where(tl.arange(0, AHEAD) == 0, pages, 0), 0)
     for p in tl.range(low, high):
         i_next = tile_blocks(segments, tl.minimum(p + 1, high - 1), N, B, N_BANDS)
