@@ -99,20 +99,28 @@ def watched(result: dict, kind: str) -> dict[float, float]:
 
 
 def draw_equal_time(results: list[dict], path: Path) -> None:
-    """The watched loss of text in the last phase, against seconds of training."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for result in results:
-        phase = (result.get("phases") or [{}])[-1]
+    """The watched loss of text in the last phase, against seconds of training; a panel a length."""
+    phases = [(result, result["phases"][-1]) for result in results if result.get("phases")]
+    lengths = sorted({phase["length"] for _, phase in phases})
+    figure, axes = plt.subplots(1, len(lengths), figsize=(1 + 4.5 * len(lengths), 4.2),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    panels = dict(zip(lengths, axes[0], strict=True))
+    for result, phase in phases:
         watched, clock = phase.get("validation", {}).get("text", []), phase.get("seconds", [])
         if watched and clock:
             steps, values = zip(*watched, strict=True)
             at = numpy.interp(steps, *zip(*clock, strict=True))
-            kernel = f" ({phase['dense_kernel']})" if phase.get("dense_kernel") else ""
-            axis.plot(at, values, marker="o", markersize=3, label=result["file"] + kernel)
-    axis.set_xlabel("seconds of training")
-    axis.set_ylabel("loss on held-out text (nats a token)")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(frameon=False, fontsize=8)
+            kernel = (
+                f" (dense layers: {phase['dense_kernel']})" if phase.get("dense_kernel") else ""
+            )
+            label = f"{result['arm']}{kernel}"
+            panels[phase["length"]].plot(at, values, marker="o", markersize=3, label=label)
+    for length, axis in panels.items():
+        axis.set_title(f"sequences of {length:,} tokens", fontsize=10)
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel("loss on held-out text (nats a token)")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
