@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from s2megatron.errors import ConfigError, hide_import_warnings
+from s2megatron.errors import ConfigError, hide_import_warnings, refuse_unread
 from s2megatron.paths import user_path
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--layers", help="layers to draw, as '1,3' (default: one of each kind)")
     show.add_argument("--heads", help="KV heads to draw, as '0,1,5' (default: the first four)")
     show.add_argument("--blocks", type=int, help="side of the squares in blocks (default: 64)")
-    show.set_defaults(run=_show)
+    show.set_defaults(run=_show, parser=show)
 
     _add_data(
         commands.add_parser("data", help="text files, folders or JSONL -> Megatron .bin/.idx")
@@ -86,7 +86,7 @@ def _add_data(data: argparse.ArgumentParser) -> None:
         help="text that it is trained on, at most (256)")  # fmt: skip
     add("--workers", type=int, default=min(16, os.cpu_count() or 1),
         help="processes that encode (the cores, at most 16)")  # fmt: skip
-    data.set_defaults(run=_data)
+    data.set_defaults(run=_data, parser=data)
 
 
 def _data(options) -> None:
@@ -94,6 +94,12 @@ def _data(options) -> None:
     from s2megatron.data.reading import ReadOptions
     from s2megatron.data.sources import TEXT_SUFFIXES
 
+    if options.hold_out is None:
+        refuse_unread(options, "hold_out_depth", "what is held out (--hold-out)")
+    if options.train_tokenizer is None:
+        refuse_unread(options, "tokenizer_mb", "a tokenizer that is trained (--train-tokenizer)")
+    if options.format == "text":
+        refuse_unread(options, "field", "JSONL (--format jsonl)")
     reading = ReadOptions(
         options.field, options.encoding, options.format, options.skip_bad, options.group_by
     )
@@ -156,13 +162,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cuda or cpu (default: a GPU where there is one)")
     add("--dtype", help="bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on the CPU)")
     add("--graph", action="store_true", help="run a step as one CUDA graph")
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, parser=parser)
 
 
 def _generate(options) -> None:
     from s2megatron.generate import Sampling, generate_text
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    if options.temperature == 0:
+        refuse_unread(options, "top_p seed", "sampling (--temperature above 0)")
     report = generate_text(
         options.folder,
         options.prompt_file,
@@ -266,6 +274,8 @@ def _show(options) -> None:
     from s2megatron.layer_table import layer_table
     from s2megatron.training.megatron_options import canonical, check_required, to_argv
 
+    if not options.plot:
+        refuse_unread(options, "layers heads blocks", "a picture (--plot)")
     run = load_config(options.config, options.overrides)
     patterns = run.sparsity.resolve(**_sizes(run.megatron))
     if options.plot:
@@ -349,7 +359,7 @@ def _add_planner(commands) -> None:
                       help="list the best layouts that fit (10)")  # fmt: skip
     plan.add_argument("--local", action="store_true",
                       help="Megatron's local modules, not Transformer Engine's")  # fmt: skip
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, parser=plan)
 
     calibrate = commands.add_parser("calibrate", help="measure the constants of `plan` here")
     calibrate.add_argument("--out", required=True, metavar="FILE.yaml")
@@ -362,6 +372,8 @@ def _add_planner(commands) -> None:
 def _plan(options) -> None:
     from s2megatron.planner.report import plan_run
 
+    if options.search is not None:
+        refuse_unread(options, "tokens", "the run file's own layout (no --search)")
     text = plan_run(
         options.config,
         options.overrides,

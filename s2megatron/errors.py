@@ -1,5 +1,6 @@
 """Errors that a user of the command line reads, and warnings that are hidden from them."""
 
+import argparse
 import contextlib
 import difflib
 import logging
@@ -20,6 +21,23 @@ def as_config_error(where: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def refuse_unread(options: argparse.Namespace, names: str, needed: str) -> None:
+    """Refuses options of a command that nothing would read.
+
+    Args:
+        options: parsed; `parser` is the command's own parser.
+        names: of the options, blanks between; one at its default is not given.
+        needed: what they are for, as "--plot".
+
+    Raises:
+        ConfigError: the first option that is given.
+    """
+    for name in names.split():
+        if getattr(options, name) != options.parser.get_default(name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: is for {needed}, and is not read here; leave it out")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

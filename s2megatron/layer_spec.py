@@ -14,10 +14,13 @@ try:
 
     import torch
 
+    from s2megatron.cluster.environment import check_graph_memory
     from s2megatron.config import load_config
     from s2megatron.context_split import check_stock_loss
     from s2megatron.errors import ConfigError
     from s2megatron.training.attach import attach, layer_spec
+    from s2megatron.training.backends import find_backends
+    from s2megatron.training.resume_layout import check_resumable
 except ImportError as error:
     raise RuntimeError(
         f"s2megatron.layer_spec cannot be imported ({error}); Megatron would go on with dense "
@@ -32,9 +35,12 @@ def s2_layer_spec(config, vp_stage: int | None = None):
     model, the data and the schedule are the command line's.
 
     Raises:
-        ConfigError: no run file, a bad one, or one that does not fit the model.
+        ConfigError: no run file, a bad one, or one that does not fit the model; an option that
+            S2 attention or a resume does not work with.
     """
     from megatron.training import get_args, print_rank_0
+
+    from s2megatron.training.data_identity import data_identity
 
     path = os.environ.get("S2MEGATRON_CONFIG")
     if not path:
@@ -50,5 +56,8 @@ def s2_layer_spec(config, vp_stage: int | None = None):
             "under --spec, the command line decides"
         )
         check_stock_loss(vars(args))
+        check_graph_memory(args)
+        check_resumable(args, find_backends().fused_adam)
+        args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
         attach(config, args, sparsity, on_gpu=torch.cuda.is_available())
     return layer_spec(sparsity)(config, vp_stage)

@@ -15,6 +15,7 @@ import torch
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers")
 MISSING = "not installed"
+UNKNOWN = "unknown"
 
 
 def describe(root: Path, packages: Iterable[str] = PACKAGES) -> dict:
@@ -79,4 +80,4 @@ def commit(root: Path) -> str:
         found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         found = ""
-    return found or os.environ.get("COMMIT", "unknown")
+    return found or os.environ.get("COMMIT", UNKNOWN)

@@ -11,6 +11,7 @@ place is found by looking at every layer of the built model.
 
 import functools
 import os
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -44,6 +45,10 @@ NO_LATENT = "S2 attention has no latent form; leave it out"
 NO_LOW_PRECISION = (
     "needs Transformer Engine's linear layers; Megatron's local modules, which this run has, would "
     "train in full precision and not say so; set transformer_impl to 'transformer_engine', or "
+    "leave it out"
+)
+NO_FP8_ATTENTION = (
+    "S2 attention computes in the precision of q, k and v, and sparse layers would ignore it; "
     "leave it out"
 )
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
@@ -84,6 +89,8 @@ def check_model_options(
          NO_LOGITS),
         ("log_max_attention_logit", getattr(config, "log_max_attention_logit", False),
          NO_LOGITS),
+        ("fp8_dot_product_attention", config.fp8_dot_product_attention, NO_FP8_ATTENTION),
+        ("fp8_multi_head_attention", config.fp8_multi_head_attention, NO_FP8_ATTENTION),
         ("apply_query_key_layer_scaling", config.apply_query_key_layer_scaling,
          "not supported; leave it out"),
         ("experimental_attention_variant", config.experimental_attention_variant is not None,
@@ -99,9 +106,14 @@ def check_model_options(
         ("cuda_graph_impl", config.context_parallel_size > 1 and _captures_attention(config),
          GRAPHS),
     ]  # fmt: skip
+    _refuse(config, refused)
+
+
+def _refuse(options, refused: list[tuple[str, Any, str]]) -> None:
+    """Raises ConfigError for the first of (name, whether it is asked for, way out)."""
     for name, asked_for, way_out in refused:
         if asked_for:
-            raise ConfigError(f"megatron.{name}={getattr(config, name)!s}: {way_out}")
+            raise ConfigError(f"megatron.{name}={getattr(options, name)!s}: {way_out}")
 
 
 def _captures_attention(config: TransformerConfig) -> bool:
@@ -113,8 +125,62 @@ def _captures_attention(config: TransformerConfig) -> bool:
     )
 
 
+def check_any_run(args) -> None:
+    """Options that would be ignored without a word, in the launcher and in Megatron's own script.
+
+    Args:
+        args: Megatron's arguments, validated or not.
+
+    Raises:
+        ConfigError: the first option refused.
+    """
+    packed = args.dataloader_inter_document_masking
+    local = args.transformer_impl != "transformer_engine"
+    _refuse(args, [
+        ("dataloader_inter_document_masking",
+         packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
+         "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
+         "micro_batch_size to 1"),
+        ("reset_attention_mask", args.reset_attention_mask,
+         "no mask but the causal one is applied; dataloader_inter_document_masking keeps documents "
+         "apart"),
+        ("fp8_recipe", args.fp8 and args.fp8_recipe == "delayed" and args.save
+         and os.environ.get(LOADS_PICKLES) != "1",
+         "Transformer Engine saves its scaling state as pickles and refuses to load them, so the "
+         f"run's checkpoints could not be resumed; choose 'tensorwise', or set {LOADS_PICKLES}=1"),
+        ("fp8", args.fp8 and local, NO_LOW_PRECISION),
+        ("fp4", args.fp4 and local, NO_LOW_PRECISION),
+        ("te_precision_config_file", args.te_precision_config_file and local, NO_LOW_PRECISION),
+        ("hybrid_layer_pattern", args.hybrid_layer_pattern is not None,
+         "this builds GPTs and no Mamba layers; leave it out"),
+        ("heterogeneous_layers_config_path", args.heterogeneous_layers_config_path is not None,
+         "the layers must be alike but for their attention; leave it out"),
+    ])  # fmt: skip
+
+
+def check_spec_options(model_config) -> None:
+    """What Megatron's own choice of a layer spec reads, and the spec given in its place does not.
+
+    Args:
+        model_config: Megatron's GPTModelConfig.
+
+    Raises:
+        ConfigError: the first option refused.
+    """
+    transformer = model_config.transformer
+    _refuse(model_config, [
+        ("use_transformer_engine_op_fuser",
+         transformer.use_transformer_engine_op_fuser and transformer.num_moe_experts is None,
+         "fuses experts alone in this layer spec, and this model has none; leave it out"),
+        ("use_grouped_gemm_for_dense_mlp", transformer.use_grouped_gemm_for_dense_mlp,
+         "is not read by this layer spec; leave it out"),
+        ("restore_modelopt_state", model_config.restore_modelopt_state,
+         "ModelOpt has a layer spec of its own, without S2 attention; leave it out"),
+    ])  # fmt: skip
+
+
 def check_run_options(args) -> None:
-    """The same for options of the run, before Megatron's own validation words them differently.
+    """The launcher's: before Megatron's own validation words things differently.
 
     Args:
         args: Megatron's arguments, parsed and not yet validated.
@@ -134,12 +200,8 @@ def check_run_options(args) -> None:
     if args.seq_length is not None:
         inner = tp if args.sequence_parallel else 1
         check_length(args.seq_length, args.context_parallel_size, inner=inner)
-    packed = args.dataloader_inter_document_masking
-    refused = [
-        ("dataloader_inter_document_masking",
-         packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
-         "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
-         "micro_batch_size to 1"),
+    check_any_run(args)
+    _refuse(args, [
         ("mtp_num_layers", args.mtp_num_layers is not None,
          NO_MTP),
         ("multi_latent_attention", args.multi_latent_attention, NO_LATENT),
@@ -150,34 +212,18 @@ def check_run_options(args) -> None:
         ("sft", args.sft,
          "this launcher has no SFT dataset; for documents packed in pretraining set "
          "dataloader_inter_document_masking"),
-        ("reset_attention_mask", args.reset_attention_mask,
-         "no mask but the causal one is applied; dataloader_inter_document_masking keeps documents "
-         "apart"),
         ("create_attention_mask_in_dataloader", args.create_attention_mask_in_dataloader,
          "the causal mask is built in; set it to false"),
-        ("fp8_recipe", args.fp8 and args.fp8_recipe == "delayed" and args.save
-         and os.environ.get(LOADS_PICKLES) != "1",
-         "Transformer Engine saves its scaling state as pickles and refuses to load them, so the "
-         f"run's checkpoints could not be resumed; choose 'tensorwise', or set {LOADS_PICKLES}=1"),
-        ("fp8", args.fp8 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
-        ("fp4", args.fp4 and args.transformer_impl != "transformer_engine", NO_LOW_PRECISION),
         ("spec", args.spec is not None, "the launcher brings its own; leave it out"),
         ("perform_rl_step", args.perform_rl_step, "only pretraining is supported"),
         ("fim_data", args.fim_data, "not supported by this launcher"),
         ("logits_load_dir", args.logits_load_dir is not None,
          "distillation is not supported by this launcher"),
-        ("hybrid_layer_pattern", args.hybrid_layer_pattern is not None,
-         "this launcher builds GPTs and no Mamba layers; leave it out"),
-        ("heterogeneous_layers_config_path", args.heterogeneous_layers_config_path is not None,
-         "the layers must be alike but for their attention; leave it out"),
         ("overlap_moe_expert_parallel_comm", args.overlap_moe_expert_parallel_comm,
          "needs a schedule plan, which this launcher's forward step does not make; leave it out"),
         ("seq_length", args.sequence_parallel and args.seq_length % tp != 0,
          f"not divisible by tensor_model_parallel_size={tp}, which sequence_parallel needs"),
-    ]  # fmt: skip
-    for name, asked_for, way_out in refused:
-        if asked_for:
-            raise ConfigError(f"megatron.{name}={getattr(args, name)!s}: {way_out}")
+    ])  # fmt: skip
 
 
 def add_model_check(config, patterns: tuple[LayerPattern, ...], args) -> None:

@@ -177,6 +177,14 @@ class _CausalCoreAttention(MegatronModule):
             f"packed documents with context_parallel_size={self.cp_group.size()}",
             "documents and context-parallel chunks do not fit together; leave one of them out",
         )
+        for rows, ends in (("cu_seqlens_q_padded", "cu_seqlens_q"),
+                           ("cu_seqlens_kv_padded", "cu_seqlens_kv")):  # fmt: skip
+            self._require(
+                getattr(packed, rows) is None or getattr(packed, rows) is getattr(packed, ends),
+                rows,
+                f"documents are taken to lie where {ends} says; give the padded one there, too: "
+                "nothing attends to what pads the end of a document",
+            )
         return s2_attention_varlen(
             q,
             k,

@@ -109,17 +109,37 @@ def apply_for_options(args, environ: MutableMapping[str, str] = os.environ) -> d
         ConfigError: an option that does not go with the value of a variable.
     """
     _refuse_misfits(args, environ)
-    if not (option := captures(args)) or not _expands_segments(environ):
+    if not _may_register(args, environ):
         return {}
     value = environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    if value != "0":
-        raise ConfigError(
-            f"NCCL_GRAPH_REGISTER={value}: does not go with megatron.{option} and the expandable "
-            "segments of PYTORCH_CUDA_ALLOC_CONF: memory that NCCL registers for a graph would be "
-            "accessed illegally; unset NCCL_GRAPH_REGISTER or set it to 0, or give up expandable "
-            "segments with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the start"
-        )
+    check_graph_memory(args, environ)
     return {"NCCL_GRAPH_REGISTER": value}
+
+
+def check_graph_memory(args, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuses CUDA graphs whose memory NCCL may register in segments that can expand.
+
+    Megatron does so under `transformer_engine` only.
+
+    Args:
+        args: Megatron's arguments.
+
+    Raises:
+        ConfigError: NCCL_GRAPH_REGISTER is not 0, its value where it is not set.
+    """
+    value = environ.get("NCCL_GRAPH_REGISTER")
+    if _may_register(args, environ) and value != "0":
+        raise ConfigError(
+            f"NCCL_GRAPH_REGISTER={'(not set)' if value is None else value}: does not go with "
+            f"megatron.{captures(args)} and the expandable segments of PYTORCH_CUDA_ALLOC_CONF: "
+            "memory that NCCL registers for a graph would be accessed illegally; set it to 0, or "
+            "give up expandable segments with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, "
+            "before the start"
+        )
+
+
+def _may_register(args, environ: Mapping[str, str]) -> bool:
+    return bool(captures(args)) and _expands_segments(environ)
 
 
 def named_in(message: str, environ: Mapping[str, str] = os.environ) -> list[str]:

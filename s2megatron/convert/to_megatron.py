@@ -98,8 +98,11 @@ def read_run(config: str, overrides: tuple[str, ...]):
     Its datasets and checkpoints are not looked at: they may be on another machine. It need not say
     what only training asks for (`micro_batch_size`).
     """
+    from s2megatron.training.data_options import PATHS, SPLITS
+    from s2megatron.training.megatron_options import keys_of
     from s2megatron.training.prepare import prepare_without_launch
 
+    given = load_config(config, overrides).megatron
     unused = [
         "data.train=[]",
         "data.valid=[]",
@@ -109,8 +112,9 @@ def read_run(config: str, overrides: tuple[str, ...]):
         "megatron.save=null",
         "megatron.pretrained_checkpoint=null",
         "output.folder=null",
+        *(f"megatron.{key}=null" for key in keys_of(given, (*PATHS, *SPLITS))),
     ]
-    if load_config(config, overrides).megatron.get("micro_batch_size") is None:
+    if given.get("micro_batch_size") is None:
         unused.append("megatron.micro_batch_size=1")
     ready = prepare_without_launch(config, (*overrides, *unused))
     return ready.args, ready.patterns, ready.run.sparsity.on_resume

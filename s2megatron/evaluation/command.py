@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from s2megatron.data import make_tokenizer
-from s2megatron.errors import ConfigError
+from s2megatron.errors import ConfigError, refuse_unread
 from s2megatron.evaluation.evaluate import LossPlan, evaluate
 from s2megatron.evaluation.network import Network, load_network
 from s2megatron.evaluation.progress import Say
@@ -19,12 +19,18 @@ from s2megatron.evaluation.shards import parse_grid
 from s2megatron.evaluation.windows import Documents
 from s2megatron.evaluation.words import Encode
 
+_OF_RETRIEVAL = "documents control queries records style filler grid"
+
 
 def run(options: argparse.Namespace, say: Say = print) -> Path:
     """Does what the command line says; returns the output folder. Raises ConfigError."""
     tasks = () if options.tasks == "none" else tuple(options.tasks.split(","))
     if not tasks and options.data is None:
         raise ConfigError("--tasks none, and no --data: nothing is left to evaluate")
+    if options.data is None:
+        refuse_unread(options, "windows packed", "the loss (--data)")
+    if not tasks:
+        refuse_unread(options, _OF_RETRIEVAL, "retrieval (--tasks)")
     extra = tuple(map(parse_grid, options.grid))
     out = Path(options.out)
     encode, tokenizer = _tokenizer(options) if tasks else (None, None)

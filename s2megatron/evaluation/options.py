@@ -8,6 +8,7 @@ from s2megatron.evaluation.retrieval import TASKS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `s2megatron evaluate`."""
     add = parser.add_argument
+    parser.set_defaults(parser=parser)
     add("folder", metavar="HF_DIR", help="a model, as `convert to-hf` or transformers wrote it")
     add("--out", required=True, metavar="DIR", help="for JSON, markdown and pictures")
     add("--attention", choices=("s2", "dense"),

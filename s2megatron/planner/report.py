@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from s2_kernels.record import describe
+from s2megatron.config import load_config
 from s2megatron.errors import ConfigError
 from s2megatron.machine import Machine, load_machine
 from s2megatron.planner.context import received_bytes
@@ -15,12 +16,20 @@ from s2megatron.planner.step import Plan, plan
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
     from s2megatron.cluster import environment
+    from s2megatron.training.backends import find_backends
+    from s2megatron.training.megatron_options import keys_of
     from s2megatron.training.prepare import prepare_without_launch
 
     environment.apply()  # what Megatron asks for where there are GPUs
 
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: must be at least 1")
+    given = load_config(config, overrides).megatron
+    modules = {key: given[key] for key in keys_of(given, ["transformer_impl"])}
+    local = local or "local" in modules.values()
+    if not find_backends().transformer_engine:  # the run that is planned is another machine's
+        wanted = [key for key, value in modules.items() if value == "transformer_engine"]
+        overrides = [*overrides, *(f"megatron.{key}=null" for key in wanted)]
     ready = prepare_without_launch(config, overrides)
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.training.global_vars import unset_global_variables
@@ -59,6 +68,8 @@ def plan_run(
         local: Megatron's local modules, not Transformer Engine's.
     """
     machine = load_machine(gpu)
+    if best is not None and best < 1:
+        raise ConfigError(f"--search {best}: must be at least 1")
     model, layout = read_run(config, overrides, gpus, local=local)
     head = [
         f"{gpus} x {machine.gpu}, {machine.gpus_per_node} per node",

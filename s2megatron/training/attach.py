@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 from s2_kernels import LayerPattern
 from s2_kernels.record import record
-from s2megatron.attention.checks import add_model_check, check_model_options
+from s2megatron.attention.checks import (
+    add_model_check,
+    check_any_run,
+    check_model_options,
+    check_spec_options,
+)
 from s2megatron.attention.megatron_fixes import keep_rope_scaling_factor
 from s2megatron.attention.spec import build_layer_spec
 from s2megatron.config import SparsityConfig
@@ -33,6 +38,8 @@ def attach(
     """
     patterns = resolve(model_config, sparsity)
     check_model_options(model_config.transformer, patterns, on_gpu=on_gpu)
+    check_spec_options(model_config)
+    check_any_run(args)
     check_context_options(vars(args))
     ContextSplit.from_options(vars(args)).check(patterns)
     check_resume(args, patterns, sparsity.on_resume)

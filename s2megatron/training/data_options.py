@@ -15,8 +15,20 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 
+PATHS = ("data_path", "data_args_path", "per_split_data_args_path")
+SPLITS = ("train_data_path", "valid_data_path", "test_data_path")
+"""Megatron's options that name datasets: of all splits together, and of each."""
+
+
 def resolve(data: DataConfig, options: dict) -> dict:
-    """Adds dataset and tokenizer options to Megatron's. Raises ConfigError."""
+    """Adds dataset and tokenizer options to Megatron's.
+
+    Args:
+        options: the run file's `megatron:` section; what is null there is not given.
+
+    Raises:
+        ConfigError: a dataset is missing or corrupt, or the two sections do not agree.
+    """
     added: dict = {}
     for split in ("train", "valid", "test"):
         if getattr(data, split):
@@ -31,9 +43,53 @@ def resolve(data: DataConfig, options: dict) -> dict:
             "data.train: is missing; name a dataset prefix (make one with `s2megatron data`), or "
             "set data.mock: true for random tokens"
         )
+    _refuse_other_data(data, added, options)
     if data.cache:
         added["data_cache_path"] = data.cache
-    return added | _tokenizer(data.tokenizer) | options
+    added |= _tokenizer(data.tokenizer)
+    _refuse_other_tokenizer(data, added, options)
+    given = {k: v for k, v in options.items() if v is not None or k not in added}
+    return added | given
+
+
+def _refuse_other_data(data: DataConfig, added: dict, options: dict) -> None:
+    """Megatron's options would win, so that a field of `data:` would not be read."""
+    sections = []
+    if data.mock:
+        sections = [(name, "data.mock") for name in (*PATHS, *SPLITS)]
+    elif added:
+        first = next(iter(added)).removesuffix("_data_path")
+        sections = [(name, f"data.{first}") for name in (*PATHS, "mock_data")]
+        sections += [(name, f"data.{name.removesuffix('_data_path')}") for name in added]
+    if data.cache:
+        sections.append(("data_cache_path", "data.cache"))
+    for name, ours in sections:
+        if options.get(name):
+            raise ConfigError(
+                f"megatron.{name}: {options[name]!r} beside {ours}: leave one of them out"
+            )
+
+
+def _refuse_other_tokenizer(data: DataConfig, added: dict, options: dict) -> None:
+    if data.tokenizer == "megatron":
+        return
+    named = "tokenizer" in data.model_fields_set
+    beside = f"beside data.tokenizer: {data.tokenizer!r}"
+    for name in ("tokenizer_type", "tokenizer_model"):
+        value = options.get(name)
+        if named and value not in (None, added.get(name)):
+            raise ConfigError(
+                f"megatron.{name}: {value!r} {beside}: these are two tokenizers; leave the first "
+                f"one out (megatron.{name}=null), or set data.tokenizer to megatron"
+            )
+    size = options.get("vocab_size") or BYTE_VOCAB
+    ours = data.tokenizer == "bytes" and (named or not options.get("tokenizer_type"))
+    if ours and size != BYTE_VOCAB:
+        raise ConfigError(
+            f"megatron.vocab_size: {size} {beside}, which has {BYTE_VOCAB}, and the end of a "
+            "document as the last one: leave it out (null; make_vocab_size_divisible_by gives "
+            "the model more rows), or name the tokenizer"
+        )
 
 
 def _tokenizer(name: str) -> dict:

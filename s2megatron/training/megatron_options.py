@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.transformer.enums import CudaGraphModule
@@ -31,6 +32,13 @@ class _Parser(argparse.ArgumentParser):
 @functools.cache  # Megatron reads the source of its options for their help: 0.1 s each time
 def megatron_parser() -> argparse.ArgumentParser:
     return add_megatron_arguments(_Parser(allow_abbrev=False))
+
+
+def keys_of(options: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """The keys of `options`, as they are written, that name one of these options of Megatron's."""
+    by_name = _actions_by_name(megatron_parser())
+    actions = {key: by_name.get(str(key).replace("-", "_")) for key in options}
+    return [key for key, action in actions.items() if action is not None and action.dest in names]
 
 
 def canonical(options: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,11 @@ def resolve(output: OutputConfig, chosen: dict, choose: Choice = by_name) -> Out
             checkpoint where there should be one.
     """
     if output.folder is None:
+        for name in sorted(output.model_fields_set - {"folder"}):
+            raise ConfigError(
+                f"output.{name}: {getattr(output, name)!r} without output.folder, whose "
+                "checkpoints it is about: name it (in place of megatron.save), or leave this out"
+            )
         return None
     for name in ("save", "non_persistent_save_interval"):
         if chosen.get(name):

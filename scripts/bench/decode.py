@@ -199,6 +199,7 @@ def measure(a) -> dict:
         rows.append(row)
         print(line(row), flush=True)
     made = dict(device=provenance.machine(a.device), torch=torch.__version__)
+    made |= provenance.describe(ROOT, ("triton",))
     return dict(**made, copy=bandwidth, weights=weights, rows=rows, layers=a.layers,
                 stride=a.stride, dense_layers=a.dense_layers, **shape)  # fmt: skip
 
@@ -269,7 +270,8 @@ def write(result: dict, a) -> None:
     command = " ".join(["python3 scripts/bench/decode.py", *sys.argv[1:]])
     text = (
         f"# A token of a 1.3B model: {result['device']}\n\n"
-        f"`{command}`; torch {result['torch']}; {result['layers']} layers, {result['heads']} heads "
+        f"`{command}`; torch {result['torch']}, commit {result['commit']}; "
+        f"{result['layers']} layers, {result['heads']} heads "
         f"on {result['kv_heads']} KV heads, window 1,024, stride {result['stride']}, "
         f"{result['dense_layers']} dense layers; measured copy "
         f"{result['copy'] / 1e12:.2f} TB/s; weights {result['weights'] / 2**30:.2f} GiB.\n\n"

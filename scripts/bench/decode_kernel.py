@@ -29,13 +29,14 @@ import triton
 import triton.language as tl
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from s2_kernels import decode, dense, local_stride, ranges
 from s2_kernels.cache import alive_blocks, alive_pages
 from s2_kernels.decode import DecodeConfig, decode_config, launch_decode
 from s2_kernels.decode_write import launch_write
 from s2_kernels.paged import paged_reference
+from s2megatron import provenance
 
 CONFIGS = [
     "n64w4s4x2c4", "n64w4s4x2c4one", "n64w4s4x2c4a8", "n64w4s4x2c4a8one", "n64w4s4x2c12",
@@ -345,7 +346,8 @@ def main():
         table.time_case(stride, batch, configs[: TUNED[stride, batch]] if a.tune else configs)
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
                   copy=table.bandwidth, check=lines, rows=table.rows,
-                  alive=alive_pages(pattern_of(16), a.tokens))  # fmt: skip
+                  alive=alive_pages(pattern_of(16), a.tokens),
+                  **provenance.describe(ROOT, ("triton",)))  # fmt: skip
     if a.out:
         a.out.write_text(json.dumps(result, indent=1))
     print(f"{time.time() - table.began:.0f} s in all")

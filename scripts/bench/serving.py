@@ -226,6 +226,7 @@ def _described(a, rows: list[dict]) -> dict:
     import vllm
 
     made = dict(device=provenance.machine(a.device), torch=torch.__version__)
+    made |= provenance.describe(ROOT, ("triton",))
     return dict(**made, vllm=vllm.__version__, rows=rows)
 
 
@@ -269,7 +270,8 @@ def write(results: list[dict], a) -> Path:
     command = " ".join(["python3 scripts/bench/serving.py", *sys.argv[1:]])
     text = (
         f"# vLLM serves a model of {a.shape}'s shape, {a.providers}: {device}\n\n"
-        f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}; {layers} layers, "
+        f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}, "
+        f"commit {results[0]['commit']}; {layers} layers, "
         f"{heads} heads on {kv_heads} KV heads; S2: window {a.local_blocks * a.block_size:,} "
         f"tokens, stride {a.stride}, {a.dense_layers} dense layers. Random weights, {a.dtype}.\n\n"
     )

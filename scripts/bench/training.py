@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from profile_kinds import add_up, table
-from runs import train, what_went_wrong
+from runs import ROOT, train, what_went_wrong
 
 from s2megatron import provenance
 from s2megatron.planner.measured import read_trace
@@ -159,7 +159,7 @@ def report(a, rows) -> str:
     lines = [
         f"`python3 scripts/bench/training.py {' '.join(sys.argv[1:])}`",
         "",
-        provenance.in_words(versions()),
+        f"{provenance.in_words(versions())}, commit {provenance.commit(ROOT)}",
         "",
         "| sequence | attention | recompute | ms/step | spread | first step | tokens/s | "
         "true TFLOP/s/GPU | memory | speed-up |",
@@ -192,7 +192,7 @@ def main():
         print({k: v for k, v in rows[-1].items() if k not in ("command", "profile")}, flush=True)
         out = Path(a.out)
         out.with_suffix(".json").write_text(
-            json.dumps(dict(versions=versions(), rows=rows), indent=1)
+            json.dumps(provenance.describe(ROOT) | dict(rows=rows), indent=1)
         )
         out.with_suffix(".md").write_text(report(a, rows))
     print(report(a, rows))

@@ -228,27 +228,12 @@ def test_broken_run_file_stops_the_stock_route(options):
     assert "cannot be read as YAML" in options["broken_run_file"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "kv_channels",
-        "mtp_num_layers",
-        "attention_backend",
-        "flash_decode",
-        "multi_latent_attention",
-        "softmax_type",
-        "window_size",
-        "qk_clip",
-        "log_max_attention_logit",
-        "apply_query_key_layer_scaling",
-        "use_kitchen_attention",
-        "heterogeneous_block_specs",
-        "attention_dropout",
-        "experimental_attention_variant",
-        "cuda_graph_impl",
-        "transformer_impl",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "kv_channels", "mtp_num_layers", "attention_backend", "flash_decode", "multi_latent_attention",
+    "softmax_type", "window_size", "qk_clip", "log_max_attention_logit",
+    "apply_query_key_layer_scaling", "use_kitchen_attention", "heterogeneous_block_specs",
+    "attention_dropout", "experimental_attention_variant", "cuda_graph_impl", "transformer_impl",
+])  # fmt: skip
 def test_option_is_refused_by_name(options, name):
     assert options[name].startswith(f"ConfigError: megatron.{name}=")
 
@@ -285,6 +270,7 @@ def test_a_view_of_v_does_not_keep_the_whole_projection(built):
         ("inference", "RuntimeError: layer 2: Megatron's inference contexts do not run S2"),
         ("mask", "ValueError: S2CoreAttention, layer 2: attention_mask"),
         ("packed", "ValueError: S2CoreAttention, layer 2: qkv_format='sbhd'"),
+        ("padded", "ValueError: S2CoreAttention, layer 2: cu_seqlens_q_padded"),
         ("cache", "ValueError: S2CoreAttention, layer 2: 1 queries against 128 keys"),
     ],
 )

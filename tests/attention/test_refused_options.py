@@ -18,7 +18,8 @@ MODEL = dict(
     softmax_type="vanilla", window_size=None, apply_query_key_layer_scaling=False,
     experimental_attention_variant=None, use_kitchen_attention=False,
     heterogeneous_block_specs=False, transformer_impl="local", cuda_graph_impl="none",
-    cuda_graph_modules=[], context_parallel_size=1,
+    cuda_graph_modules=[], context_parallel_size=1, fp8_dot_product_attention=False,
+    fp8_multi_head_attention=False,
 )  # fmt: skip
 REFUSED_OF_MODEL = [
     {"kv_channels": 24}, {"kv_channels": 272},
@@ -28,7 +29,8 @@ REFUSED_OF_MODEL = [
     {"log_max_attention_logit": True}, {"apply_query_key_layer_scaling": True},
     {"experimental_attention_variant": "dsa"}, {"use_kitchen_attention": True},
     {"heterogeneous_block_specs": True}, {"transformer_impl": "inference_optimized"},
-    {"cuda_graph_impl": "full_iteration"},
+    {"cuda_graph_impl": "full_iteration"}, {"fp8_dot_product_attention": True},
+    {"fp8_multi_head_attention": True},
 ]  # fmt: skip
 
 
@@ -78,7 +80,7 @@ RUN = dict(
     multi_latent_attention=False, qk_clip=False, log_max_attention_logit=False,
     attention_backend=AttnBackend.auto, sft=False, reset_attention_mask=False,
     create_attention_mask_in_dataloader=False, fp8=None, fp8_recipe="delayed", save=None,
-    fp4=None, transformer_impl="transformer_engine",
+    fp4=None, transformer_impl="transformer_engine", te_precision_config_file=None,
     spec=None, perform_rl_step=False, fim_data=False, logits_load_dir=None,
     hybrid_layer_pattern=None, heterogeneous_layers_config_path=None,
     overlap_moe_expert_parallel_comm=False, sequence_parallel=False, seq_length=128,
@@ -105,6 +107,7 @@ REFUSED_OF_RUN = {
     "fp8_recipe": [{"fp8": "hybrid", "save": "runs/x"}],
     "fp8": [{"fp8": "hybrid", "transformer_impl": "local"}],
     "fp4": [{"fp4": "e2m1", "transformer_impl": "local"}],
+    "te_precision_config_file": [{"te_precision_config_file": "x", "transformer_impl": "local"}],
     "spec": [{"spec": ["module", "function"]}],
     "perform_rl_step": [{"perform_rl_step": True}],
     "fim_data": [{"fim_data": True}],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launches import TINY, write_run_file
+from launches import ROOT, TINY, write_run_file
 
 from s2_kernels import dense, local_stride, ranges, sliding_window
 from s2megatron.config import load_config, parse_config
@@ -143,9 +143,9 @@ def dataset(tmp_path):
     return prefix
 
 
-def options(**data):
+def options(megatron=None, **data):
     tree = copy.deepcopy(TINY) | {"data": data}
-    return resolve(parse_config(tree).data, {})
+    return resolve(parse_config(tree).data, megatron or {})
 
 
 def test_a_sound_dataset_passes(dataset):
@@ -168,6 +168,53 @@ def test_missing_data(tmp_path):
         options(train=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"data\.train: is missing"):
         options()
+
+
+@pytest.mark.parametrize("megatron, data, words", [
+    ({"mock_data": True}, {"train": "X"}, "mock_data: True beside data.train"),
+    ({"train_data_path": ["a"]}, {"train": "X"}, "train_data_path: ['a'] beside data.train"),
+    ({"data_path": ["a"]}, {"valid": "X"}, "data_path: ['a'] beside data.valid"),
+    ({"train_data_path": ["a"]}, {"mock": True}, "train_data_path: ['a'] beside data.mock"),
+    ({"data_cache_path": "a"}, {"mock": True, "cache": "b"}, "data_cache_path: 'a' beside data.ca"),
+    ({"tokenizer_type": "NullTokenizer"}, {"mock": True, "tokenizer": "huggingface:d"},
+     "tokenizer_type: 'NullTokenizer' beside data.tokenizer: 'huggingface:d'"),
+    ({"tokenizer_model": "e"}, {"mock": True, "tokenizer": "huggingface:d"},
+     "tokenizer_model: 'e' beside data.tokenizer: 'huggingface:d'"),
+    ({"tokenizer_model": "e"}, {"mock": True, "tokenizer": "bytes"},
+     "tokenizer_model: 'e' beside data.tokenizer: 'bytes'"),
+    ({"vocab_size": 512}, {"mock": True}, "vocab_size: 512 beside data.tokenizer: 'bytes'"),
+    ({"vocab_size": 512, "tokenizer_type": "NullTokenizer"}, {"mock": True, "tokenizer": "bytes"},
+     "vocab_size: 512 beside data.tokenizer: 'bytes'"),
+])  # fmt: skip
+def test_two_sections_that_do_not_agree(dataset, megatron, data, words):
+    """Megatron's options won, and what `data:` said was not read."""
+    data = {name: dataset if value == "X" else value for name, value in data.items()}
+    with pytest.raises(ConfigError) as error:
+        options(megatron, **data)
+    assert str(error.value).startswith(f"megatron.{words}")
+
+
+def test_sections_that_agree(dataset):
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "d", "vocab_size": 512}
+    assert options(own, mock=True).items() >= own.items()  # no data.tokenizer is named
+    assert options(own, mock=True, tokenizer="megatron").items() >= own.items()
+    assert options(own, mock=True, tokenizer="huggingface:d").items() >= own.items()
+    nothing = dict.fromkeys(("tokenizer_type", "train_data_path", "data_cache_path"))
+    found = options(nothing, train=dataset, cache="c", tokenizer="huggingface:d")
+    assert found["tokenizer_type"] == "HuggingFaceTokenizer"
+    assert found["train_data_path"] == [dataset] and found["data_cache_path"] == "c"
+
+
+@pytest.mark.parametrize("path", (ROOT / "configs").glob("*.yaml"), ids=lambda path: path.stem)
+def test_own_tokenizer_in_a_shipped_run_file(path):
+    """What its comment says to give; NullTokenizer won over it."""
+    if "NullTokenizer" in path.read_text():
+        said = "data.tokenizer=huggingface:DIR", "megatron.tokenizer_type=null"
+        assert " ".join(said) in path.read_text()
+        run = load_config(path, [*said, "data.train=[]", "data.valid=[]", "data.mock=true"])
+        found = resolve(run.data, run.megatron)
+        assert found["tokenizer_type"] == "HuggingFaceTokenizer"
+        assert found["tokenizer_model"] == "DIR"
 
 
 @pytest.mark.parametrize("damage", ["header", "cut", "other"])

@@ -95,6 +95,12 @@ def test_run_file_of_another_model(bad_input, name):
     check(bad_input["wrong_run_files"][name], RUN_FILES[name])
 
 
+def test_datasets_of_a_run_file_may_be_elsewhere(bad_input):
+    """Also where Megatron's own options name them; nothing is said of data.mock beside them."""
+    status, err, written, changed = bad_input["wrong_run_files"]["elsewhere"]
+    assert (status, written, changed) == (0, True, False), err
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_bad_hugging_face_folder(bad_input, name):
     check(bad_input["bad_sources"][name], SOURCES[name])

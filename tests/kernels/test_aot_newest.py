@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from shipped import assert_that_all_fit, compile_in_a_process
+from shipped_figures import LOOPS, check_main_loops, check_stack
 
 from s2_kernels.versions import TRITON, release
 
@@ -31,11 +32,10 @@ def test_all_compile_and_fit(report):
     assert report["recompiled"] == []
 
 
-def test_hopper_main_loops_spill_scalars_only(report):
-    """Triton 3.9 reads scalars of an item from the stack; 3.6 two at most."""
-    assert report["loops"]
-    limits = dict(s2_hopper_dkdv_kernel=6)
-    for kernel, loops in report["loops"]:
-        for loop in loops:
-            assert loop["loads"] <= limits.get(kernel, 2), kernel
-            assert loop["stores"] == 0, kernel
+def test_stack_is_what_it_was(report):
+    check_stack(report)
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_hopper_main_loops(report, kernel):
+    check_main_loops(report, kernel)

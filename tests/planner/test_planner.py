@@ -22,6 +22,7 @@ from s2megatron.planner.links import gather_seconds
 from s2megatron.planner.report import check_fits_gpus
 from s2megatron.planner.search import search
 from s2megatron.planner.step import plan
+from s2megatron.provenance import MISSING
 
 
 def test_layers_add_up_to_the_model():
@@ -187,12 +188,15 @@ def test_four_gpus_set_no_constant(tokens, dense_layers, ms, gib):
     assert gib is None or abs(held / gib - 1) < 0.1
 
 
-RECORDED = sorted((ROOT / "docs/benchmarks/raw").glob("scaling-h200x2-*.json"))
+RECORDED = sorted((ROOT / "docs/benchmarks/raw").glob("scaling-h200x[24]-*.json"))
 
 
 def recorded_runs():
-    runs = [run for path in RECORDED for run in json.loads(path.read_text())["runs"]]
-    assert len(runs) >= 12
+    files = [json.loads(path.read_text()) for path in RECORDED]
+    engine = "transformer-engine"
+    runs = [dict(run, fused=file["about"]["versions"][engine] != MISSING)
+            for file in files for run in file["runs"]]  # fmt: skip
+    assert len(runs) >= 18
     return runs
 
 
@@ -204,8 +208,11 @@ def recorded_runs():
 def test_recorded_runs_on_h200s_set_no_constant(run):
     """1.3B through scripts/bench/scaling_test.py: step within 15%, memory within 10%."""
     layout, recompute = re.fullmatch(r"(\w+), recompute (\w+)", run["layout"]).groups()
-    tp, pp = (2 if layout == name else 1 for name in ("tp2", "pp2"))
-    layout = Layout(gpus=run["gpus"], tp=tp, pp=pp, sequence_parallel=tp > 1, recompute=recompute,
+    sizes = dict.fromkeys(("tp", "cp", "pp"), 1)
+    if layout != "dp":
+        sizes[layout[:2]] = int(layout[2:])
+    layout = Layout(gpus=run["gpus"], **sizes, sequence_parallel=sizes["tp"] > 1,
+                    fused=run["fused"], recompute=recompute,
                     global_batch=run["global_batch"], distributed_optimizer=True,
                     overlap_grad_reduce=True, overlap_param_gather=True)  # fmt: skip
     dense_layers = 24 if run["attention"] == "dense" else 0

@@ -32,8 +32,10 @@ def test_a_row_for_every_provider(tmp_path, one_thread):
         for name in ("s2", "dense sdpa")
     )
     assert full == 2 * 2 * 2 * 2048 * 32 * 2 * 4 > sparse > full / 2  # layer 1 is dense
-    assert json.loads((tmp_path / "tried.json").read_text())["rows"] == result["rows"]
+    written = json.loads((tmp_path / "tried.json").read_text())
+    assert written["rows"] == result["rows"]
     page = (tmp_path / "tried.md").read_text()
+    assert f"commit {written['commit']};" in page and written["date"]
     assert "| 2,048 | 2 | s2 graph |" in page and (tmp_path / "tried.png").stat().st_size > 1000
 
 

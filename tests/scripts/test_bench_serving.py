@@ -75,6 +75,7 @@ def test_the_page_has_a_row_for_each(result, tmp_path):
     page = bench.write([result, result | {"rows": [out_of_time]}], a).read_text()
     assert page.count("first tokens are of later requests") == 2
     assert page.count("| s2 |") == 4 and page.count("| dense |") == 1 and "vllm 0.26.0" in page
+    assert f"commit {result['commit']};" in page
     assert len(json.loads((tmp_path / "tried.json").read_text())) == 2
 
 

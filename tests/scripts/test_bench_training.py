@@ -73,6 +73,7 @@ def test_run_without_a_step_to_count_is_a_row_of_the_table(tmp_path, monkeypatch
         stdout.write("done")
         return Namespace(returncode=0)
 
+    monkeypatch.setattr(bench_training.provenance, "commit", lambda root: "abc1234")
     monkeypatch.setattr(runs.subprocess, "run", without_lines)
     options = Namespace(out=str(tmp_path), config="x", gpus=1, steps=4, warmup=1, profile=False,
                         overrides=[])  # fmt: skip
@@ -81,6 +82,7 @@ def test_run_without_a_step_to_count_is_a_row_of_the_table(tmp_path, monkeypatch
                  true_TFLOPs=1.0)  # fmt: skip
     table = bench_training.report(options, [other, row])
     assert "failed: its log has no s2megatron line of steps 2 to 3" in table and "| 2 |" in table
+    assert "commit abc1234" in table
 
 
 def test_kernels_by_kind_idle_and_exposed_communication():

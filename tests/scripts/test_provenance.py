@@ -1,6 +1,7 @@
 """What a result says of where it was made; one module for benchmarks, study and evaluation."""
 
 import ast
+import json
 import subprocess
 import sys
 
@@ -18,6 +19,25 @@ def test_it_needs_torch_and_the_standard_library_only():
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names = {name.split(".")[0] for name in imported}
     assert names - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_every_benchmark_that_writes_rows_says_its_commit():
+    for script in (ROOT / "scripts/bench").glob("*.py"):
+        text = script.read_text()
+        if "json.dumps(" in text and "write_text(" in text:
+            assert "describe(ROOT" in text or "commit(ROOT)" in text, script
+
+
+def test_no_row_comes_from_an_unknown_commit():
+    """Older rows have no such field; a page says theirs."""
+
+    def commits(node):
+        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        found = [node["commit"]] if isinstance(node, dict) and "commit" in node else []
+        return found + [name for child in inner for name in commits(child)]
+
+    for file in (ROOT / "docs/benchmarks/raw").glob("*.json"):
+        assert provenance.UNKNOWN not in commits(json.loads(file.read_text())), file
 
 
 def test_what_a_result_was_made_with(tmp_path, monkeypatch):

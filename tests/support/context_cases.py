@@ -170,7 +170,10 @@ GPU_CASES = {
 
 
 def run_on_gpu(pattern: LayerPattern, group, tokens: int = 8192) -> dict[str, float]:
-    """Errors in bfloat16 against one rank in float32, over those of one rank in bfloat16."""
+    """Errors in bfloat16 against one rank in float32, over those of one rank in bfloat16.
+
+    Raises RuntimeError where a pass that is not the first one makes the host wait for the GPU.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     g = torch.Generator().manual_seed(0)
     heads = (pattern.heads, pattern.kv_heads, pattern.kv_heads, pattern.heads)
@@ -189,8 +192,13 @@ def run_on_gpu(pattern: LayerPattern, group, tokens: int = 8192) -> dict[str, fl
     exact = both_passes(alone, *(x.float() for x in inputs))
     plain = both_passes(alone, *inputs)
     attention = ContextAttention(pattern, None, group)
+    local = [x[:, mine] for x in inputs]
     with poison(1e4):  # not NaN: a tile may be loaded whole, and what nobody sees masked
-        got = both_passes(attention.attend, *(x[:, mine] for x in inputs))
+        got = both_passes(attention.attend, *local)
+    both_passes(attention.attend, *local)  # compiles what clears a buffer
+    torch.cuda.set_sync_debug_mode("error")
+    both_passes(attention.attend, *local)
+    torch.cuda.set_sync_debug_mode("default")
     ratios = {}
     for name, x, y, z in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         errors = [(t.detach().float() - z[:, mine].detach()).norm() for t in (x, y[:, mine])]

@@ -97,6 +97,7 @@ def wrong_run_files(bench: Bench) -> dict:
         "activation": ["megatron.swiglu=false"],
         "unknown_option": ["megatron.hiden_size=64"],
     }
+    fields["elsewhere"] = ["megatron.data-path=[elsewhere/text]", "data.cache=elsewhere"]
     return {name: bench.to_megatron(None, *overrides) for name, overrides in fields.items()}
 
 

@@ -103,6 +103,61 @@ def options_refused() -> dict:
     return results
 
 
+STOCK = {
+    "packed": dict(
+        dataloader_inter_document_masking=True, pipeline_model_parallel_size=2, micro_batch_size=2
+    ),
+    "mask": dict(reset_attention_mask=True),
+    "fp8": dict(fp8="hybrid", fp8_recipe="tensorwise"),
+    "fp4": dict(fp4="e2m1"),
+    "precision": dict(te_precision_config_file="recipes.yaml"),
+    "fp8_recipe": dict(
+        fp8="hybrid", fp8_recipe="delayed", save="x", transformer_impl="transformer_engine"
+    ),
+    "hybrid": dict(hybrid_layer_pattern="M*"),
+    "heterogeneous": dict(heterogeneous_layers_config_path="x.json"),
+    "optimizer": dict(optimizer="sgd", save="x", use_distributed_optimizer=True),
+    "graphs": dict(cuda_graph_impl="local"),
+}
+"""Of Megatron's arguments; each of these trained, and left out what was asked for."""
+
+
+def refused_by_the_stock_route() -> dict:
+    """What `--spec` says of Megatron's arguments, and of its model configuration."""
+    from unittest import mock
+
+    from megatron.training import global_vars
+
+    from s2megatron.layer_spec import s2_layer_spec
+    from s2megatron.training.prepare import prepare
+
+    ready = prepare(_run_file(MOCK), [], writers=False)
+    expands = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    os.environ.pop("NCCL_GRAPH_REGISTER", None)
+    os.environ["S2MEGATRON_CONFIG"] = _run_file(MOCK)
+
+    def said(args) -> str:
+        with (
+            mock.patch.object(global_vars, "_GLOBAL_ARGS", args),
+            mock.patch.dict(os.environ, expands),
+            mock.patch("s2megatron.layer_spec.layer_spec"),  # asks for process groups
+        ):
+            return _said(s2_layer_spec, ready.model_config)
+
+    del ready.args.s2_data
+    results = {"sound": said(ready.args), "documents": getattr(ready.args, "s2_data", None)}
+    for name, changes in STOCK.items():
+        args = copy.copy(ready.args)
+        vars(args).update(changes)
+        results[name] = said(args)
+    for name in ("use_transformer_engine_op_fuser", "use_grouped_gemm_for_dense_mlp"):
+        with mock.patch.object(ready.model_config.transformer, name, True):
+            results[name] = said(ready.args)
+    with mock.patch.object(ready.model_config, "restore_modelopt_state", True):
+        results["restore_modelopt_state"] = said(ready.args)
+    return results
+
+
 def built_model() -> dict:
     """What the check says of a built model, sound and tampered with."""
     import torch
@@ -139,6 +194,13 @@ def built_model() -> dict:
     results["mask"] = _said(core, q, k, k, torch.ones(1, 1, 128, 128, dtype=torch.bool))
     other_layout = PackedSeqParams(qkv_format="sbhd")
     results["packed"] = _said(lambda: core(q, k, k, None, packed_seq_params=other_layout))
+    ends, rows = (torch.tensor(x, dtype=torch.int32) for x in ([0, 60, 120], [0, 64, 128]))
+    padded = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=60, max_seqlen_kv=60,
+        cu_seqlens_q_padded=rows, cu_seqlens_kv_padded=rows,
+    )  # fmt: skip
+    q3, k3 = q.flatten(0, 1), k.flatten(0, 1)
+    results["padded"] = _said(lambda: core(q3, k3, k3, None, packed_seq_params=padded))
     results["cache"] = _said(core, q[-1:], k, k, None)
     results["state"] = sorted(core.state_dict())
     results["kept"] = [kept_of_projection(core, rotated=rotated) for rotated in (True, False)]
@@ -233,6 +295,16 @@ def model_sizes(name: str) -> dict:
         "built_flops": 6 * matrices,
         "planned_flops": ready.shape.matmul_flops_per_token(),
     }
+
+
+def modules_of_plans() -> dict:
+    """Whether a plan is of Transformer Engine's modules, by what the run file says of them."""
+    from s2megatron.planner.report import read_run
+
+    names = "local", "transformer_engine"
+    said = {"": [], **{name: [f"megatron.transformer_impl={name}"] for name in names}}
+    config = _run_file(MOCK)
+    return {impl: read_run(config, x, 1, local=False)[1].fused for impl, x in said.items()}
 
 
 def dry_run_configs() -> dict:

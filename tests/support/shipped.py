@@ -210,20 +210,21 @@ def compile_all(arch: int, cases: list) -> dict:
     return report
 
 
-def compile_in_a_process(cache: Path, triton: Path | None = None) -> dict:
+def compile_in_a_process(cache: Path, newest: Path | None = None) -> dict:
     """What this program prints, run where kernels can be compiled.
 
     Args:
-        triton: a folder with another Triton than the environment's, which compiles all
+        newest: a folder with another Triton than this process's, which compiles all
             configurations for Hopper, and for the others each kernel once.
     """
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [*([triton] if triton else []), root / "kernels", root / "tests/support"]
+    compiler = newest or Path(triton.__file__).parents[1]  # this process's may come by PYTHONPATH
+    paths = [root / "kernels", root / "tests/support", compiler]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
-        [sys.executable, __file__, *(["once"] if triton else [])],
+        [sys.executable, __file__, *(["once"] if newest else [])],
         capture_output=True,
         text=True,
         env=environment,

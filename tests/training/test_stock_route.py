@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import zygote
+from in_process import call
 from launches import ON_CPU, TINY, losses, write_run_file
 
 from s2megatron.plot import read_scalars
@@ -78,3 +79,36 @@ def test_wrong_function_name_stops(route):
     folder, config, options = route
     done = stock(folder / "name", options, config, ("layer_spec", "s2_layer_specs"))
     assert done.returncode != 0 and "KeyError: 's2_layer_specs'" in done.stderr
+
+
+REFUSED = {
+    "packed": "megatron.dataloader_inter_document_masking=True: ",
+    "mask": "megatron.reset_attention_mask=True: ",
+    "fp8": "megatron.fp8=hybrid: needs Transformer Engine's linear layers; ",
+    "fp4": "megatron.fp4=e2m1: needs Transformer Engine's linear layers; ",
+    "precision": "megatron.te_precision_config_file=recipes.yaml: needs Transformer Engine's",
+    "fp8_recipe": "megatron.fp8_recipe=delayed: ",
+    "hybrid": "megatron.hybrid_layer_pattern=M*: ",
+    "heterogeneous": "megatron.heterogeneous_layers_config_path=x.json: ",
+    "optimizer": "megatron.optimizer=sgd with use_distributed_optimizer: ",
+    "graphs": "NCCL_GRAPH_REGISTER=(not set): does not go with megatron.cuda_graph_impl=local",
+    "use_transformer_engine_op_fuser": "megatron.use_transformer_engine_op_fuser=True: ",
+    "use_grouped_gemm_for_dense_mlp": "megatron.use_grouped_gemm_for_dense_mlp=True: ",
+    "restore_modelopt_state": "megatron.restore_modelopt_state=True: ",
+}
+
+
+@pytest.fixture(scope="module")
+def refused():
+    return call("model_cases", "refused_by_the_stock_route")
+
+
+def test_stock_route_records_which_documents_are_read(refused):
+    assert refused["documents"] == {}  # none of mock data; a resume is told of others
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_stock_route_refuses_what_it_would_ignore(refused, case):
+    """What the launcher refuses, too, where nothing else of Megatron's own script would."""
+    assert refused["sound"] == ""
+    assert refused[case].startswith(f"ConfigError: {REFUSED[case]}")
