@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 
     quick_interpreter.install()
 
+# Their assertions then say what was found, as those of test files do.
+pytest.register_assert_rewrite("attention_cases", "near_cases", "shipped", "shipped_figures")
+
 LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "vllm", "triton"]
 LONG += ["convert", "study", "vllm_models", "scaling", "training", "layouts", "vllm_server"]
 LONG += ["context_parallel", "hopper_emulated", "model_checks", "bench_serving"]
