@@ -104,6 +104,7 @@ def draw_equal_time(results: list[dict], path: Path) -> None:
     lengths = sorted({phase["length"] for _, phase in phases})
     figure, axes = plt.subplots(1, len(lengths), figsize=(1 + 4.5 * len(lengths), 4.2),
                                 layout="constrained", squeeze=False)  # fmt: skip
+    seeds = {result["recipe"]["seed"] for result, _ in phases}
     panels = dict(zip(lengths, axes[0], strict=True))
     for result, phase in phases:
         watched, clock = phase.get("validation", {}).get("text", []), phase.get("seconds", [])
@@ -113,7 +114,8 @@ def draw_equal_time(results: list[dict], path: Path) -> None:
             kernel = (
                 f" (dense layers: {phase['dense_kernel']})" if phase.get("dense_kernel") else ""
             )
-            label = f"{result['arm']}{kernel}"
+            seed = f", seed {result['recipe']['seed']}" if len(seeds) > 1 else ""
+            label = f"{result['arm']}{seed}{kernel}"
             panels[phase["length"]].plot(at, values, marker="o", markersize=3, label=label)
     for length, axis in panels.items():
         axis.set_title(f"sequences of {length:,} tokens", fontsize=10)

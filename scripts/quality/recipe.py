@@ -41,8 +41,9 @@ class Phase(_Checked):
     """See documents.DocumentMix."""
     repeats: float = Field(default=0.5, ge=0, le=1)
     """See documents.DocumentMix."""
-    shortest: int | None = None
-    """Tokens of the shortest retrieval document; left out: documents.SHORTEST."""
+    shortest: int | None = Field(default=None, ge=32)
+    """Tokens of the shortest retrieval document; left out: documents.SHORTEST, which is the least
+    that holds a record and its question."""
     styles: list[Literal["records", "sentences"]] | None = Field(default=None, min_length=1)
     """See documents.DocumentMix; left out: its own."""
     seconds: float | None = None

@@ -169,6 +169,8 @@ def test_a_phase_names_the_documents_that_it_asks_for(folder):
     asked = Phase(**options, shortest=256, styles=["sentences", "records"]).documents_name(1)
     assert (plain, asked) == ("retrieval-512-0.6-0.5-seed-1-of-18",
                               "retrieval-512-0.6-0.5-from-256-sr-seed-1-of-18")  # fmt: skip
+    with pytest.raises(ValueError, match="shortest"):  # lengths are doubled from there
+        Phase(**options, shortest=0)
     mix = documents.DocumentMix(shortest=256, styles=("sentences",))
     maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, mix)
     rng = random.Random(2)
