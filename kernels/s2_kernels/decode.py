@@ -349,7 +349,7 @@ def s2_decode_kernel(
 
 
 def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device) -> DecodeConfig:
-    """Tiles of up to 32 KiB of K and V, two in flight beside the one computed, two programs a time.
+    """Tiles of up to 32 KiB of K and V, one in flight beside the one computed, two programs a time.
 
     Other GPUs than Hopper may have 99 KiB of shared memory for a program: there less is in flight.
     """
@@ -361,7 +361,8 @@ def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device)
         block_n //= 2
     block_n = min(max(block_n, 16), 128 if few and block_size >= 64 else 64)
     warps = 8 if dtype == torch.float32 or (wide and not few) else 4
-    return DecodeConfig(block_n, warps, (4 if few else 3) - (not hopper), 2)
+    stages = 3 if few or hopper else 2
+    return DecodeConfig(block_n, warps, stages, 2, ahead=8 if few else 1, one_launch=few)
 
 
 @functools.cache

@@ -141,6 +141,8 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
     by_units = longest.to(tl.float32) * (group * n_programs)
     start, low, high = 0, 0, 0
     if by_units <= (total.to(tl.float32) + START * n_programs) * split:
+        # No more pieces than keep the longest one as short: every piece costs a begin and a merge.
+        split = tl.maximum(tl.cdiv(longest, tl.maximum(tl.cdiv(longest, split), 1)), 1)
         i_unit = tl.minimum(i_program // split * group, n_units)
         end_unit = tl.minimum(i_unit + group, n_units)
         low = i_program % split

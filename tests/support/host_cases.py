@@ -9,7 +9,6 @@ import functools
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
 
 import torch
 from host_path import StubGPU, renamed, stub_gpu
@@ -17,7 +16,6 @@ from triton import knobs
 
 from s2_kernels import (
     backward_dkdv,
-    decode,
     local_stride,
     moves,
     plans,
@@ -345,10 +343,11 @@ def paged(gpu: StubGPU) -> dict:
     """A step of decoding and one of writing, by plan and without; and of a prompt in parts."""
     pattern = local_stride(**WIDE, kv_heads=2)
     pages = [torch.zeros(9, pattern.block_size, 128).bfloat16() for _ in "kv"]
+    table = torch.zeros(2, 2, 16, dtype=torch.int32)
     lengths = torch.full((2,), 700, dtype=torch.int32)
     k, v = (torch.randn(2, 1, 2, 128).bfloat16() for _ in "kv")
 
-    def step(tokens: int, table: torch.Tensor) -> list:
+    def step(tokens: int) -> list:
         gpu.clear()
         q = torch.randn(2, tokens, 4, 128).bfloat16()
         write_pages(k, v, *pages, table, lengths, pattern)
@@ -357,16 +356,10 @@ def paged(gpu: StubGPU) -> dict:
         return renamed(gpu.launches, {x.data_ptr(): name for name, x in known.items()})
 
     found = {}
-    configured = decode.decode_config
-    for i, (name, tokens, one) in enumerate(
-        (("token", 1, False), ("prompt", 300, False), ("one_launch", 1, True))
-    ):
-        decode.decode_config = lambda *a, one=one: replace(configured(*a), one_launch=one)
-        table = torch.zeros(2, 2, 16 + i, dtype=torch.int32)  # a key of its own
-        direct, by_plan, passes = both_ways(functools.partial(step, tokens, table))
+    for name, tokens in (("token", 1), ("prompt", 300)):
+        direct, by_plan, passes = both_ways(functools.partial(step, tokens))
         kernels = [x[0] for x in by_plan]
         found[name] = dict(same=direct == by_plan, passes=passes, kernels=kernels)
-    decode.decode_config = configured
 
     cache = torch.zeros(99, 2, pattern.block_size, 128).bfloat16()  # as vLLM has pages
     table = torch.randperm(99)[:32].int().view(1, 2, 16)

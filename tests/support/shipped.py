@@ -5,7 +5,6 @@ main loops of the Hopper kernels, and what another length compiled again. Which 
 for the caller to say, by PYTHONPATH.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -104,11 +103,8 @@ def hopper(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, packed=False, q_of
     launch_hopper_backward(q, k, v, out, lse, dout, None, pattern, 0.1, packing, **at)
 
 
-def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, **config):
-    """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages.
-
-    config: what a configuration has in place of what it has by itself.
-    """
+def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16):
+    """A token of each of two sequences of n tokens, and a chunk of a prompt, against pages."""
     kv_heads, size = pattern.kv_heads, pattern.block_size
     pages = torch.zeros(3, size, d, dtype=dtype)
     table = torch.zeros(2, kv_heads, -(-n // size), dtype=torch.int32)
@@ -117,10 +113,7 @@ def paged(arch, n, d, pattern=PATTERN, dtype=torch.bfloat16, **config):
         q = torch.zeros(2, tokens, pattern.heads, d, dtype=dtype)
         k = torch.zeros(2, tokens, kv_heads, d, dtype=dtype)
         decode_write.launch_write(k, k, pages, pages, table, lengths, pattern, alive_only=False)
-        rows, _ = decode.tile_of(tokens, pattern.heads // kv_heads)
-        own = decode.decode_config(d, d, rows, size, dtype, q.device)
-        own = dataclasses.replace(own, **config)
-        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1, config=own)
+        decode.launch_decode(q, pages, pages, table, lengths, pattern, 0.1)
 
 
 def moved(arch, n, d, dtype=torch.bfloat16):
@@ -148,9 +141,6 @@ PORTABLE = [
     *((paged, dict(d=d)) for d in (64, 128, 256)),
     (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32)),
-    *((paged, dict(d=d, one_launch=True, ahead=8)) for d in (64, 128, 256)),
-    (paged, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16, one_launch=True)),
-    (paged, dict(d=128, pattern=BLOCKS_OF_128, dtype=torch.float32, one_launch=True)),
     (portable, dict(d=64, pattern=BLOCKS_OF_16, dtype=torch.float16)),
     (portable, dict(d=64, pattern=THREE_RANGES)),
     (portable, dict(d=128, near=True)),
@@ -172,7 +162,6 @@ ONCE = [
     (portable, dict(d=128, fused=True, dtype=torch.float32)),
     (sparse, dict(d=128)),
     (paged, dict(d=128)),
-    (paged, dict(d=128, one_launch=True)),
     (moved, dict(d=128)),
 ]
 """Each portable kernel: for architectures other than Hopper, with a Triton that is not pinned."""
@@ -181,7 +170,7 @@ ONCE = [
 def name_of(launch, options: dict) -> str:
     """Of a case, such as portable-d128-packed."""
     words = [launch.__name__, f"d{options['d']}"]
-    keys = ("packed", "fused", "pattern", "q_offset", "near", "one_launch")
+    keys = ("packed", "fused", "pattern", "q_offset", "near")
     words += [key for key in keys if options.get(key)]
     return "-".join(words + ([str(options["dtype"])] if "dtype" in options else []))
 
