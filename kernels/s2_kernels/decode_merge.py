@@ -111,13 +111,14 @@ def s2_merge_kernel(
 
 
 def merge_tile(rows: int, dv: int, threads: int, parts: int) -> tuple[int, int]:
-    """(rows, parts) that a merge adds up at a time: up to 64 numbers a thread, which do not spill.
+    """(rows, parts) that a merge adds up at a time: up to 128 numbers a thread, which do not spill.
 
+    All parts of a unit at once where that goes: each round of a merge waits for memory once more.
     The same for both ways to merge: other tiles add up in another order.
 
     Args:
         rows: of a unit. parts: that a unit has, about.
     """
-    at_once = min(max(triton.next_power_of_2(parts), 4), 16)
-    most = max(1, 64 * threads // (at_once * pad(dv)))
+    at_once = min(max(triton.next_power_of_2(parts), 4), 32)
+    most = max(1, 128 * threads // (at_once * pad(dv)))
     return min(triton.next_power_of_2(rows), most, 8), at_once
