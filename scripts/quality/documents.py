@@ -121,7 +121,9 @@ class Maker:
         task = rng.choice(self.mix.tasks)
         size = self.record if style == "records" else 40
         records = max(4, min(rng.randint(4, self.mix.facts), length // (3 * size)))
-        queries = None if task == "single" else rng.randint(2, max(2, int(records * self.mix.asked)))
+        queries = (
+            None if task == "single" else rng.randint(2, max(2, int(records * self.mix.asked)))
+        )
         made = make_document(
             task, self.encode, length, rng, style=style, queries=queries,
             records=None if task == "single" else records, filler=self.filler(rng, length),

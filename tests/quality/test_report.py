@@ -99,7 +99,9 @@ def test_seeds_show_the_noise():
     nats = {("dense", 1): [20.0, 30.0], ("paper", 1): [21.0, 31.5], ("dense", 2): [20.0, 20.0],
             ("paper", 2): [20.0, 21.2]}  # fmt: skip
     found = [arm_result(arm, of, seed=seed) for (arm, seed), of in nats.items()]
-    line = report.seeds_table(found)[-1]
+    found[0]["recipe"]["phases"] = [PHASE | {"shortest": None}]  # of a recipe that knows more
+    line, far = report.seeds_table(found)[-2:]
+    assert far.startswith("| paper | 4096, far repeats | 2.6250, 2.0600 | +5.00%, +3.00% |")
     assert line == "| paper | 4096 | 2.6250, 2.0600 | +5.00%, +3.00% | +4.00% | 1.41% |"
 
 
