@@ -1,6 +1,7 @@
 """What the launchers share: descriptors, head sizes in tiles, the pattern's table on a device."""
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,49 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
 def counter_for(x: torch.Tensor) -> torch.Tensor:
     """`fresh_counter` on the device of a tensor of the launch."""
     return x.recorder.counter() if isinstance(x, Operand) else fresh_counter(x.device)
+
+
+_ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}
+"""Counters that launches leave at 0, by device and stream."""
+_RESERVES: dict[torch.device, torch.Tensor] = {}
+"""Counters for captured launches, all 0."""
+_RESERVE = 1 << 18
+"""Of them in a reserve: 64 launches of 4,096 units."""
+_TAKING = threading.Lock()
+
+
+def arrivals(device: torch.device, count: int) -> torch.Tensor:
+    """int32 [count], all 0, for a launch that leaves them so: nothing sets them before it.
+
+    The launches of a stream come one after the other and share theirs. A captured launch may run
+    beside any other, on whatever stream: it gets its own for good, of a reserve that is filled by
+    launches which are not captured, of the warm-up for example. Where too few are left, the graph
+    holds one node more, which sets them to 0.
+    """
+    count = -(-count // 32) * 32  # 128 bytes: Triton compiles once more for another alignment
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _TAKING:
+        reserve = _RESERVES.get(device)
+        if capturing:
+            if reserve is None or len(reserve) < count:
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            _RESERVES[device] = reserve[count:]
+            return reserve[:count]
+        stream = 0
+        if device.type == "cuda":
+            stream = driver.active.get_current_stream(device.index)
+            if reserve is None or len(reserve) < _RESERVE // 2:
+                _RESERVES[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+        found = _ARRIVALS.get((device, stream))
+        if found is None or len(found) < count:
+            found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            _ARRIVALS[device, stream] = found
+        return found
+
+
+def arrivals_for(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`arrivals` on the device of a tensor of the launch."""
+    return x.recorder.arrivals(count) if isinstance(x, Operand) else arrivals(x.device, count)
 
 
 def head_major(x: torch.Tensor) -> torch.Tensor:
