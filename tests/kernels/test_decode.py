@@ -2,6 +2,7 @@
 
 import math
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -219,14 +220,18 @@ def test_a_captured_launch_has_counters_of_its_own(monkeypatch):
     taken = [place(count) for count in (8, 8, 4096)]
     ranges = [at, elsewhere, *(x[1] for x in taken)]
     assert all(not set(a) & set(b) for i, a in enumerate(ranges) for b in ranges[:i])
-    while (
-        len(launchers._RESERVES[device]) >= 4096
-    ):  # more than a reserve holds: the graph has a node more
+    reserve = launchers._RESERVES[device]
+    while len(reserve.left) >= 4096:  # more than a reserve holds: the graph has a node more
         taken.append(place(4096))
     place(4096)
+    memory, addresses = weakref.ref(taken[0][0]._base), [x[1] for x in taken]
+    taken.clear()  # a graph knows their addresses only
     capturing[0] = False
     place()  # which fills it again
-    assert len(launchers._RESERVES[device]) == 1 << 18
+    assert len(reserve.left) == reserve.SIZE
+    assert memory() is not None  # and gives nobody else the memory of a graph's counters
+    capturing[0] = True
+    assert not any(set(place()[1]) & set(at) for at in addresses)
 
 
 def refusal(**changes) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from paged_cases import PagedCase, make_paged
 
-from s2_kernels import decode, local_stride
+from s2_kernels import decode, launch, local_stride
 from s2_kernels.launch import arrivals
 from s2_kernels.paged import paged_attention
 
@@ -96,3 +96,22 @@ def test_launches_side_by_side_keep_to_themselves(one_launch):
                 count_others(attend(xs[i]), expected[i], others[i])
     torch.cuda.synchronize()
     assert [x.item() for x in others] == [0, 0, 0]
+
+
+def test_a_graph_keeps_its_counters_when_the_reserve_is_filled_again(monkeypatch, one_launch):
+    """Launches between captures fill it; what the first graph counts with must stay its own."""
+    x = make_paged(CASES[1], dtype=torch.bfloat16, device="cuda")
+    expected, others = by_two_launches(x), torch.zeros((), dtype=torch.int64, device="cuda")
+    monkeypatch.setattr(launch, "_RESERVES", {})
+    monkeypatch.setattr(launch._Reserve, "SIZE", 64)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
+    for graph in graphs:
+        count_others(attend(x), expected, others)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            count_others(attend(x), expected, others)
+    written = [torch.full((64,), 7, dtype=torch.int32, device="cuda") for _ in range(64)]
+    for graph in graphs * 5:
+        graph.replay()
+    assert others.item() == 0
+    assert all((y == 7).all() for y in written)
