@@ -81,20 +81,12 @@ def prepare(
 
         cpu_runtime.install()
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
-    from s2megatron.attention.checks import check_run_options
     from s2megatron.attention.megatron_fixes import skip_missing_makefile
     from s2megatron.training.attach import attach
     from s2megatron.training.data_checks import find_sources
     from s2megatron.training.data_identity import data_identity
-    from s2megatron.training.megatron_options import (
-        canonical,
-        check_required,
-        megatron_parser,
-        to_argv,
-    )
-    from s2megatron.training.option_checks import check_first_step, check_read_options
+    from s2megatron.training.megatron_options import canonical, check_required, to_argv
     from s2megatron.training.resume_layout import check_resumable
 
     skip_missing_makefile()
@@ -106,24 +98,12 @@ def prepare(
     options = place.options if place else options
     if not writers:
         options |= {"tensorboard_dir": None, "wandb_project": None}
-    # Megatron's parser reads the command line: from here on it is the run file's.
     argv, parsed = to_argv(options)
     if writers:  # they are packages, too
         check_machine(backends, parsed)
-    check_run_options(parsed)
-    check_read_options(parsed, megatron_parser().get_default)
-    check_first_step(parsed)
-    check_rates(parsed)
+    _check_parsed(parsed)
     variables = environment.apply_for_options(parsed)  # Megatron's check is next, NCCL later
-    sys.argv = [sys.argv[0], *argv]
-    try:
-        with megatrons_refusals():
-            args = parse_and_validate_args()
-    except OSError as error:  # it has opened TensorBoard's files
-        raise ConfigError(
-            f"{error.filename or options.get('tensorboard_dir')}: {error.strerror}: make room, see "
-            "who may write there, or name another output.folder"
-        ) from error
+    args = _validated_by_megatron(argv, options)
     check_resumable(args, backends.fused_adam)
     sources = find_sources(args)
     args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
@@ -136,6 +116,33 @@ def prepare(
     return Prepared(
         run, backends, args, model_config, patterns, shape, place, variables, asked, sources
     )
+
+
+def _check_parsed(parsed) -> None:
+    """What is refused before Megatron's own validation words things differently."""
+    from s2megatron.attention.checks import check_run_options
+    from s2megatron.training.megatron_options import megatron_parser
+    from s2megatron.training.option_checks import check_first_step, check_read_options
+
+    check_run_options(parsed)
+    check_read_options(parsed, megatron_parser().get_default)
+    check_first_step(parsed)
+    check_rates(parsed)
+
+
+def _validated_by_megatron(argv: list[str], options: dict):
+    """Megatron's arguments. Its parser reads the command line: from here on the run file's."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    sys.argv = [sys.argv[0], *argv]
+    try:
+        with megatrons_refusals():
+            return parse_and_validate_args()
+    except OSError as error:  # it has opened TensorBoard's files
+        raise ConfigError(
+            f"{error.filename or options.get('tensorboard_dir')}: {error.strerror}: make room, see "
+            "who may write there, or name another output.folder"
+        ) from error
 
 
 def check_start(ready: Prepared) -> list[str]:
