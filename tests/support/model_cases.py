@@ -252,6 +252,7 @@ SHAPES = {
         "untie_embeddings_and_output_weights": False,
         "position_embedding_type": "learned_absolute",
         "group_query_attention": False,
+        "num_query_groups": None,
     },
     "qk_norm_wide_heads": {"qk_layernorm": True, "kv_channels": 24},
     "qkv_bias": {"add_qkv_bias": True},
