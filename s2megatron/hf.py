@@ -19,23 +19,19 @@ attends to (docs/inference.md). transformers' own `model.generate` keeps all of 
 """
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
-from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache
-from s2megatron.serving.model import CACHE
+from s2megatron.serving.loading import load_model
+from s2megatron.serving.model import CACHE, NAME
 from s2megatron.serving.tokens import Tokens
-
-NAME = "s2"
 
 
 def load(folder, **from_pretrained):
@@ -47,21 +43,10 @@ def load(folder, **from_pretrained):
         from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
 
     Raises:
-        ConfigError: config.json cannot be read, or the folder is an adapter's.
+        ConfigError: config.json cannot be read, its sparsity is not of this model, a file or a
+            tensor is missing, or the folder is an adapter's.
     """
-    config = from_pretrained.pop("config", None)
-    if config is None:
-        inside = Path(folder) / (from_pretrained.get("subfolder") or "")
-        if (inside / "adapter_config.json").is_file() and not (inside / "config.json").is_file():
-            raise ConfigError(
-                f"{inside}: holds an adapter, and the s2 key is in its base model's config.json: "
-                "load that one, then peft.PeftModel.from_pretrained(model, folder)"
-            )
-        local = Path(folder).is_dir()
-        config = read_config(inside) if local else AutoConfig.from_pretrained(folder)
-    if getattr(config, NAME, None) is not None:
-        from_pretrained.setdefault("attn_implementation", NAME)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)
+    return load_model(folder, **from_pretrained)
 
 
 def s2_attention_forward(

@@ -284,8 +284,9 @@ def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes
     elif not files:
         kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
         notes.append(
-            f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}); --like "
-            "DIR takes a Hugging Face folder's"
+            f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}"
+            f"{f', which cannot be loaded: {tokenizer.trouble}' if tokenizer.trouble else ''}); "
+            "--like DIR takes a Hugging Face folder's"
         )
     if source and (source / hf_folder.GENERATION_CONFIG).is_file():
         shutil.copyfile(source / hf_folder.GENERATION_CONFIG, part / hf_folder.GENERATION_CONFIG)

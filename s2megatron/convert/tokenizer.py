@@ -7,9 +7,15 @@ from pathlib import Path
 
 from s2megatron.data.tokenizers import BYTE_VOCAB, END_OF_TEXT
 
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
+"""Any one of which may be a whole tokenizer; the last alone where a class needs no vocabulary."""
+
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    *_VOCABULARIES, "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -26,6 +32,8 @@ class RunTokenizer:
     """Name in a Hugging Face folder -> file."""
     is_bytes: bool = False
     """It was `bytes`, which no file describes: `write_byte_tokenizer` makes them."""
+    trouble: str = ""
+    """Why its files, which are here, cannot be loaded."""
 
     @property
     def token_ids(self) -> dict[str, int | None]:
@@ -44,13 +52,19 @@ def run_tokenizer(args) -> RunTokenizer:
     if kind == "HuggingFaceTokenizer" and model and Path(model).is_dir():
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(model)
+        try:
+            found = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+            return RunTokenizer(size, trouble=f"{type(error).__name__}: {error}")
         ids = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
         return RunTokenizer(len(found), *ids, find_files(Path(model)))
     if kind == "GPTSentencePieceTokenizer" and model and Path(model).is_file():
         import sentencepiece
 
-        pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+        except (RuntimeError, OSError) as error:
+            return RunTokenizer(size, trouble=str(error))
         ids = (i if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()))
         return RunTokenizer(pieces.vocab_size(), *ids, {"tokenizer.model": Path(model)})
     return RunTokenizer(size)
@@ -59,6 +73,11 @@ def run_tokenizer(args) -> RunTokenizer:
 def find_files(folder: Path) -> dict[str, Path]:
     """The tokenizer files of a Hugging Face folder, by name."""
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """transformers makes an empty one of config.json where there is no file of one."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def copy_files(files: dict[str, Path], target: Path) -> None:
