@@ -29,7 +29,7 @@ from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache
-from s2megatron.serving.loading import load_model
+from s2megatron.serving.loading import WITHOUT_TP, load_model
 from s2megatron.serving.model import CACHE, NAME
 from s2megatron.serving.tokens import Tokens
 
@@ -77,6 +77,11 @@ def s2_attention_forward(
     _refuse(module, dropout, options)
     query, key, value = _as_autocast(query, key, value)
     pattern = layer_pattern(module)
+    if query.shape[1] != pattern.heads:
+        raise ValueError(
+            f"attention 's2': {query.shape[1]} heads come to layer {module.layer_idx + 1}, and its "
+            f"pattern in config.json has {pattern.heads}: {WITHOUT_TP}"
+        )
     if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(
             f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
@@ -252,7 +257,8 @@ def _refuse(module, dropout: float, options: dict) -> None:
         "attention_dropout": dropout,
         "is_causal=False": not getattr(module, "is_causal", True)
         or options.get("is_causal") is False,
-        "output_attentions": options.get("output_attentions"),
+        "output_attentions": options.get("output_attentions")
+        or getattr(module.config, "output_attentions", False),
     }
     for name in _NOT_COMPUTED + _PACKED_OR_PAGED:
         asked_for[name] = options.get(name) is not None
@@ -322,12 +328,14 @@ def s2_mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+    rows = attention_mask.shape[0] if attention_mask.dim() == 2 else 0
+    if rows not in (1, batch_size) or attention_mask.shape[1] < kv_length:
         raise ValueError(
-            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for "
-            f"{kv_length} keys; give a 2-D one with a column for every token, the cached ones too"
+            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for a batch "
+            f"of {batch_size} and {kv_length} keys; give a 2-D one with a row for every sequence "
+            "and a column for every token, the cached ones too"
         )
-    real = attention_mask[:, :kv_length].bool()
+    real = attention_mask[:, :kv_length].bool().expand(batch_size, -1)
     if real.all():
         return None
     count = real.sum(dim=1)

@@ -16,6 +16,11 @@ from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError
 from s2megatron.serving.model import NAME, recorded_patterns
 
+WITHOUT_TP = (
+    "attention 's2' in transformers knows all heads of a layer, which tensor parallelism would "
+    "split; spread the layers (device_map='auto'), or serve the model with vLLM"
+)
+
 
 def load_model(folder: str | Path, **from_pretrained):
     """As `s2megatron.hf.load`. Raises ConfigError."""
@@ -28,6 +33,9 @@ def load_model(folder: str | Path, **from_pretrained):
         from_pretrained.setdefault("attn_implementation", NAME)
         if from_pretrained["attn_implementation"] == NAME:
             recorded_patterns(config)
+            for name in ("tp_plan", "distributed_config"):
+                if from_pretrained.get(name) is not None:
+                    raise ConfigError(f"{name}={from_pretrained[name]!r}: {WITHOUT_TP}")
     told = from_pretrained.pop("output_loading_info", False)
     with _refused(inside) if local else contextlib.nullcontext():
         model, found = AutoModelForCausalLM.from_pretrained(

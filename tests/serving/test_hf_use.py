@@ -97,6 +97,29 @@ def test_a_compiled_model_without_mask_and_cache_says_what_to_give(model, ids):
     torch._dynamo.reset()
 
 
+def test_a_mask_has_a_row_for_every_sequence_or_one_for_all(model, ids):
+    one = padded(ids)[1:]
+    both = model(ids, attention_mask=one.expand(2, -1)).logits
+    assert torch.equal(model(ids, attention_mask=one).logits, both)
+    three = one.expand(3, -1)
+    assert "a batch of 2" in refusal(model, ids, attention_mask=three)
+    assert "a batch of 2" in refusal(model, ids, attention_mask=torch.ones_like(three))
+
+
+def test_attentions_asked_for_in_the_config(folder, ids):
+    config = transformers.AutoConfig.from_pretrained(folder, output_attentions=True)
+    assert "output_attentions" in refusal(s2hf.load(folder, config=config), ids)
+
+
+def test_heads_that_transformers_would_split(folder, model, ids):
+    for options in (dict(tp_plan="auto"), dict(distributed_config=object())):
+        assert "device_map" in refusal(s2hf.load, folder, error=ConfigError, **options)
+    layer = model.model.layers[1].self_attn
+    q, k = torch.randn(1, 2, 32, 32), torch.randn(1, 1, 32, 32)  # of one rank of two
+    told = refusal(s2hf.s2_attention_forward, layer, q, k, k, None)
+    assert "2 heads come to layer 2, and its pattern in config.json has 4" in told
+
+
 # A cache of pages, in turns
 
 
