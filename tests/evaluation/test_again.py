@@ -77,6 +77,11 @@ def test_models_with_copies_of_one_tokenizer_are_compared(folder, tmp_path, caps
     for model, out in ((folder, "a"), (second, "b")):
         assert command(model, tmp_path / out, *RETRIEVAL) == 0
     lines = differences(tmp_path / "a", tmp_path / "b")
+    capsys.readouterr()
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["compare", *folders, "--out", str(tmp_path / "none" / "c.md")]) == 2
+    out, err = capsys.readouterr()
+    assert "## Retrieval" in out and "c.md: cannot be written: No such file" in err
     assert lines and {line.change.value for line in lines} == {0.0}
     file = second / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
