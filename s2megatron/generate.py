@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from s2megatron import hf
 from s2megatron.convert.hf_config import read_config
 from s2megatron.convert.hf_folder import dtype_named
 from s2megatron.convert.tokenizer import has_tokenizer
+from s2megatron.data.tokenizers import load_hugging_face
 from s2megatron.errors import ConfigError
 from s2megatron.serving.cache import PagedCache
 
@@ -178,7 +179,7 @@ def _tokenizer(folder: Path):
     why = "there is no file of one"
     if has_tokenizer(folder):
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return load_hugging_face(folder)
         except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ConfigError(
