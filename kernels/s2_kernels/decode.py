@@ -4,10 +4,11 @@ A *unit* is a query tile of one KV head of one sequence, with all query heads of
 of live pages is arithmetic on lifetimes, so the list's length follows from the sequence's length
 alone. Where the units are about as long, each is cut into as many even pieces, one per program.
 Else all lists, one behind the other, are cut into even ranges (decode_lists.py). A program writes
-one part (output and log of the softmax's sum) for every unit that it does a piece of;
-`s2_merge_kernel` adds up the parts of a unit in their order. The grid depends on shapes alone and
-the host reads nothing, so that a CUDA graph can hold it. The same inputs give the same bits on the
-same GPU; another number of programs adds in another order.
+one part (output and log of the softmax's sum) for every unit that it does a piece of. Parts are
+added up in their order: by the program that is the last to write one of the unit (`one_launch`), or
+by `s2_merge_kernel`, with the same bits. The grid depends on shapes alone and the host reads
+nothing, so that a CUDA graph can hold it. The same inputs give the same bits on the same GPU;
+another number of programs adds in another order.
 
 A list is computed from lifetimes, never from page numbers: the entry of a dead block may be stale,
 and its page may belong to another head or hold NaN.
@@ -30,6 +31,7 @@ import triton.language as tl
 from s2_kernels.configs import FUSED
 from s2_kernels.decode_lists import (
     count_tiles,
+    has_begin,
     keep_ends,
     listed_tiles,
     live_segments,
@@ -39,8 +41,9 @@ from s2_kernels.decode_lists import (
     share_of,
     tile_blocks,
 )
+from s2_kernels.decode_merge import merge_parts, merge_tile, s2_merge_kernel, store_rows_of
 from s2_kernels.decode_prefetch import prefetch_share
-from s2_kernels.launch import capability, device_table, on_grid, pad, takes_pdl
+from s2_kernels.launch import arrivals_for, capability, device_table, on_grid, pad, takes_pdl
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
     finish_softmax,
@@ -60,10 +63,12 @@ class DecodeConfig:
 
     pdl: where the GPU can, start a kernel's programs before the last ones of the kernel before it
     have ended, to wait there (programmatic dependent launch).
-    start: what the begin of a unit costs, in tiles.
+    start: what the begin of a unit costs, in tiles, 1 or more.
     prefetch: tiles that a program asks for while it waits for the kernel before (with pdl): 0, or
     a power of two.
     maxnreg: registers a thread, 0 for as many as the compiler likes.
+    ahead: page numbers that a program asks for at once when it begins a unit, a power of two.
+    one_launch: parts are merged by the last program that wrote one, not by a second kernel.
     """
 
     block_n: int
@@ -74,21 +79,39 @@ class DecodeConfig:
     start: int = 4
     prefetch: int = 0
     maxnreg: int = 0
+    ahead: int = 1
+    one_launch: bool = False
+
+    def __post_init__(self):
+        if self.start < 1:
+            raise ValueError(f"start={self.start}: must be 1 or more")
 
     def __str__(self) -> str:
         name = f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}c{self.start}"
         name += f"p{self.prefetch}" if self.prefetch else ""
         name += f"r{self.maxnreg}" if self.maxnreg else ""
-        return name + ("" if self.pdl else "nopdl")
+        name += f"a{self.ahead}" if self.ahead != 1 else ""
+        return name + ("one" if self.one_launch else "") + ("" if self.pdl else "nopdl")
 
 
 @triton.jit
 def load_page(p_pages, block, stride, N: tl.constexpr, B: tl.constexpr):
-    """The page(s) of `tile_blocks`, 64-bit: a pool may hold more than 2^31 elements."""
+    """The page(s) of `tile_blocks`."""
     if N <= B:
-        return tl.load(p_pages + block * stride).to(tl.int64)
+        return tl.load(p_pages + block * stride)
     else:
-        return tl.load(p_pages + block * stride, mask=block >= 0, other=0).to(tl.int64)
+        return tl.load(p_pages + block * stride, mask=block >= 0, other=0)
+
+
+@triton.jit
+def first_pages(
+    p_pages, stride, segments, low, high, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The page(s) of tile `low`; of tiles low..low + AHEAD - 1, where AHEAD > 1 (N <= B)."""
+    if AHEAD > 1:
+        low = tl.minimum(low + tl.arange(0, AHEAD), high - 1)
+    return load_page(p_pages, tile_blocks(segments, low, N, B, N_BANDS), stride, N, B)
 
 
 @triton.jit
@@ -99,6 +122,7 @@ def load_paged(p_pool, page, row, m_row, stride_page, stride_row, D: tl.constexp
     What lies in a page past the end of the sequence is not loaded: it may be NaN, and NaN * 0 too.
     """
     o_d = tl.arange(0, BLOCK_D)
+    page = page.to(tl.int64)  # a pool may hold more than 2^31 elements
     if N <= B:
         p_tile = p_pool + page * stride_page + (row[:, None] * stride_row + o_d[None, :])
     else:
@@ -109,21 +133,25 @@ def load_paged(p_pool, page, row, m_row, stride_page, stride_row, D: tl.constexp
 
 @triton.jit
 def attend_pages(
-    b_q, o_row, rule, segments, low, high, last, scale_log2, p_k, p_v, p_pages,
+    b_q, o_row, rule, segments, low, high, last, scale_log2, p_k, p_v, p_pages, pages,
     stride_k_page, stride_k_row, stride_v_page, stride_v_row, stride_pages,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr,
-    ONE_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [M, BLOCK_DV] and lse [M] of the rows b_q [M, D] over tiles low..high-1 of a list.
 
     The page number of a tile is asked for one tile ahead: so the loads of K and V, which the
-    compiler starts several tiles ahead, never wait for it.
+    compiler starts several tiles ahead, never wait for it. But the first of these loads come at
+    once. `pages` [AHEAD] asked for their page numbers together, and the L1 cache has them by then.
     """
     b_acc, b_m, b_l = start_softmax(M, BLOCK_DV)
     o_n = tl.arange(0, N)
     block = tile_blocks(segments, low, N, B, N_BANDS)
-    page = load_page(p_pages, block, stride_pages, N, B)
+    page = pages
+    if AHEAD > 1:
+        tl.debug_barrier()  # else ptxas waits for the page numbers before it asks for q
+        page = tl.sum(tl.where(tl.arange(0, AHEAD) == 0, pages, 0), 0)
     for p in tl.range(low, high):
         i_next = tile_blocks(segments, tl.minimum(p + 1, high - 1), N, B, N_BANDS)
         page_next = load_page(p_pages, i_next, stride_pages, N, B)
@@ -177,6 +205,7 @@ def s2_decode_kernel(
     p_part,
     p_part_lse,
     p_ends,
+    p_arrived,
     strides_q,
     strides_k,
     strides_v,
@@ -204,6 +233,9 @@ def s2_decode_kernel(
     U: tl.constexpr,
     N_BANDS: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     START: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -213,8 +245,11 @@ def s2_decode_kernel(
     """Grid: (programs,). Program i computes its share of all units' tiles (`share_of`).
 
     Its part of unit u is row block i + u of p_part [programs + units, rows, dv]: along the tiles
-    neither number falls, and one of them grows from part to part. p_ends [1 + units]: how the
-    units were cut, for `s2_merge_kernel`.
+    neither number falls, and one of them grows from part to part. Who merges them is told by one of
+
+    - p_ends [1 + units]: how the units were cut, for `s2_merge_kernel`;
+    - p_arrived [units]: how many parts of a unit are written, 0 at first and at last. The program
+      that writes the last one adds all of them up.
     """
     i_program = tl.program_id(0)
     kv_heads: tl.constexpr = KV_HEADS  # whole numbers that are known need no division
@@ -232,8 +267,10 @@ def s2_decode_kernel(
     n_listed = count_tiles(
         p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ""
     )
-    split, i_unit, end_unit, start, low, high = share_of(i_program, n_listed, n_units, START, U)
-    if i_program == 0:
+    split, total, i_unit, end_unit, start, low, high = share_of(
+        i_program, n_listed, n_units, START, U
+    )
+    if p_ends is not None and i_program == 0:
         keep_ends(p_ends, n_listed, split, n_units, START, U)
     o_m = tl.arange(0, M)
     for u in tl.range(i_unit, end_unit):
@@ -246,112 +283,73 @@ def s2_decode_kernel(
         segments = live_segments(rule, first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, N, B, N_BANDS)
         own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)
-        start += n_tiles + tl.where(n_tiles > 0, START, 0)
+        n_rows = tl.minimum(s - i_tile * TOKENS, TOKENS) * GROUP
         if own_low < own_high:
-            o_token = i_tile * TOKENS + o_m // GROUP
-            o_head = i_kv * GROUP + o_m % GROUP
-            o_row = length - s + o_token
-            m_m = (o_m < TOKENS * GROUP) & (o_token < s)
-            o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-            p_row = p_q + i_seq * strides_q[0] + o_token.to(tl.int64) * strides_q[1]
-            m_q = (m_m & (o_row >= 0))[:, None] & (o_d < D)[None, :]
-            b_q = tl.load(
-                (p_row + o_head * strides_q[2])[:, None] + o_d[None, :], mask=m_q, other=0.0
+            p_row_pages = p_pages + i_seq * stride_table_b + i_kv * stride_table_h
+            pages = first_pages(
+                p_row_pages, stride_table_k, segments, own_low, own_high, N, B, N_BANDS, AHEAD
             )
+            o_token = i_tile * TOKENS + o_m // GROUP
+            o_row = length - s + o_token
+            m_q = (o_m < n_rows) & (o_row >= 0)
+            o_d = tl.arange(0, BLOCK_D)
+            p_row = p_q + i_seq * strides_q[0] + o_token.to(tl.int64) * strides_q[1]
+            p_row += (i_kv * GROUP + o_m % GROUP) * strides_q[2]
+            m_q = m_q[:, None] & (o_d < D)[None, :]
+            b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_q, other=0.0)
             b_out, b_lse = attend_pages(
                 b_q, o_row, rule, segments, own_low, own_high, last, scale_log2, p_k, p_v,
-                p_pages + i_seq * stride_table_b + i_kv * stride_table_h,
-                strides_k[0], strides_k[1], strides_v[0], strides_v[1], stride_table_k,
-                D, DV, BLOCK_D, BLOCK_DV, M, N, B, N_BANDS, ONE_TOKEN, PRECISION,
+                p_row_pages, pages, strides_k[0], strides_k[1], strides_v[0], strides_v[1],
+                stride_table_k, D, DV, BLOCK_D, BLOCK_DV, M, N, B, N_BANDS, ONE_TOKEN, AHEAD,
+                PRECISION,
             )  # fmt: skip
             b_out = tl.where((o_row >= 0)[:, None], b_out, 0.0)
             b_lse = tl.where(o_row >= 0, b_lse, float("-inf"))
-            m_out = m_m[:, None] & (o_dv < DV)[None, :]
             if own_high - own_low == n_tiles:  # the whole unit: there is nothing to merge
-                p_row = p_out + i_seq * strides_out[0] + o_token.to(tl.int64) * strides_out[1]
-                p_row += o_head * strides_out[2]
-                b_x = b_out.to(p_out.dtype.element_ty)
-                tl.store(p_row[:, None] + o_dv[None, :], b_x, mask=m_out)
-                heads = kv_heads * GROUP
-                tl.store(p_lse + (i_seq * heads + o_head) * stride_lse + o_token, b_lse, mask=m_m)
+                store_rows_of(
+                    u, o_m, n_rows, b_out, b_lse, p_out, p_lse, strides_out, stride_lse, kv_heads,
+                    n_tiles_q, DV, BLOCK_DV, GROUP, TOKENS,
+                )  # fmt: skip
             else:
-                o_part = (i_program + u).to(tl.int64) * (TOKENS * GROUP) + o_m
+                RM: tl.constexpr = TOKENS * GROUP
+                o_dv = tl.arange(0, BLOCK_DV)
+                o_part = (i_program + u).to(tl.int64) * RM + o_m
+                m_m = o_m < n_rows
+                m_out = m_m[:, None] & (o_dv < DV)[None, :]
                 tl.store(p_part + (o_part * DV)[:, None] + o_dv[None, :], b_out, mask=m_out)
                 tl.store(p_part_lse + o_part, b_lse, mask=m_m)
-
-
-@triton.jit(do_not_specialize=["s", "stride_lse", "n_units", "n_tiles_q", "kv_heads", "n_programs"])
-def s2_merge_kernel(
-    p_out,
-    p_lse,
-    p_part,
-    p_part_lse,
-    p_ends,
-    strides_out,
-    stride_lse,
-    s,
-    kv_heads,
-    n_tiles_q,
-    n_units,
-    n_programs,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-    START: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid: (units, groups of ROWS rows). Adds the parts of each row up, in order, PARTS at a time.
-
-    A unit of one part has its output already; one without a tile (padding) gets 0 and -inf.
-    """
-    u = tl.program_id(0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    i_first, i_stop, has = parts_of(u, p_ends, n_units, n_programs, START)
-    if has & (i_stop - i_first == 1):
-        return
-    o_dv = tl.arange(0, BLOCK_DV)
-    o_m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    b_acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    o_token = u // kv_heads % n_tiles_q * TOKENS + o_m // GROUP
-    m_rows = (o_m < TOKENS * GROUP) & (o_token < s)
-    for i in tl.range(i_first, i_stop, PARTS):
-        o_i = i + tl.arange(0, PARTS)
-        m_part = (o_i < i_stop)[:, None] & m_rows[None, :]
-        o_part = (o_i + u).to(tl.int64)[:, None] * (TOKENS * GROUP) + o_m[None, :]
-        b_lse = tl.load(p_part_lse + o_part, mask=m_part, other=float("-inf"))  # [PARTS, ROWS]
-        mask = m_part[:, :, None] & (o_dv < DV)[None, None, :]
-        b_part = tl.load(p_part + (o_part * DV)[:, :, None] + o_dv[None, None, :], mask, other=0.0)
-        b_new = tl.maximum(b_max, tl.max(b_lse, 0))
-        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_weight = tl.exp(b_lse - b_shift[None, :])
-        b_scale = tl.exp(b_max - b_shift)
-        b_sum = b_sum * b_scale + tl.sum(b_weight, 0)
-        b_acc = b_acc * b_scale[:, None] + tl.sum(b_part * b_weight[:, :, None], 0)
-        b_max = b_new
-    sees = b_sum > 0
-    b_sum = tl.where(sees, b_sum, 1.0)
-    b_lse = tl.where(sees, b_max + tl.log(b_sum), float("-inf"))
-
-    i_seq = (u // (kv_heads * n_tiles_q)).to(tl.int64)
-    o_head = u % kv_heads * GROUP + o_m % GROUP
-    p_row = p_out + i_seq * strides_out[0] + o_token.to(tl.int64) * strides_out[1]
-    p_row += o_head * strides_out[2]
-    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
-    m_out = m_rows[:, None] & (o_dv < DV)[None, :]
-    tl.store(p_row[:, None] + o_dv[None, :], b_out, mask=m_out)
-    o_lse = (i_seq * kv_heads * GROUP + o_head) * stride_lse + o_token
-    tl.store(p_lse + o_lse, b_lse, mask=m_rows)
+                if p_arrived is not None:
+                    i_first, i_stop = parts_of(
+                        u, split, total, start, n_tiles, n_units, tl.num_programs(0), START
+                    )
+                    # All threads have written before one of them counts the part (release); who
+                    # counts the last one sees what was written before all counts (acquire).
+                    tl.debug_barrier()
+                    arrived = tl.atomic_add(p_arrived + u, 1, sem="acq_rel")
+                    if arrived == i_stop - i_first - 1:
+                        tl.store(p_arrived + u, 0)  # for the next launch
+                        for row in tl.range(0, RM, ROWS):
+                            o_r = row + tl.arange(0, ROWS)
+                            b_o, b_l = merge_parts(
+                                u, i_first, i_stop, o_r, n_rows, p_part, p_part_lse, DV, BLOCK_DV,
+                                RM, PARTS,
+                            )  # fmt: skip
+                            store_rows_of(
+                                u, o_r, n_rows, b_o, b_l, p_out, p_lse, strides_out, stride_lse,
+                                kv_heads, n_tiles_q, DV, BLOCK_DV, GROUP, TOKENS,
+                            )  # fmt: skip
+        elif (n_tiles == 0) & has_begin(split, start, low, high):  # padding
+            b_out = tl.zeros([M, BLOCK_DV], tl.float32)
+            b_lse = tl.full([M], float("-inf"), tl.float32)
+            store_rows_of(
+                u, o_m, n_rows, b_out, b_lse, p_out, p_lse, strides_out, stride_lse, kv_heads,
+                n_tiles_q, DV, BLOCK_DV, GROUP, TOKENS,
+            )  # fmt: skip
+        start += n_tiles + START
 
 
 def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device) -> DecodeConfig:
-    """Tiles of up to 32 KiB of K and V, two in flight beside the one computed, two programs a time.
+    """Tiles of up to 32 KiB of K and V, one in flight beside the one computed, two programs a time.
 
     Other GPUs than Hopper may have 99 KiB of shared memory for a program: there less is in flight.
     """
@@ -363,7 +361,8 @@ def decode_config(d, dv, rows: int, block_size: int, dtype: torch.dtype, device)
         block_n //= 2
     block_n = min(max(block_n, 16), 128 if few and block_size >= 64 else 64)
     warps = 8 if dtype == torch.float32 or (wide and not few) else 4
-    return DecodeConfig(block_n, warps, (4 if few else 3) - (not hopper), 2)
+    stages = 3 if few or hopper else 2
+    return DecodeConfig(block_n, warps, stages, 2, ahead=8 if few else 1, one_launch=few)
 
 
 @functools.cache
@@ -450,7 +449,9 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     units, rows = b * kv_heads * n_tiles_q, tokens * group
     part = lse.new_empty((programs + units, rows, dv))
     part_lse = lse.new_empty((programs + units, rows))
-    ends = lengths.new_empty((1 + units,))
+    one = config.one_launch
+    ends = None if one else lengths.new_empty((1 + units,))
+    merge_rows, at_once = merge_tile(rows, dv, threads, programs // units)
     on_grid(s2_decode_kernel, (programs,))(
         q,
         k_pages,
@@ -463,6 +464,7 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         part,
         part_lse,
         ends,
+        arrivals_for(q, units) if one else None,
         q.stride()[:3],
         k_pages.stride()[:2],
         v_pages.stride()[:2],
@@ -485,9 +487,12 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         M=m,
         N=config.block_n,
         B=pattern.block_size,
-        U=max(128, triton.next_power_of_2(units)),
+        U=32 if units <= 32 else max(128, triton.next_power_of_2(units)),
         N_BANDS=pattern.n_bands,
         ONE_TOKEN=s == 1,
+        ROWS=merge_rows,
+        PARTS=at_once,
+        AHEAD=config.ahead if config.block_n <= pattern.block_size else 1,
         PRECISION="ieee",
         START=config.start,
         PREFETCH=prefetch,
@@ -499,8 +504,8 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         **({"launch_pdl": True} if pdl else {}),
         **({"maxnreg": config.maxnreg} if config.maxnreg else {}),
     )
-    merge_rows = 1 if rows <= 16 else 16
-    at_once = min(max(triton.next_power_of_2(programs // units + 1), 4), 64)
+    if one:
+        return
     on_grid(s2_merge_kernel, (units, triton.cdiv(rows, merge_rows)))(
         out,
         lse,
@@ -519,10 +524,10 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         GROUP=group,
         TOKENS=tokens,
         ROWS=merge_rows,
-        PARTS=at_once if merge_rows == 1 else 2,
+        PARTS=at_once,
         START=config.start,
         PDL=pdl,
-        num_warps=4,
+        num_warps=config.num_warps,
         **FUSED,
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -33,7 +33,8 @@ def live_segments(rule, first, last, B: tl.constexpr, N_BANDS: tl.constexpr):
         stride = rule[2 + 2 * j]
         low = tl.maximum(i_first - rule[1 + 2 * j] + 1, 0)
         high = i_last if j == 0 else i_first - rule[2 * j - 1]
-        start = low + (stride - (low + rule[0]) % stride) % stride
+        beyond = (low + rule[0]) % stride  # divisions take long, and all programs wait for these
+        start = low + tl.where(beyond > 0, stride - beyond, 0)
         count = tl.where((start <= high) & (last >= 0), (high - start) // stride + 1, 0)
         segments += (start, stride, count)
     return segments
@@ -126,11 +127,12 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
 
     Cut by units, each in `split` even pieces, or `group` whole units a program: no program begins
     in the middle of its work with another unit. Where lengths differ too much for that, the lists
-    one behind the other are cut into even ranges. To begin a unit costs as much as START tiles, so
-    that many come before the first tile of each on the flat list.
+    one behind the other are cut into even ranges. To begin a unit costs as much as START tiles (1
+    or more), so that many come before the first tile of each on the flat list.
 
-    Returns (split, or 0 where the list is flat; units i_unit..end_unit-1; the flat list's tiles
-    before unit i_unit; the program's own tiles low..high-1 on it, or low, the piece of each unit).
+    Returns (split, or 0 where the list is flat; the flat list's length; units i_unit..end_unit-1;
+    the flat list's tiles before unit i_unit; the program's own tiles low..high-1 on it, or low, the
+    piece of each unit).
     """
     n_programs = tl.num_programs(0)
     split, group = tl.maximum(n_programs // n_units, 1), tl.cdiv(n_units, n_programs)
@@ -139,20 +141,22 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
     by_units = longest.to(tl.float32) * (group * n_programs)
     start, low, high = 0, 0, 0
     if by_units <= (total.to(tl.float32) + START * n_programs) * split:
+        # No more pieces than keep the longest one as short: every piece costs a begin and a merge.
+        split = tl.maximum(tl.cdiv(longest, tl.maximum(tl.cdiv(longest, split), 1)), 1)
         i_unit = tl.minimum(i_program // split * group, n_units)
         end_unit = tl.minimum(i_unit + group, n_units)
         low = i_program % split
     else:
         split = 0
         o_unit = tl.arange(0, U)
-        ends, n_weighed, total = flat_ends(n_listed, START)
+        ends, n_weighed, total = flat_ends(n_listed, n_units, START, U)
         low = first_tile(i_program, total, n_programs)
         high = first_tile(i_program + 1, total, n_programs)
         i_unit = tl.minimum(tl.sum((ends <= low).to(tl.int32), 0), n_units)
         end_unit = tl.sum(((ends - n_weighed < high) & (o_unit < n_units)).to(tl.int32), 0)
         end_unit = tl.where(low < high, end_unit, i_unit)
         start = tl.max(tl.where(ends <= low, ends, 0), 0)
-    return split, i_unit, end_unit, start, low, high
+    return split, total, i_unit, end_unit, start, low, high
 
 
 @triton.jit
@@ -167,9 +171,15 @@ def own_tiles(n_tiles, split, start, low, high, START: tl.constexpr):
 
 
 @triton.jit
-def flat_ends(n_listed, START: tl.constexpr):
+def has_begin(split, start, low, high):
+    """Whether a program has the begin of a unit: one of them has, also if the unit has no tile."""
+    return tl.where(split > 0, low == 0, (low <= start) & (start < high))
+
+
+@triton.jit
+def flat_ends(n_listed, n_units, START: tl.constexpr, U: tl.constexpr):
     """Where each unit ends on the flat list, what it takes of the list, and the list's length."""
-    n_weighed = n_listed + tl.where(n_listed > 0, START, 0)
+    n_weighed = n_listed + tl.where(tl.arange(0, U) < n_units, START, 0)
     return tl.cumsum(n_weighed, 0), n_weighed, tl.sum(n_weighed, 0)
 
 
@@ -178,30 +188,34 @@ def keep_ends(p_ends, n_listed, split, n_units, START: tl.constexpr, U: tl.const
     """For `s2_merge_kernel`: `split`, then each unit's tiles, or its end on the flat list."""
     ends = n_listed
     if split == 0:
-        ends, _, _ = flat_ends(n_listed, START)
+        ends, _, _ = flat_ends(n_listed, n_units, START, U)
     o_unit = tl.arange(0, U)
     tl.store(p_ends, split)
     tl.store(p_ends + 1 + o_unit, ends, mask=o_unit < n_units)
 
 
 @triton.jit
-def parts_of(u, p_ends, n_units, n_programs, START: tl.constexpr):
-    """(first, stop, tiles): the programs whose parts make up unit u, and whether it has any tile.
-
-    What `keep_ends` left says how the units were cut.
-    """
+def kept_ends(u, p_ends, n_units, START: tl.constexpr):
+    """What `keep_ends` left of unit u: (split, the flat list's length, the unit's start, tiles)."""
     split = tl.load(p_ends)
     end = tl.load(p_ends + 1 + u)
     before = tl.load(p_ends + tl.maximum(u, 1))
     total = tl.load(p_ends + n_units)
-    start = tl.where(u > 0, before, 0)
+    start = tl.where((split == 0) & (u > 0), before, 0)
+    return split, total, start, tl.where(split > 0, end, end - start - START)
+
+
+@triton.jit
+def parts_of(u, split, total, start, n_tiles, n_units, n_programs, START: tl.constexpr):
+    """(first, stop): the programs whose parts make up unit u, which has n_tiles, 0 or more.
+
+    split, total: as `share_of` returns them. start: the flat list's tiles before the unit.
+    """
     if split > 0:
-        group = tl.cdiv(n_units, n_programs)
-        i_first = u // group * split
-        i_stop = i_first + tl.minimum(split, end)
-        has = end > 0
+        i_first = u // tl.cdiv(n_units, n_programs) * split
+        i_stop = i_first + tl.minimum(split, n_tiles)
     else:
-        has = end > start
         i_first = program_of(start + START, total, n_programs)
-        i_stop = tl.where(has, program_of(end - 1, total, n_programs) + 1, i_first)
-    return i_first, i_stop, has
+        i_stop = program_of(start + START + n_tiles - 1, total, n_programs) + 1
+        i_stop = tl.where(n_tiles > 0, i_stop, i_first)
+    return i_first, i_stop

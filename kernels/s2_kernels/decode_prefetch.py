@@ -49,7 +49,8 @@ def prefetch_share(
     n_listed = count_tiles(
         p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ".cg"
     )
-    split, u, end_unit, start, low, high = share_of(tl.program_id(0), n_listed, n_units, START, U)
+    i_program = tl.program_id(0)
+    split, _, u, end_unit, start, low, high = share_of(i_program, n_listed, n_units, START, U)
     if u < end_unit:
         i_seq, i_kv = u // (n_tiles_q * kv_heads), u % kv_heads
         length = tl.load(p_lengths + i_seq, cache_modifier=".cg")

@@ -1,6 +1,7 @@
 """What the launchers share: descriptors, head sizes in tiles, the pattern's table on a device."""
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,73 @@ def fresh_counter(device: torch.device) -> torch.Tensor:
 def counter_for(x: torch.Tensor) -> torch.Tensor:
     """`fresh_counter` on the device of a tensor of the launch."""
     return x.recorder.counter() if isinstance(x, Operand) else fresh_counter(x.device)
+
+
+_ARRIVALS: dict[tuple[torch.device, int], torch.Tensor] = {}
+"""Counters that launches leave at 0, by device and stream."""
+_RESERVES: dict[torch.device, "_Reserve"] = {}
+_TAKING = threading.Lock()
+
+
+class _Reserve:
+    """Counters for captured launches, all 0, which are taken once and never given back.
+
+    A graph knows nothing but their address: their memory must not go to others while the graph may
+    run, so that it is held here for good.
+    """
+
+    SIZE = 1 << 18
+    """64 launches of 4,096 units; 1 MiB."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.held: list[torch.Tensor] = []
+        self.left: torch.Tensor | None = None
+
+    def fill(self) -> None:
+        """A new stretch of counters where less than half of one is left; not while capturing."""
+        if self.left is None or len(self.left) < self.SIZE // 2:
+            self.left = torch.zeros(self.SIZE, dtype=torch.int32, device=self.device)
+            self.held.append(self.left)
+
+    def take(self, count: int) -> torch.Tensor | None:
+        """int32 [count] that no one else has; None where too few are left."""
+        if self.left is None or len(self.left) < count:
+            return None
+        found, self.left = self.left[:count], self.left[count:]
+        return found
+
+
+def arrivals(device: torch.device, count: int) -> torch.Tensor:
+    """int32 [count], all 0, for a launch that leaves them so: nothing sets them before it.
+
+    The launches of a stream come one after the other and share theirs. A captured launch may run
+    beside any other, on whatever stream: it gets its own for good, of a reserve that is filled by
+    launches which are not captured, of the warm-up for example. Where too few are left, the graph
+    holds one node more, which sets them to 0.
+    """
+    count = -(-count // 32) * 32  # 128 bytes: Triton compiles once more for another alignment
+    with _TAKING:
+        reserve = _RESERVES.setdefault(device, _Reserve(device))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            found = reserve.take(count)
+            if found is None:
+                found = torch.zeros(count, dtype=torch.int32, device=device)
+            return found
+        stream = 0
+        if device.type == "cuda":
+            stream = driver.active.get_current_stream(device.index)
+            reserve.fill()
+        found = _ARRIVALS.get((device, stream))
+        if found is None or len(found) < count:
+            found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            _ARRIVALS[device, stream] = found
+        return found
+
+
+def arrivals_for(x: torch.Tensor, count: int) -> torch.Tensor:
+    """`arrivals` on the device of a tensor of the launch."""
+    return x.recorder.arrivals(count) if isinstance(x, Operand) else arrivals(x.device, count)
 
 
 def head_major(x: torch.Tensor) -> torch.Tensor:

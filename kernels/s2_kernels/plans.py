@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
-from s2_kernels.launch import fresh_counter
+from s2_kernels.launch import arrivals, fresh_counter
 from s2_kernels.recording import CannotRecordError, Noted, Operand, Recorder
 from s2_kernels.versions import prepares_launches
 
@@ -85,12 +85,14 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A pass. Its addresses are, in order: inputs, outputs, parts of the scratch memory, counters.
+    """A pass. Its addresses are, in order: inputs, outputs, parts of the scratch memory,
+    counters of both kinds.
 
     Attributes:
         outputs: (shape, strides, dtype) of what the pass returns.
         parts, scratch: where the parts begin in the scratch memory, and its size (bytes).
         counters: how many counters that are 0 (launch.fresh_counter).
+        arrived: how many that launches leave at 0 (launch.arrivals), for each launch with such.
         zeroed: (which output, shape, strides), what of outputs is set to 0 before all launches.
     """
 
@@ -101,6 +103,7 @@ class Plan:
     maps: tuple[TensorMap, ...]
     launches: tuple[Launch, ...]
     zeroed: tuple[tuple, ...] = ()
+    arrived: tuple[int, ...] = ()
 
     def run(self, tensors: tuple, device: torch.device) -> tuple[torch.Tensor, ...] | None:
         """The pass on the current stream of a device.
@@ -131,6 +134,7 @@ class Plan:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             _CAPTURED.add(self)
         counters = [fresh_counter(device) for _ in range(self.counters)]
+        counters += [arrivals(device, count) for count in self.arrived]
         addresses += [x.data_ptr() for x in counters]
         maps = [x.at(addresses[x.index]) for x in self.maps]
         stream = driver.active.get_current_stream(device.index)
@@ -158,14 +162,15 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
     """
     recorder = Recorder(tensors, device)
     results = launcher(*recorder.inputs) or ()
-    ours = {x.slot for x in (*recorder.inputs, *results) if x is not None} | recorder.counters
+    ours = {x.slot for x in (*recorder.inputs, *results) if x is not None}
+    ours |= recorder.counters | recorder.arrived.keys()
     parts, scratch = {}, 0
     for x in recorder.slots:
         if x.slot not in ours and x.numel():
             parts[x.slot] = scratch
             scratch += -(-x.numel() * x.element_size() // ALIGNMENT) * ALIGNMENT
     order = (*recorder.inputs, *results)
-    order = [*(x and x.slot for x in order), *parts, *sorted(recorder.counters)]
+    order = [*(x and x.slot for x in order), *parts, *sorted(recorder.counters), *recorder.arrived]
     where = {slot: i for i, slot in enumerate(order) if slot is not None}
     maps: dict[tuple, TensorMap] = {}
     launches = [_prepare(noted, where, maps) for noted in recorder.launches]
@@ -179,6 +184,7 @@ def record(launcher: Callable, tensors: tuple, device: torch.device) -> Plan:
         counters=len(recorder.counters),
         maps=tuple(maps.values()),
         launches=tuple(launches),
+        arrived=tuple(recorder.arrived.values()),
         zeroed=tuple((places.index(x.slot), x.shape, x.strides) for x in recorder.zeroed),
     )
 

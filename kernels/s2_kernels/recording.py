@@ -152,6 +152,7 @@ class Recorder:
         inputs: an operand for each tensor that the pass is given, None where there is none.
         slots: an operand for each place, in order: the inputs first, then what is allocated.
         counters: slots of counters that are 0 at the start of a launch (launch.fresh_counter).
+        arrived: slots of counters that launches leave at 0 (launch.arrivals), how many in each.
         zeroed: what was set to 0, before all launches.
         launches: what was launched, in order.
     """
@@ -159,6 +160,7 @@ class Recorder:
     def __init__(self, tensors: tuple[torch.Tensor | None, ...], device: torch.device):
         self.device, self.slots = device, []
         self.counters: set[int] = set()
+        self.arrived: dict[int, int] = {}
         self.zeroed: list[Operand] = []
         self.launches: list[Noted] = []
         self.inputs = tuple(
@@ -174,6 +176,11 @@ class Recorder:
     def counter(self) -> Operand:
         operand = self.allocate((1,), (1,), torch.int32)
         self.counters.add(operand.slot)
+        return operand
+
+    def arrivals(self, count: int) -> Operand:
+        operand = self.allocate((count,), (1,), torch.int32)
+        self.arrived[operand.slot] = count
         return operand
 
     def note(self, kernel, grid, args, constants) -> None:

@@ -1,6 +1,6 @@
 """Times the paged decode kernel on one GPU against its bytes and against dense decoding.
 
-    python3 scripts/bench/decode_kernel.py [--out FILE.json] [--tune | --split]
+    python3 scripts/bench/decode_kernel.py [--out FILE.json] [--tune | --split | --configs A,B]
 
 Prints whether the kernel is right (float64 reference, poisoned pages, under a CUDA graph), the
 measured copy bandwidth, and a row per case: the time of one call inside a CUDA graph that walks
@@ -10,7 +10,8 @@ pattern; the page says which one was the fastest.
 
 Calls follow each other at once, so that a call may start while the one before it merges. "After
 write" is a call behind `s2_write_kernel`, as in a layer, less the write alone. --split tells where
-a call's time goes, kernel by kernel, with nothing overlapped.
+a call's time goes, kernel by kernel, with nothing overlapped. --configs times configurations by
+name, stride 16; NAME@256 is one that shares the work among 256 programs.
 """
 
 import argparse
@@ -38,22 +39,25 @@ from s2_kernels.paged import paged_reference
 from s2megatron import provenance
 
 CONFIGS = [
-    "n64w4s4x2c4", "n64w4s4x2c0", "n64w4s4x2c12", "n64w4s3x3c4r168", "n64w4s4x4c4",
-    "n64w4s4x2c4p4", "n64w4s4x2c4p2", "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
+    "n64w4s4x2c4", "n64w4s4x2c4one", "n64w4s4x2c4a8", "n64w4s4x2c4a8one", "n64w4s4x2c12",
+    "n64w4s3x3c4r168", "n64w4s4x4c4", "n64w4s4x2c4p4", "n64w4s4x2c4p2",
+    "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
 ]  # fmt: skip
 CASES = ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1))
 """(stride, batch); stride 1 is dense."""
-TUNED = {(16, 1): 10, (16, 16): 10, (16, 8): 7, (8, 1): 10, (16, 64): 5, (16, 20): 5}
+TUNED = {(16, 1): 12, (16, 16): 12, (16, 8): 9, (8, 1): 12, (16, 64): 7, (16, 20): 7}
 """The same, and how many configurations are tried."""
 
 
 def parse_config(text: str) -> DecodeConfig:
-    """Reads what `str` writes: n64w4s4x2c4, with p4, r168 or nopdl behind where it differs."""
-    found = re.fullmatch(r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(nopdl)?", text)
-    sizes, (start, prefetch, maxnreg) = found.groups()[:4], found.groups()[4:7]
+    """Reads what `str` writes: n64w4s4x2c4, then p4, r168, a8, one or nopdl where it differs."""
+    found = re.fullmatch(
+        r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(?:a(\d+))?(one)?(nopdl)?", text
+    )
+    sizes, (start, prefetch, maxnreg, ahead) = found.groups()[:4], found.groups()[4:8]
     return DecodeConfig(
-        *map(int, sizes), pdl=not found[8], start=int(start), prefetch=int(prefetch or 0),
-        maxnreg=int(maxnreg or 0),
+        *map(int, sizes), pdl=not found[10], start=int(start), prefetch=int(prefetch or 0),
+        maxnreg=int(maxnreg or 0), ahead=int(ahead or 1), one_launch=bool(found[9]),
     )  # fmt: skip
 
 
@@ -125,16 +129,22 @@ def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
         error = (out.double() - exact).abs().max().item()
         lse_error = (lse.double() - exact_lse)[real].abs().max().item()
         again, _ = launch_decode(q, k, v, table, lens, pattern, scale)
+        rows, _ = decode.tile_of(s, pattern.heads // pattern.kv_heads)
+        other = config or decode_config(d, d, rows, pattern.block_size, dtype, q.device)
+        other = dataclasses.replace(other, one_launch=not other.one_launch)
+        merged, merged_lse = launch_decode(q, k, v, table, lens, pattern, scale, config=other)
+        one = torch.equal(out, merged) and torch.equal(lse, merged_lse)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured, _ = launch_decode(q, k, v, table, lens, pattern, scale)
         graph.replay()
         torch.cuda.synchronize()
         same = torch.equal(out, again) and torch.equal(out, captured)
-        verdict = "ok" if error < 0.02 and lse_error < 1e-3 and same else "WRONG"
+        verdict = "ok" if error < 0.02 and lse_error < 1e-3 and same and one else "WRONG"
         lines.append(
             f"{verdict} d{d} B{pattern.block_size} {dtype} s{s} lengths {lengths}: "
-            f"error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}"
+            f"error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}, "
+            f"merged by one launch or two: {one}"
         )
     return lines
 
@@ -185,12 +195,12 @@ def copy_kernel(p_from, p_to, N: tl.constexpr):
     tl.store(p_to + offsets, tl.load(p_from + offsets))
 
 
-def calls_of(pattern, batch, tokens, d, dtype, config, pools):
+def calls_of(pattern, batch, tokens, d, dtype, config, pools, programs=None):
     lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, 1, pattern.heads, d, device="cuda").to(dtype)
     return [
         lambda k=k, v=v, t=t: launch_decode(
-            q, k, v, t, lens, pattern, 1 / math.sqrt(d), config=config
+            q, k, v, t, lens, pattern, 1 / math.sqrt(d), config=config, programs=programs
         )
         for k, v, t, _ in pools
     ]
@@ -256,11 +266,14 @@ class Table:
         for name in configs:
             if self.late:
                 return print("out of time", flush=True)
-            config = parse_config(name)
+            name_of_config, _, programs = name.partition("@")
+            config, programs = parse_config(name_of_config), int(programs or 0) or None
             try:
-                calls = calls_of(pattern, batch, self.tokens, self.d, self.dtype, config, pools)
+                calls = calls_of(
+                    pattern, batch, self.tokens, self.d, self.dtype, config, pools, programs
+                )
                 self.add(stride, batch, name, size, graph_time(calls))
-                if stride == 16 and batch in (1, 16):
+                if stride == 16:
                     self.time_after_write(batch, name, size, pattern, calls, pools)
             except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
                 print(f"{name}: {type(error).__name__} {str(error)[:90]}")
@@ -307,6 +320,8 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--tune", action="store_true", help="try every configuration")
+    parser.add_argument("--configs", type=lambda names: names.split(","), help="by name")
+    parser.add_argument("--batches", default="1,8,16,64", help="of --configs")
     parser.add_argument("--split", action="store_true", help="time each kernel by itself")
     parser.add_argument("--check-only", action="store_true", help="time nothing (memcheck)")
     parser.add_argument("--deadline", type=float, default=85, help="seconds, then stop")
@@ -314,17 +329,20 @@ def main():
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     default = str(decode_config(128, 128, 16, 64, torch.bfloat16, torch.device("cuda")))
     configs = [default, *(c for c in CONFIGS if c != default)] if a.tune else [default]
-    lines = check()
-    for name in configs[1:]:
-        lines += [f"{name}: {line}" for line in check(parse_config(name), 2)]
+    configs = a.configs or configs
+    lines = check(most=4 if a.configs else 99)
+    for name in configs if a.configs else configs[1:]:
+        if "@" not in name:
+            lines += [f"{name}: {line}" for line in check(parse_config(name), 2)]
     print("\n".join(lines), flush=True)
     if a.check_only:
         return
     if a.split:
-        return time_kernels(a.tokens, ["n64w4s4x2c0", "n64w4s4x2c4"])
+        return time_kernels(a.tokens, ["n64w4s4x2c4", "n64w4s4x2c4one"])
     table = Table(a.tokens, a.deadline)
     print(f"copy: {table.bandwidth / 1e12:.3f} TB/s", flush=True)
-    for stride, batch in TUNED if a.tune else CASES:
+    cases = [(16, int(batch)) for batch in a.batches.split(",")] if a.configs else CASES
+    for stride, batch in TUNED if a.tune else cases:
         table.time_case(stride, batch, configs[: TUNED[stride, batch]] if a.tune else configs)
     result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
                   copy=table.bandwidth, check=lines, rows=table.rows,

@@ -51,12 +51,18 @@ class DocumentMix:
         records: share of the other documents that are records; what is left are tasks.
         shortest: tokens of the shortest document, a power of two.
         styles: what tasks are written in, one drawn for each.
+        tasks: one drawn for each document with filler.
+        facts: the most that a document with filler has, where it is long enough for them.
+        asked: the most of them that is asked for, as a share.
     """
 
     repeats: float = 0.5
     records: float = 0.6
     shortest: int = SHORTEST
     styles: tuple[str, ...] = ("records", "records", "sentences")
+    tasks: tuple[str, ...] = TASKS
+    facts: int = 64
+    asked: float = 0.5
 
 
 class Maker:
@@ -112,10 +118,12 @@ class Maker:
             )  # fmt: skip
             return made.tokens
         style = rng.choice(self.mix.styles)
-        task = rng.choice(TASKS)
+        task = rng.choice(self.mix.tasks)
         size = self.record if style == "records" else 40
-        records = max(4, min(rng.randint(4, 64), length // (3 * size)))
-        queries = None if task == "single" else rng.randint(2, max(2, records // 2))
+        records = max(4, min(rng.randint(4, self.mix.facts), length // (3 * size)))
+        queries = (
+            None if task == "single" else rng.randint(2, max(2, int(records * self.mix.asked)))
+        )
         made = make_document(
             task, self.encode, length, rng, style=style, queries=queries,
             records=None if task == "single" else records, filler=self.filler(rng, length),

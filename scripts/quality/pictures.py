@@ -8,6 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy
 
+from s2megatron.evaluation.report import draw_retrieval
+
+MANY = 100
+"""Documents a length from which on a probe has a picture of its own."""
+
 
 def draw(results: list[dict], speeds: dict, values: dict, out: Path) -> dict[str, Path]:
     """Draws what there are numbers for; returns title -> file.
@@ -25,6 +30,13 @@ def draw(results: list[dict], speeds: dict, values: dict, out: Path) -> dict[str
     if any(result.get("phases") for result in timed):
         files["loss against seconds of training"] = out / "equal-time.png"
         draw_equal_time(timed, files["loss against seconds of training"])
+    for result in results:
+        for probe in (result["recipe"].get("examination") or {}).get("probes", []):
+            found = result.get("examination", {}).get(probe["name"], {}).get("retrieval")
+            if found and (probe.get("documents") or 0) >= MANY:
+                name = f"{result['file']}, {probe['name']}"
+                files[name] = out / f"{result['file']}-{probe['name']}.png"
+                draw_retrieval(found, files[name], title=name)
     return files
 
 

@@ -10,7 +10,6 @@ Several recipes may share a folder.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import documents
@@ -22,11 +21,7 @@ from recipe import Phase, Recipe, history
 def write_retrieval(data: Path, phase: Phase, recipe: Recipe, processes: int | None) -> None:
     """The retrieval documents of a phase, and records of its length to watch."""
     name = phase.documents_name(recipe.documents_seed)
-    kind = documents.DocumentMix(records=phase.records, repeats=phase.repeats)
-    if phase.shortest is not None:
-        kind = replace(kind, shortest=phase.shortest)
-    if phase.styles is not None:
-        kind = replace(kind, styles=tuple(phase.styles))
+    kind = documents.DocumentMix(**phase.mix)
     watched = documents.DocumentMix(records=1.0, repeats=0.0)
     few = max(1, recipe.watch_tokens // phase.length)
     jobs = (

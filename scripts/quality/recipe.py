@@ -13,6 +13,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from s2megatron.errors import ConfigError
+from s2megatron.evaluation.retrieval import TASKS
+from s2megatron.evaluation.words import LETTER_KEYS
+
+MIX = ("records", "repeats", "shortest", "styles", "tasks", "facts", "asked")
+"""What a phase may say of its retrieval documents: documents.DocumentMix has them, too."""
 
 
 class _Checked(BaseModel):
@@ -46,6 +51,12 @@ class Phase(_Checked):
     that holds a record and its question."""
     styles: list[Literal["records", "sentences"]] | None = Field(default=None, min_length=1)
     """See documents.DocumentMix; left out: its own."""
+    tasks: list[Literal[TASKS]] | None = Field(default=None, min_length=1)
+    """See documents.DocumentMix; left out: all."""
+    facts: int | None = Field(default=None, ge=4, le=len(LETTER_KEYS))
+    """See documents.DocumentMix; left out: its own."""
+    asked: float | None = Field(default=None, gt=0, le=1)
+    """See documents.DocumentMix; left out: its own."""
     seconds: float | None = None
     """Training stops after so many seconds of this phase, wherever it is: for trying a recipe, not
     for comparing arms. Left out: no limit."""
@@ -77,6 +88,16 @@ class Phase(_Checked):
         """Of a step."""
         return self.batch_tokens // self.length
 
+    @property
+    def mix(self) -> dict:
+        """What it says of its retrieval documents, as arguments of documents.DocumentMix."""
+        given = {name: getattr(self, name) for name in MIX}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
+
     def documents_name(self, seed: int) -> str:
         """Of the dataset of its retrieval documents; recipes that want the same ones share it."""
         wanted = int(self.steps * self.sequences * self.retrieval * 1.02) + 8
@@ -85,6 +106,12 @@ class Phase(_Checked):
             kind += f"-from-{self.shortest}"
         if self.styles is not None:
             kind += f"-{''.join(style[0] for style in self.styles)}"
+        if self.tasks is not None:
+            kind += f"-{'+'.join(self.tasks)}"
+        if self.facts is not None:
+            kind += f"-of-{self.facts}-facts"
+        if self.asked is not None:
+            kind += f"-asked-{self.asked:g}"
         return f"retrieval-{self.length}-{kind}-seed-{seed}-of-{wanted}"
 
     def micro_batch(self, sequences: int) -> int:

@@ -11,6 +11,7 @@ empty.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -31,12 +32,14 @@ def group(result: dict) -> tuple[str, int, str]:
     """What makes arms comparable: the same recipe, seed, and first weights.
 
     Weights of one seed that were trained twice are not the same: GPUs do not add in one order. Arms
-    that each began with weights of their own are comparable whenever that was.
+    that each began with weights of their own are comparable whenever that was. What a phase leaves
+    out counts as if its recipe did not know of it: an older result has fewer fields.
     """
     recipe = result["recipe"]
+    said = [{k: v for k, v in phase.items() if v is not None} for phase in recipe["phases"]]
     before = recipe.get("start") or recipe.get("after")
     origin = result.get("origin", "") if result.get("shared", True) else ""
-    return f"{before} {json.dumps(recipe['phases'])}", recipe["seed"], origin
+    return f"{before} {json.dumps(said)}", recipe["seed"], origin
 
 
 def losses(result: dict, length: int, far: bool = False) -> numpy.ndarray | None:
@@ -214,15 +217,17 @@ def seeds_table(results: list[dict]) -> list[str]:
     for arms in recipes.values():
         dense = arms.get("dense", arms.get("smollm2-dense", {}))
         for arm, by_seed in arms.items():
-            for length in examination(next(iter(by_seed.values())))["loss_lengths"]:
-                found = {seed: mean(losses(r, length)) for seed, r in by_seed.items()}
-                base = {seed: mean(losses(r, length)) for seed, r in dense.items()}
+            lengths = examination(next(iter(by_seed.values())))["loss_lengths"]
+            for length, far in itertools.product(lengths, (False, True)):
+                found = {seed: mean(losses(r, length, far)) for seed, r in by_seed.items()}
+                base = {seed: mean(losses(r, length, far)) for seed, r in dense.items()}
                 both = [seed for seed in sorted(found) if found[seed] and base.get(seed)]
                 if len(both) < 2:
                     continue
                 gaps = numpy.array([found[seed] / base[seed] - 1 for seed in both])
                 each = ", ".join(f"{gap:+.2%}" for gap in gaps)
-                cells = [arm, str(length), ", ".join(f"{found[seed]:.4f}" for seed in both), each]
+                of = f"{length}, far repeats" if far else str(length)
+                cells = [arm, of, ", ".join(f"{found[seed]:.4f}" for seed in both), each]
                 lines.append(row([*cells, f"{gaps.mean():+.2%}", f"{gaps.std(ddof=1):.2%}"]))
     head = ["arm", "loss at", "by seed", "against dense, by seed", "mean", "spread (sd)"]
     return [*rule(head), *lines] if lines else []

@@ -23,7 +23,7 @@ VARIANTS = {
     "s2_sparse_dkdv_kernel": 1,
     "s2_sparse_dq_kernel": 1,
     "s2_decode_kernel": 10,
-    "s2_merge_kernel": 10,
+    "s2_merge_kernel": 5,
     "s2_write_kernel": 5,
     "s2_move_blocks_kernel": 20,
     **HOPPER_VARIANTS,
@@ -62,6 +62,12 @@ def test_every_kernel_is_compiled_for_hopper_as_often_as_it_has_variants(report)
 @pytest.mark.parametrize("kernel", LOOPS)
 def test_hopper_main_loops(report, kernel):
     check_main_loops(report, kernel)
+
+
+def test_a_part_is_counted_when_all_threads_have_written_it(report):
+    """Decoding in one launch: a barrier, then an atomic that releases and acquires."""
+    counts = [tuple(one) for found in report["counts"] for one in found]
+    assert counts == [("bar.sync", "atom.global.gpu.acq_rel.add.u32")] * 5
 
 
 def test_a_second_length_compiles_nothing(report):

@@ -1,15 +1,20 @@
 """Decoding and paged prefill: Triton (under the interpreter without a GPU) against float64."""
 
 import math
+import types
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from paged_cases import PagedCase, make_paged, truth_of
+from triton.runtime import interpreter
 
 from s2_kernels import dense, local_stride, ranges, sliding_window
+from s2_kernels import launch as launchers
 from s2_kernels.cache import alive_blocks
 from s2_kernels.decode import DecodeConfig, launch_decode, tile_of
+from s2_kernels.launch import arrivals
 from s2_kernels.paged import paged_attention, write_pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +33,7 @@ CASES = [
     PagedCase(LOCAL, (200, 35, 3), s=3),  # a draft to verify; queries in two blocks
     PagedCase(MIXED, (90, 20), s=20),  # paged prefill, also of a whole prompt
     PagedCase(LOCAL, (70, 30), s=50),  # padding in front
+    PagedCase(LOCAL, (3, 90, 2), s=50),  # and a whole tile of it
     PagedCase(replace(LOCAL, block_size=64), (300, 70), d=48, dv=64),
     PagedCase(replace(LOCAL, block_size=64), (150,), s=100),
 ]
@@ -45,8 +51,8 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def launch(x, pattern, block_n=16, programs=5):
-    config = DecodeConfig(block_n, 4, 2, 1)
+def launch(x, pattern, block_n=16, programs=5, **options):
+    config = DecodeConfig(block_n, 4, 2, 1, **options)
     return launch_decode(
         x.q, x.k_pages, x.v_pages, x.page_table, x.lengths, pattern,
         1 / math.sqrt(x.q.shape[-1]), config=config, programs=programs,
@@ -59,10 +65,43 @@ def assert_close(got, truth, tolerance=2e-5):
         assert torch.where(same, 0, value.double() - expected).abs().max() < tolerance
 
 
+def assert_same_bits(got, expected):
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_is_the_definition(case):
+    """Also where the last program merges, which leaves the counters at 0: it runs three times."""
     x = make_paged(case, device=DEVICE)
-    assert_close(launch(x, case.pattern), truth_of(case, x))
+    got = launch(x, case.pattern)
+    assert_close(got, truth_of(case, x))
+    for _ in range(3):
+        assert_same_bits(launch(x, case.pattern, one_launch=True, ahead=4), got)
+    assert not arrivals(x.q.device, 1).any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's programs end in an order of their own")
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[5]], ids=str)
+@pytest.mark.parametrize("programs", [6, 40])
+def test_whoever_ends_last_merges_the_same(monkeypatch, case, programs):
+    """The interpreter runs one program after the other: here the last first, or any first."""
+    x = make_paged(case)
+    expected = launch(x, case.pattern, programs=programs)
+    builder = interpreter.interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+    for order in (range(programs)[::-1], torch.randperm(programs).tolist()):
+        ran = []
+
+        def permuted(i, *rest, order=order, ran=ran):
+            ran.append(order[i])
+            set_grid_idx(order[i], *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_idx", permuted)
+            got = launch(x, case.pattern, programs=programs, one_launch=True)
+        assert_same_bits(got, expected)
+        assert ran == list(order)
+    assert not arrivals(x.q.device, 1).any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -86,8 +125,9 @@ def test_any_tile_and_any_split(block_n, programs):
         x = make_paged(case, device=DEVICE)
         got = launch(x, case.pattern, block_n, programs)
         assert_close(got, truth_of(case, x))
-    again = launch(x, case.pattern, block_n, programs)
-    assert all(torch.equal(*pair) for pair in zip(got, again, strict=True))
+        one = launch(x, case.pattern, block_n, programs, one_launch=True, ahead=2)
+        assert_same_bits(one, got)
+    assert_same_bits(launch(x, case.pattern, block_n, programs), got)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -131,12 +171,67 @@ def test_a_prompt_leaves_only_what_is_alive(tokens, backend):
     assert pool[-1].isnan().all()
 
 
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 200, 0)])
+def test_a_sequence_without_a_token_has_no_output(one, lengths):
+    """As a CUDA graph has them for sequences that a step does not need."""
+    x = make_paged(replace(CASES[0], lengths=(200, 200, 200)), device=DEVICE)
+    whole = launch(x, LOCAL)
+    x.lengths.copy_(torch.tensor(lengths))
+    out, lse = launch(x, LOCAL, one_launch=one)
+    for i, length in enumerate(lengths):
+        if length:
+            assert (out[i] - whole[0][i]).abs().max() < 2e-5
+        else:
+            assert not out[i].any() and (lse[i] == -math.inf).all()
+
+
 def test_a_chunk_in_several_launches(monkeypatch):
     """More query tiles than a launch counts: the queries go in slices."""
     monkeypatch.setattr("s2_kernels.decode.MOST_UNITS", 2)
     case = PagedCase(LOCAL, (90,), s=80)
     x = make_paged(case, device=DEVICE)
-    assert_close(launch(x, case.pattern), truth_of(case, x))
+    for one in (False, True):
+        assert_close(launch(x, case.pattern, one_launch=one), truth_of(case, x))
+
+
+def test_a_captured_launch_has_counters_of_its_own(monkeypatch):
+    """Others share those of their stream; a graph may run beside any of them, on any stream."""
+    device, stream, capturing = torch.device("cuda", 7), [1], [False]
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    active = types.SimpleNamespace(get_current_stream=lambda index: stream[0])
+    monkeypatch.setattr("s2_kernels.launch.driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr("s2_kernels.launch._ARRIVALS", {})
+    monkeypatch.setattr("s2_kernels.launch._RESERVES", {})
+
+    def place(count=8):
+        x = arrivals(device, count)
+        assert len(x) >= count and not x.any() and x.data_ptr() % 16 == 0
+        return x, range(x.data_ptr(), x.data_ptr() + 4 * len(x))
+
+    mine, at = place()
+    assert place()[1] == at and place(4096)[1] == at
+    larger, _ = place(5000)
+    stream[0] = 2
+    other, elsewhere = place()
+    capturing[0] = True
+    taken = [place(count) for count in (8, 8, 4096)]
+    ranges = [at, elsewhere, *(x[1] for x in taken)]
+    assert all(not set(a) & set(b) for i, a in enumerate(ranges) for b in ranges[:i])
+    reserve = launchers._RESERVES[device]
+    while len(reserve.left) >= 4096:  # more than a reserve holds: the graph has a node more
+        taken.append(place(4096))
+    place(4096)
+    memory, addresses = weakref.ref(taken[0][0]._base), [x[1] for x in taken]
+    taken.clear()  # a graph knows their addresses only
+    capturing[0] = False
+    place()  # which fills it again
+    assert len(reserve.left) == reserve.SIZE
+    assert memory() is not None  # and gives nobody else the memory of a graph's counters
+    capturing[0] = True
+    assert not any(set(place()[1]) & set(at) for at in addresses)
 
 
 def refusal(**changes) -> str:
@@ -159,6 +254,8 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     assert "k_pages is torch.float16" in refusal(k_pages=x.k_pages.half())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a GPU" in refusal(backend="triton")
+    with pytest.raises(ValueError, match="start=0: must be 1 or more"):
+        DecodeConfig(64, 4, 4, 2, start=0)
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 64, 96])

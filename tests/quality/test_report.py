@@ -99,7 +99,9 @@ def test_seeds_show_the_noise():
     nats = {("dense", 1): [20.0, 30.0], ("paper", 1): [21.0, 31.5], ("dense", 2): [20.0, 20.0],
             ("paper", 2): [20.0, 21.2]}  # fmt: skip
     found = [arm_result(arm, of, seed=seed) for (arm, seed), of in nats.items()]
-    line = report.seeds_table(found)[-1]
+    found[0]["recipe"]["phases"] = [PHASE | {"shortest": None}]  # of a recipe that knows more
+    line, far = report.seeds_table(found)[-2:]
+    assert far.startswith("| paper | 4096, far repeats | 2.6250, 2.0600 | +5.00%, +3.00% |")
     assert line == "| paper | 4096 | 2.6250, 2.0600 | +5.00%, +3.00% | +4.00% | 1.41% |"
 
 
@@ -124,3 +126,16 @@ def test_equal_time_is_drawn_by_seconds(tmp_path):
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out/equal-time.png").stat().st_size > 5000
     assert "](equal-time.png)" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_probe_of_many_documents_has_a_picture_of_length_and_depth(tmp_path):
+    """Needles by the hundred have one; a probe of few documents has too few a cell."""
+    few, many = arm_result("dense", [20.0, 30.0]), arm_result("paper", [21.0, 32.0])
+    cell = dict(value=1.0, error=0.0, count=10)
+    found = {"single": {"by length": {"4096": {"all": cell, "by depth": [cell] * 10}}}}
+    many["recipe"]["examination"]["probes"][0]["documents"] = 100
+    for result in (few, many):
+        result["examination"]["records"]["retrieval"] = found
+    files = pictures.draw([few, many], {"dense--1": None, "paper--1": None}, {}, tmp_path)
+    assert [path.name for path in files.values()] == ["curves.png", "paper--1-records.png"]
+    assert files["paper--1, records"].stat().st_size > 5000

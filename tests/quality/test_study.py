@@ -171,11 +171,43 @@ def test_a_phase_names_the_documents_that_it_asks_for(folder):
                               "retrieval-512-0.6-0.5-from-256-sr-seed-1-of-18")  # fmt: skip
     with pytest.raises(ValueError, match="shortest"):  # lengths are doubled from there
         Phase(**options, shortest=0)
+    far = dict(tasks=["single", "multi_key"], facts=128, asked=1.0)
+    assert Phase(**options, **far).documents_name(1) == (
+        "retrieval-512-0.6-0.5-single+multi_key-of-128-facts-asked-1-seed-1-of-18"
+    )
+    assert Phase(**options, **far).mix == dict(
+        records=0.6, repeats=0.5, tasks=("single", "multi_key"), facts=128, asked=1.0
+    )
     mix = documents.DocumentMix(shortest=256, styles=("sentences",))
     maker = documents.Maker(str(folder / "tokenizer"), None, 512, 1, mix)
     rng = random.Random(2)
     assert {maker.document_length(rng, 512) for _ in range(40)} == {256, 512}
     assert maker.document_length(rng, 100) == 100
+
+
+def test_a_mix_with_more_facts_asks_more_often_from_afar(folder, monkeypatch):
+    """What a mix says of tasks, facts and questions is what its documents have."""
+    made, make = [], documents.make_document
+
+    def watch(task, *arguments, **options):
+        made.append((task, options["records"], make(task, *arguments, **options)))
+        return made[-1][2]
+
+    monkeypatch.setattr(documents, "make_document", watch)
+    mix = dict(repeats=0, records=0, shortest=2048, styles=("records",))
+    answers = []
+    for more in ({}, dict(tasks=("multi_key",), facts=128, asked=1.0)):
+        made.clear()
+        maker = documents.Maker(
+            str(folder / "tokenizer"), None, 2048, 1, documents.DocumentMix(**mix, **more)
+        )
+        rng = random.Random(3)
+        for _ in range(20):
+            maker.document(rng, 2047)
+        answers.append(sum(x.distance > 1024 for _, _, one in made for x in one.answers))
+    assert {task for task, _, _ in made} == {"multi_key"}
+    assert 64 < max(records for _, records, _ in made) <= 128
+    assert answers[1] > 3 * answers[0] > 0
 
 
 def test_repeated_keys_keep_their_values(folder):

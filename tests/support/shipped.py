@@ -8,6 +8,7 @@ for the caller to say, by PYTHONPATH.
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,10 @@ BLOCKS_OF_16 = local_stride(heads=4, kv_heads=2, block_size=16, local_blocks=4, 
 BLOCKS_OF_128 = local_stride(heads=4, block_size=128, local_blocks=2, stride=4)
 DENSE = dense(heads=4)
 THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
+
+
+COUNT = re.compile(r"(bar\.sync|st\.global)(?:(?!bar\.sync|st\.global).)*?(atom\.global\S+)", re.S)
+"""Of each atomic operation in PTX: the barrier or store before it, and what it is."""
 
 
 def tensors(n, pattern, d, dtype, packed):
@@ -174,7 +179,7 @@ def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
     for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
-    report = dict(usage=[], loops=[])
+    report = dict(usage=[], loops=[], counts=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
         seen = set()
         for launch, options in cases:
@@ -186,6 +191,8 @@ def compile_all(arch: int, cases: list) -> dict:
             names = [(x.metadata.name, x) for x in new.values()]
             names = [(n, x) for n, x in names if n.startswith("s2_hopper")]
             report["loops"] += [(n, main_loops(x)) for n, x in names]
+            decoding = [x for x in new.values() if x.metadata.name == "s2_decode_kernel"]
+            report["counts"] += [COUNT.findall(x.asm["ptx"]) for x in decoding if arch == 90]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]
