@@ -33,6 +33,7 @@ setup(
         "transformers>=4.50",
         "safetensors>=0.8",  # 0.8 reads tensors without mapping the file into memory
         "sentencepiece",
+        "protobuf",  # what reads a SentencePiece model's rules
         "zstandard",  # reads .zst; Python has it from 3.14 on
         "matplotlib>=3.8",
     ],

@@ -208,9 +208,12 @@ def _compare(options) -> None:
     from s2megatron.evaluation.compare import compare
 
     text = compare(options.first, options.second)
-    if options.out:
-        Path(options.out).write_text(text, encoding="utf-8")
     print(text, end="")
+    try:
+        if options.out:
+            Path(options.out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}") from None
 
 
 def _to_hf(options) -> None:

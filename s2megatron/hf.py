@@ -19,22 +19,19 @@ attends to (docs/inference.md). transformers' own `model.generate` keeps all of 
 """
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
 from s2_kernels.record import read_record
-from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError, as_config_error
-from s2megatron.serving.cache import PagedCache, Tokens
-from s2megatron.serving.model import CACHE
-
-NAME = "s2"
+from s2megatron.serving.cache import PagedCache
+from s2megatron.serving.loading import WITHOUT_TP, load_model
+from s2megatron.serving.model import CACHE, NAME
+from s2megatron.serving.tokens import Tokens
 
 
 def load(folder, **from_pretrained):
@@ -44,14 +41,12 @@ def load(folder, **from_pretrained):
         folder: made by `s2megatron convert to-hf`. Without an `s2` key the model was trained dense
             and is loaded as transformers would.
         from_pretrained: handed on to AutoModelForCausalLM.from_pretrained.
+
+    Raises:
+        ConfigError: config.json cannot be read, its sparsity is not of this model, a file or a
+            tensor is missing, or the folder is an adapter's.
     """
-    config = from_pretrained.pop("config", None)
-    if config is None:
-        local = Path(folder).is_dir()
-        config = read_config(Path(folder)) if local else AutoConfig.from_pretrained(folder)
-    if getattr(config, NAME, None) is not None:
-        from_pretrained.setdefault("attn_implementation", NAME)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, **from_pretrained)
+    return load_model(folder, **from_pretrained)
 
 
 def s2_attention_forward(
@@ -80,7 +75,13 @@ def s2_attention_forward(
         ValueError: what S2 attention does not compute, by name.
     """
     _refuse(module, dropout, options)
+    query, key, value = _as_autocast(query, key, value)
     pattern = layer_pattern(module)
+    if query.shape[1] != pattern.heads:
+        raise ValueError(
+            f"attention 's2': {query.shape[1]} heads come to layer {module.layer_idx + 1}, and its "
+            f"pattern in config.json has {pattern.heads}: {WITHOUT_TP}"
+        )
     if attention_mask is not None and attention_mask.dim() != 1:
         raise ValueError(
             f"attention 's2': a {attention_mask.dim()}-D attention_mask cannot be applied: the "
@@ -90,8 +91,8 @@ def s2_attention_forward(
     positions = options.get("position_ids")
     if module.layer_idx == 0 and positions is not None and not (cached and key.cache.capturing):
         if cached:
-            key.refuse_going_back(positions)
             offset, first = key.begin, key.first(attention_mask)
+            key.refuse_other_positions(positions, first)
         else:
             offset, first = key.shape[2] - query.shape[2], attention_mask
         _refuse_restarts(positions, first, offset)
@@ -117,7 +118,7 @@ def generate(
         model: from `load`, with an `s2` key in its config.
         input_ids: int64 [b, s] on the model's device, all tokens so far.
         cache: of earlier turns, to go on with; default: a new one with room for `max_new_tokens`
-            (or `max_length`), one of which must be given.
+            (or `max_length`), one of which must be given, here or in the `generation_config`.
         graph: run steps of one token as a CUDA graph; fuse: compile their small operations. Of a
             given cache its own settings count.
         options: of transformers' `generate` (attention_mask, max_new_tokens, do_sample, ...).
@@ -129,26 +130,80 @@ def generate(
         ConfigError: as `PagedCache`; no length is given.
         ValueError: beam search, assisted generation, positions that go back.
     """
+    asked = _Asked(model, options)
+    asked.refuse_what_needs_another_cache()
     if cache is None:
-        new, most = options.get("max_new_tokens"), options.get("max_length")
-        if new is None and most is None:
-            raise ConfigError(
-                "generate: neither max_new_tokens nor max_length is given: the cache takes its "
-                "memory at once and must know how long the text may become"
-            )
         cache = PagedCache(
             model,
-            batch_size=input_ids.shape[0] * (options.get("num_return_sequences") or 1),
-            max_length=most if new is None else input_ids.shape[1] + new,
+            batch_size=input_ids.shape[0] * (asked.for_("num_return_sequences") or 1),
+            max_length=asked.length(input_ids.shape[1]),
             graph=graph,
             fuse=fuse,
+        )
+    elif not isinstance(cache, PagedCache):
+        raise ValueError(
+            f"generate: cache is a {type(cache).__name__}: this generates with a PagedCache; give "
+            f"others to model.generate ({CACHE}=...)"
         )
     elif cache.total >= input_ids.shape[1]:
         raise ValueError(
             f"generate: {input_ids.shape[1]} tokens are given, and the cache holds "
             f"{cache.total}: a position cannot go back; give all tokens so far and new ones"
         )
+    # A run that trained with recomputed activations leaves use_cache=False in config.json.
+    options["use_cache"] = True
     return model.generate(input_ids, **{CACHE: cache}, **options)
+
+
+class _Asked:
+    """What `generate` is asked for: its options, else those of the GenerationConfig in force."""
+
+    def __init__(self, model, options: dict):
+        self._options = options
+        self._config = options.get("generation_config") or model.generation_config
+
+    def for_(self, name: str):
+        given = self._options.get(name)
+        return getattr(self._config, name, None) if given is None else given
+
+    def length(self, prompt: int) -> int:
+        """Of the text with its prompt, in tokens. Raises ConfigError where nothing says it."""
+        new, most = self.for_("max_new_tokens"), self.for_("max_length")
+        if new is None and most is None:
+            raise ConfigError(
+                "generate: neither max_new_tokens nor max_length is given: the cache takes its "
+                "memory at once and must know how long the text may become"
+            )
+        return most if new is None else prompt + new
+
+    def refuse_what_needs_another_cache(self) -> None:
+        """Raises ValueError."""
+        if self._options.get("use_cache") is False:
+            raise ValueError(
+                "generate: use_cache=False: this generates with a PagedCache; leave it out, or "
+                "call model.generate"
+            )
+        if (self.for_("num_beams") or 1) > 1:
+            raise ValueError(
+                f"generate: num_beams={self.for_('num_beams')}: beam search shares a past between "
+                "beams, which pages here do not; num_beams=1, or model.generate, which uses a "
+                "DynamicCache"
+            )
+        if self._options.get("past_key_values") is not None:
+            raise ValueError("generate: past_key_values: hand a PagedCache on as cache=...")
+
+
+def _as_autocast(query: Tensor, key, value):
+    """In torch.autocast's dtype, where it is on: as for scaled_dot_product_attention.
+
+    Rotary embeddings leave queries and keys in float32 there, and values in the low precision. What
+    a `PagedCache` holds has its dtype, and `PagedCache.update` says so.
+    """
+    device = query.device.type
+    if isinstance(key, Tokens) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _attend(pattern: LayerPattern, scaling, q, k, v, first: Tensor | None) -> Tensor:
@@ -202,7 +257,8 @@ def _refuse(module, dropout: float, options: dict) -> None:
         "attention_dropout": dropout,
         "is_causal=False": not getattr(module, "is_causal", True)
         or options.get("is_causal") is False,
-        "output_attentions": options.get("output_attentions"),
+        "output_attentions": options.get("output_attentions")
+        or getattr(module.config, "output_attentions", False),
     }
     for name in _NOT_COMPUTED + _PACKED_OR_PAGED:
         asked_for[name] = options.get(name) is not None
@@ -235,7 +291,8 @@ def _refuse_restarts(positions: Tensor, first: Tensor | None, offset: int) -> No
         raise ValueError(
             "attention 's2': position_ids that start anew or leave positions out are not "
             "supported: packed sequences would see each other; give each sequence a row of its "
-            "own in the batch and leave position_ids out"
+            "own in the batch and leave position_ids out (generate makes such ones of prompts that "
+            "are padded on the right: tokenizer.padding_side = 'left')"
         )
 
 
@@ -259,7 +316,9 @@ def s2_mask(
     if mask_function is not causal_mask_function:
         raise ValueError(
             "attention 's2': only the plain causal mask is supported; sliding or chunked windows "
-            "and packed sequences (position_ids that start anew) are not"
+            "and packed sequences (position_ids that start anew) are not; under torch.compile give "
+            "an attention_mask, of ones too: without a mask and a cache transformers takes every "
+            "batch for a packed one there"
         )
     if not isinstance(q_offset, int) or kv_offset != 0 or kv_length != q_offset + q_length:
         raise ValueError(
@@ -269,12 +328,14 @@ def s2_mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < kv_length:
+    rows = attention_mask.shape[0] if attention_mask.dim() == 2 else 0
+    if rows not in (1, batch_size) or attention_mask.shape[1] < kv_length:
         raise ValueError(
-            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for "
-            f"{kv_length} keys; give a 2-D one with a column for every token, the cached ones too"
+            f"attention 's2': an attention_mask of shape {list(attention_mask.shape)} for a batch "
+            f"of {batch_size} and {kv_length} keys; give a 2-D one with a row for every sequence "
+            "and a column for every token, the cached ones too"
         )
-    real = attention_mask[:, :kv_length].bool()
+    real = attention_mask[:, :kv_length].bool().expand(batch_size, -1)
     if real.all():
         return None
     count = real.sum(dim=1)
@@ -283,7 +344,9 @@ def s2_mask(
     if ((last - first + 1 != count) & (count > 0)).any():
         raise ValueError(
             "attention 's2': attention_mask has zeros between ones; only padding before a "
-            "sequence, or after it, is supported"
+            "sequence, or after it, is supported: to go on from prompts of different lengths, pad "
+            "them on the left. Where generate is given no mask, it makes one with zeros wherever "
+            "the text holds pad_token_id: give one"
         )
     return first if first.any() else None
 

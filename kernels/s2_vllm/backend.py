@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.prefill import paged_prefill, scratch_bytes, takes_prefill
+from s2_vllm.checks import check_cache_dtype
 from s2_vllm.compat import KeysThenValues, page_fields
 from s2_vllm.rules import HeldBlocks, places
 from s2_vllm.spec import S2Spec
@@ -254,6 +255,7 @@ class S2Attention(Attention):
             prefix=stock.layer_name,
             attn_backend=S2Backend,
         )
+        check_cache_dtype(self.kv_cache_dtype, config.model_config, None, stock.layer_name)
         self.pattern, self._pools_of = pattern, None
         self.sequences = config.scheduler_config.max_num_seqs
         self.longest = config.model_config.max_model_len

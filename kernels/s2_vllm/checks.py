@@ -58,6 +58,8 @@ def check_and_set(config) -> None:
     patterns = _read_patterns(record, model.hf_text_config, where)
     _check_kernels(vllm.platforms.current_platform, model.get_head_size(), where)
     _refuse_options(config, where)
+    quantization = getattr(model.hf_config, "quantization_config", None)
+    check_cache_dtype(config.cache_config.cache_dtype, model, quantization, where)
     _check_parallel(config.parallel_config, patterns[0])
     _set_block_size(config.cache_config, patterns[0].block_size, where)
     model.hf_config.architectures = [OURS + name]
@@ -106,19 +108,26 @@ def _read_patterns(record, hf, where: str) -> tuple[LayerPattern, ...]:
 
 def _refuse_options(config, where: str) -> None:
     """Raises ValueError for what S2 pages have no place for, by the option's name."""
+    from vllm import envs
+
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     hf = model.hf_text_config
     windowed = getattr(hf, "use_sliding_window", True)
     window = getattr(hf, "sliding_window", None) if windowed else None
-    dtype = str(model.dtype).removeprefix("torch.")
-    backend = config.attention_config.backend
+    attention = config.attention_config
+    backend = attention.backend
+    experts = (model, getattr(config, "aux_output_config", None))  # in the first up to 0.32
     found = {
         f"{where}: sliding_window={window}": window is not None,
         f"--runner {model.runner_type}": model.runner_type != "generate",
         f"--model-impl {model.model_impl}": model.model_impl not in ("auto", "vllm"),
-        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", dtype),
         f"--attention-backend {getattr(backend, 'name', backend)}": backend is not None
         and backend.name != "CUSTOM",
+        "--attention-config backend_per_kind": bool(getattr(attention, "backend_per_kind", None)),
+        "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
+        "--enable-return-routed-experts": any(
+            getattr(part, "enable_return_routed_experts", False) for part in experts
+        ),
         "--speculative-config": config.speculative_config is not None,
         "--kv-transfer-config": config.kv_transfer_config is not None,
         "--kv-offloading-size": cache.kv_offloading_size is not None,
@@ -137,6 +146,30 @@ def _refuse_options(config, where: str) -> None:
                 f"{name}: not supported with the pages per KV head of an S2 model; leave it out "
                 "(docs/serving.md says why)"
             )
+
+
+def check_cache_dtype(cache_dtype: str, model, quantization, where: str) -> None:
+    """Raises ValueError where pages would hold another type than the model computes in.
+
+    Args:
+        cache_dtype: of `--kv-cache-dtype`.
+        quantization: of config.json. llm-compressor's may ask for an fp8 cache, which vLLM takes
+            where the option is left at "auto".
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    scheme = None
+    if cache_dtype == "auto" and isinstance(quantization, dict):
+        scheme = quantization.get("kv_cache_scheme")
+    if cache_dtype in ("auto", dtype) and scheme is None:
+        return
+    asks = f"--kv-cache-dtype {cache_dtype}"
+    if scheme is not None:
+        asks = f"{where}: quantization_config.kv_cache_scheme"
+    low = dtype if dtype in ("bfloat16", "float16") else "bfloat16"
+    raise ValueError(
+        f"{asks}: not supported with the pages per KV head of an S2 model, which hold float16, "
+        f"bfloat16 or float32, as the model computes; give --dtype {low} --kv-cache-dtype {low}"
+    )
 
 
 def _check_kernels(platform, head_size: int, where: str) -> None:

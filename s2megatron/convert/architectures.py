@@ -102,6 +102,9 @@ _MEGATRON_FIXED = {
     "moe_mlp_glu_interleave_size": (None,),
 }
 
+# What balances experts by a loss; sinkhorn and quantile_balancing choose other experts.
+_LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+
 
 def from_megatron(args, where: str, *, vocab: int) -> CheckpointModel:
     """The model of a Megatron run.
@@ -116,11 +119,13 @@ def from_megatron(args, where: str, *, vocab: int) -> CheckpointModel:
     """
     for name, allowed in _MEGATRON_FIXED.items():
         value = getattr(args, name, allowed[0])
-        if value not in allowed:
-            raise ConfigError(
-                f"{where}: megatron.{name}={value!r} has no place in the Hugging Face models "
-                f"supported ({', '.join(ARCHITECTURES)}): only {allowed[0]!r} can be converted"
-            )
+        _refuse_unless(value in allowed, where, name, value, repr(allowed[0]))
+    balancing = getattr(args, "moe_router_load_balancing_type", None) or "none"
+    kinds = {balancing} if isinstance(balancing, str) else set(balancing)
+    _refuse_unless(
+        not getattr(args, "num_experts", None) or kinds <= _LOSSES,
+        where, "moe_router_load_balancing_type", balancing, "losses, which do not route,",
+    )  # fmt: skip
     grouped = getattr(args, "group_query_attention", False)
     experts = getattr(args, "num_experts", None) or 0
     expert_ffn = (args.moe_ffn_hidden_size or args.ffn_hidden_size) if experts else 0
@@ -146,6 +151,14 @@ def from_megatron(args, where: str, *, vocab: int) -> CheckpointModel:
         renormalized_router=not (experts and getattr(args, "moe_router_pre_softmax", False)),
         moe_layers=moe_layers,
     )
+
+
+def _refuse_unless(fits: bool, where: str, name: str, value, only: str) -> None:
+    if not fits:
+        raise ConfigError(
+            f"{where}: megatron.{name}={value!r} has no place in the Hugging Face models "
+            f"supported ({', '.join(ARCHITECTURES)}): only {only} can be converted"
+        )
 
 
 def _llama3_factor(args) -> float | None:

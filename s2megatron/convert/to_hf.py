@@ -14,11 +14,13 @@ from s2megatron.convert import architectures, hf_folder
 from s2megatron.convert.hf_config import read_config, read_json, write_json
 from s2megatron.convert.model import FIELD_NAMES, CheckpointModel, differences
 from s2megatron.convert.reader import CheckpointReader, Place
+from s2megatron.convert.sentencepiece_files import write_sentencepiece_tokenizer
 from s2megatron.convert.tensors import TensorRule, tensor_rules
 from s2megatron.convert.tokenizer import (
     RunTokenizer,
     copy_files,
     find_files,
+    reads_otherwise,
     run_tokenizer,
     write_byte_tokenizer,
 )
@@ -277,17 +279,39 @@ def _write_companions(reader, tokenizer: RunTokenizer, source, part: Path, notes
     """Tokenizer and generation config: `source`'s, or the run's own."""
     from transformers import GenerationConfig
 
-    files = (find_files(source) if source else {}) or tokenizer.files
+    files = find_files(source) if source else {}
     copy_files(files, part)
-    if not files and tokenizer.is_bytes:
-        write_byte_tokenizer(part)
-    elif not files:
-        kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
-        notes.append(
-            f"tokenizer: none copied (the run used {kind}{f' {model}' if model else ''}); --like "
-            "DIR takes a Hugging Face folder's"
-        )
+    if not files:
+        _write_own_tokenizer(reader, tokenizer, part, notes)
     if source and (source / hf_folder.GENERATION_CONFIG).is_file():
         shutil.copyfile(source / hf_folder.GENERATION_CONFIG, part / hf_folder.GENERATION_CONFIG)
     else:
         GenerationConfig.from_model_config(read_config(part)).save_pretrained(part)
+
+
+def _write_own_tokenizer(reader, tokenizer: RunTokenizer, part: Path, notes: list[str]) -> None:
+    """The run's tokenizer, so that transformers makes the tokens that it was trained on."""
+    trouble = f", which cannot be loaded: {tokenizer.trouble}" if tokenizer.trouble else ""
+    files = dict(tokenizer.files)
+    if tokenizer.sentencepiece is not None:
+        try:
+            write_sentencepiece_tokenizer(tokenizer.sentencepiece, part)
+            files = {"tokenizer.model": tokenizer.sentencepiece}
+        except ConfigError as error:
+            trouble = f": {error}"
+    copy_files(files, part)
+    if tokenizer.is_bytes:
+        write_byte_tokenizer(part)
+    elif not files:
+        kind, model = reader.args.tokenizer_type, reader.args.tokenizer_model
+        used = f"{kind}{f' {model}' if model else ''}{trouble}"
+        notes.append(
+            f"tokenizer: none written (the run used {used}); --like DIR takes another folder's"
+        )
+        return
+    if (how := reads_otherwise(part, tokenizer)) is not None:
+        notes.append(
+            f"tokenizer: transformers' AutoTokenizer {how}; `s2megatron generate` and `evaluate` "
+            "read it right, programs with PreTrainedTokenizerFast.from_pretrained(DIR), vLLM with "
+            "--tokenizer and a folder of the tokenizer's files alone, without a config.json"
+        )

@@ -66,11 +66,26 @@ def _bytes(name: str, model: str) -> tuple[Encode, int | None, int]:
     return lambda text: numpy.frombuffer(text.encode(), numpy.uint8), BYTE_VOCAB - 1, BYTE_VOCAB
 
 
-def _hugging_face(name: str, model: str) -> tuple[Encode, int | None, int]:
-    from transformers import AutoTokenizer
+def load_hugging_face(model: str | Path):
+    """The tokenizer in a folder or on the hub, as its own files describe it.
 
+    transformers' AutoTokenizer goes by the model beside it for some: in the folder of a qwen2 it
+    splits the text as Qwen2 does, whatever tokenizer.json says. Files that say that they are
+    nobody's in particular are read as they stand.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(model)
+    if (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _hugging_face(name: str, model: str) -> tuple[Encode, int | None, int]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_hugging_face(model)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"--tokenizer {name}: cannot be loaded ({what})") from None

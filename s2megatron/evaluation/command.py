@@ -8,12 +8,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from s2megatron.convert.tokenizer import has_tokenizer
 from s2megatron.data import make_tokenizer
 from s2megatron.errors import ConfigError, refuse_unread
 from s2megatron.evaluation.evaluate import LossPlan, evaluate
 from s2megatron.evaluation.network import Network, load_network
 from s2megatron.evaluation.progress import Say
-from s2megatron.evaluation.report import write_report
+from s2megatron.evaluation.report import remove_report, write_report
+from s2megatron.evaluation.result import Evaluation
 from s2megatron.evaluation.scoring import Filler, RetrievalPlan
 from s2megatron.evaluation.shards import parse_grid
 from s2megatron.evaluation.windows import Documents
@@ -64,10 +66,15 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
         extra_grids=extra,
         batch_tokens=options.batch_tokens,
         say=say,
-        keep=lambda part: part.write(out),
+        keep=lambda part: _keep(part, out),
     )
     write_report(found.summary(), out)
     return out
+
+
+def _keep(part: Evaluation, out: Path) -> None:
+    part.write(out)
+    remove_report(out)  # of the numbers that were there before
 
 
 def _make(out: Path) -> None:
@@ -84,8 +91,7 @@ def _tokenizer(options) -> tuple[Encode, str]:
     name = options.tokenizer
     if name is None:
         folder = Path(options.folder)
-        known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-        if folder.is_dir() and not any((folder / file).is_file() for file in known):
+        if folder.is_dir() and not has_tokenizer(folder):
             raise ConfigError(
                 f"{folder} has no tokenizer, which retrieval needs: name the one it was trained "
                 "with (--tokenizer bytes, huggingface:DIR or sentencepiece:FILE), or leave "

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from s2megatron import provenance
 from s2megatron.errors import ConfigError, as_config_error
@@ -12,10 +12,10 @@ from s2megatron.evaluation.network import Network
 from s2megatron.evaluation.progress import Say
 from s2megatron.evaluation.result import Evaluation
 from s2megatron.evaluation.retrieval import RetrievalDocument
-from s2megatron.evaluation.scoring import Filler, RetrievalPlan, evaluate_retrieval
+from s2megatron.evaluation.scoring import Filler, RetrievalPlan, evaluate_retrieval, no_twins
 from s2megatron.evaluation.shards import Grid, grids
 from s2megatron.evaluation.windows import Documents
-from s2megatron.evaluation.words import Encode
+from s2megatron.evaluation.words import Encode, digest
 
 BATCH_TOKENS = {"cuda": 65536, "cpu": 4096}
 
@@ -31,6 +31,8 @@ class LossPlan(BaseModel):
     """At most so many of each length."""
     packed: bool = False
     """All documents one after the other; else each window lies in one document."""
+
+    _different = field_validator("lengths")(no_twins)
 
 
 def evaluate(
@@ -55,11 +57,14 @@ def evaluate(
         retrieval, encode: both, for retrieval; `filler` as in `evaluate_retrieval`.
         extra_grids: block grids to count answers by, beside those of the model's own patterns.
         batch_tokens: tokens in one forward pass; left out: BATCH_TOKENS of the device.
-        keep: is given what there is so far after every length of the loss, and all at the end.
+        keep: is given what there is so far after every length of the loss, which says in `about`
+            what is missing, and all at the end.
 
     Raises:
         ConfigError: lengths, tokens or documents that do not fit.
     """
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigError(f"--batch-tokens {batch_tokens}: must be at least 1")
     size = batch_tokens or BATCH_TOKENS.get(network.device.type, BATCH_TOKENS["cuda"])
     for length in (loss.lengths if loss else ()) + (retrieval.lengths if retrieval else ()):
         if network.positions is not None and length > network.positions:
@@ -71,6 +76,8 @@ def evaluate(
         for length, task in itertools.product(retrieval.lengths, retrieval.tasks):
             with as_config_error(f"--tasks {task} at --lengths {length}"):
                 _check_tokens(network, retrieval.document(task, length, 0, encode, filler))
+    if encode is not None:
+        about = about | {"tokenizer digest": digest(encode)}
     about = {
         "attention": network.attention,
         **about,
@@ -80,12 +87,16 @@ def evaluate(
     }
     counted_by = sorted({*grids(network.patterns), *extra_grids})
     found = Evaluation(about, [], None, counted_by)
+    todo = [f"loss at {length}" for length in loss.lengths] if loss else []
+    todo += ["retrieval"] if retrieval else []
     for length in loss.lengths if loss else ():
         losses = evaluate_loss(
             network, documents, length, windows=loss.windows, packed=loss.packed,
             batch_tokens=size, say=say,
         )  # fmt: skip
-        found = Evaluation(about, [*found.losses, losses], None, counted_by)
+        todo = todo[1:]
+        told = about | {"unfinished": "without " + ", ".join(todo)} if todo else about
+        found = Evaluation(told, [*found.losses, losses], None, counted_by)
         keep(found)
     if retrieval is not None:
         answers = evaluate_retrieval(

@@ -127,22 +127,18 @@ def load_network(
             raise ConfigError(f"{name} {value}: must be {' or '.join(filter(None, known))}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no GPU is found here; choose cpu")
-    from transformers import AutoConfig
-
     from s2megatron import hf
+    from s2megatron.convert.hf_config import read_config
 
-    with as_config_error(f"{folder}: config.json"):
-        config = AutoConfig.from_pretrained(folder)
-        recorded = getattr(config, hf.NAME, None) is not None
-        attention = attention or ("s2" if recorded else "dense")
+    config = read_config(Path(folder))
+    recorded = getattr(config, hf.NAME, None) is not None
+    attention = attention or ("s2" if recorded else "dense")
     if attention == "s2" and not recorded:
         raise ConfigError(
             f"--attention s2: config.json of {folder} has no 's2' key, so the sparsity is not "
             "known; convert the checkpoint with `s2megatron convert to-hf`, or choose dense"
         )
     implementation = {"s2": hf.NAME, "dense": "sdpa"}[attention]
-    try:
+    with as_config_error(f"{folder}: the model cannot be loaded"):
         model = hf.load(folder, attn_implementation=implementation, dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: the model cannot be loaded: {error}") from None
     return Network.of(model.to(device))

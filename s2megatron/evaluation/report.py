@@ -29,6 +29,12 @@ def write_report(summary: dict, folder: str | Path) -> list[Path]:
     return files
 
 
+def remove_report(folder: str | Path) -> None:
+    """Takes away what `write_report` wrote of an evaluation before, once its numbers are gone."""
+    for name in (MARKDOWN, PICTURE, LOSS_PICTURE):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def markdown(summary: dict) -> str:
     """Every table of a summary."""
     about = summary["about"]

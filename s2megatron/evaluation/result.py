@@ -94,8 +94,9 @@ def read_json(folder: str | Path, name: str) -> dict:
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: is not JSON ({error}); evaluate again") from None
-    if found.get("version") != VERSION:
-        raise ConfigError(f"{file}: version {found.get('version')!r}, this one reads {VERSION}")
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != VERSION:
+        raise ConfigError(f"{file}: version {version!r}, this one reads {VERSION}")
     return found
 
 

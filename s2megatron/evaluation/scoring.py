@@ -32,6 +32,14 @@ Filler = Callable[[int, random.Random], Sequence[int]]
 """So many tokens of natural text."""
 
 
+def no_twins(values: tuple) -> tuple:
+    """Of pydantic fields: what is asked for twice would be counted twice, with too small errors."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} stands there twice; name it once")
+    return values
+
+
 class RetrievalPlan(BaseModel):
     """What is asked."""
 
@@ -49,6 +57,8 @@ class RetrievalPlan(BaseModel):
     records: int | None = Field(default=None, ge=1)
     style: str = "sentences"
     seed: int = 0
+
+    _different = field_validator("lengths", "tasks")(no_twins)
 
     @field_validator("tasks")
     @classmethod

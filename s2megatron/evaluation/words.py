@@ -1,5 +1,6 @@
 """The words of generated documents: filler sentences, and keys that occur in no filler sentence."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -48,6 +49,15 @@ WORD_KEYS = tuple(f"{colour}-{noun}" for colour in _KEY_COLOURS for noun in _KEY
 
 LETTER_KEYS = tuple(first + second for first in _LETTERS for second in _LETTERS)
 """Keys of records: two letters, so one or two tokens of nearly any tokenizer."""
+
+
+def digest(encode: Encode) -> str:
+    """The same for tokenizers that make the same tokens of words, signs, code and other scripts."""
+    printable = "".join(map(chr, range(32, 127)))
+    words = " ".join(_SUBJECTS + _ADJECTIVES + _VERBS + _OBJECTS + _PLACES)
+    text = f"{words}\n{printable}\n\tdef f(x):\n        return x ** 12345.678\n\u00e9\u65e5\u672c"
+    ids = ",".join(str(int(token)) for token in encode(text))
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
 def variable_names(count: int, rng: random.Random) -> list[str]:

@@ -6,69 +6,17 @@ training kernels, and what is alive after it is written into pages. Later tokens
 and then attend to pages.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from s2_kernels import LayerPattern
 from s2_kernels.paged import paged_attention, write_pages
 from s2_kernels.prefill import paged_prefill, takes_prefill
 from s2megatron.errors import ConfigError
 from s2megatron.serving.graph import DecodeGraph
 from s2megatron.serving.model import head_size, model_patterns
 from s2megatron.serving.pages import PREFILL_TOKENS, PagePool, pages_needed
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """New keys and values [b, g, s, d] of one layer, as `PagedCache.update` hands them on."""
-
-    cache: "PagedCache"
-    layer: int
-    keys: Tensor
-    values: Tensor
-
-    def __getattr__(self, name: str):
-        raise ValueError(
-            f"PagedCache hands its keys to attention 's2' only, and something asked for .{name}: "
-            "load the model with s2megatron.hf.load"
-        )
-
-    @property
-    def begin(self) -> int:
-        """Tokens before the new ones, padding included."""
-        return self.cache.get_seq_length(self.layer)
-
-    def first(self, given: Tensor | None) -> Tensor | None:
-        """Where texts begin: as the mask says, else as the cache knows; None where all at 0."""
-        if given is None and any(self.cache.starts):
-            return torch.tensor(self.cache.starts)
-        return given
-
-    def refuse_another_model(self, pattern: LayerPattern) -> None:
-        """Raises ValueError where the layer's pattern is not the cache's."""
-        own = self.cache.patterns[self.layer]
-        if pattern.key != own.key:
-            raise ValueError(
-                f"PagedCache was made for another model: layer {self.layer + 1} keeps "
-                f"{pattern.rules[0]}, in the cache's model {own.rules[0]}"
-            )
-
-    def refuse_going_back(self, positions: Tensor) -> None:
-        """Raises ValueError where position_ids [b or 1, s] end before what the cache holds."""
-        for i, position in enumerate(positions[:, -1].tolist()):
-            held = self.begin - self.cache.starts[i]
-            if position < held:
-                raise ValueError(
-                    f"position_ids: sequence {i} goes back to position {position}, and the cache "
-                    f"holds {held} tokens of it: pages that died are gone; make a new cache"
-                )
-
-    def attend(self, query: Tensor, first: Tensor | None, scaling, prompt) -> Tensor:
-        """[b, s, h, d]: attention of the new tokens; stores them. See `PagedCache.attend`."""
-        return self.cache.attend(self, query, first, scaling, prompt)
+from s2megatron.serving.tokens import Tokens, without_gradient
 
 
 class PagedCache(Cache):
@@ -136,6 +84,7 @@ class PagedCache(Cache):
         self.total = 0
         """Tokens of every sequence, padding included, that some layer has seen."""
         self._seen = [0] * len(self.patterns)
+        self._by_rows: bool | None = None
         self._set_starts([0] * self.batch)
         self._lengths = torch.zeros(self.batch, dtype=torch.int32, device=device)
         if self.graph is not None:
@@ -145,7 +94,7 @@ class PagedCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__):
         """The new tokens, for attention `"s2"`, in place of all keys and values."""
-        self._check(key_states, layer_idx)
+        self._check(key_states, value_states, layer_idx)
         tokens = Tokens(self, layer_idx, key_states, value_states)
         return tokens, tokens
 
@@ -233,7 +182,8 @@ class PagedCache(Cache):
         if begin == 0:
             out = prompt(q, k, v, first)
             self._grow(layer, 0, end, alive_only=True)
-            self._write(layer, k, v, self._lengths, alive_only=True)
+            with torch.no_grad():
+                self._write(layer, k, v, self._lengths, alive_only=True)
         elif s <= PREFILL_TOKENS:
             out = self._one_chunk(layer, q, k, v, end, scaling)
         else:
@@ -263,6 +213,23 @@ class PagedCache(Cache):
     def starts(self) -> tuple[int, ...]:
         """Where the text of each sequence begins, after its padding."""
         return tuple(self._first)
+
+    def count_by(self, *, rows: bool) -> None:
+        """Notes from where positions of padded texts are counted: row 0, or their first token.
+
+        Raises:
+            ValueError: the cache holds keys that were counted the other way.
+        """
+        if self._by_rows is None:
+            self._by_rows = rows
+        elif self._by_rows != rows:
+            ways = ("row 0 of the padded batch", "each text's first token")
+            now, before = ways if rows else ways[::-1]
+            raise ValueError(
+                f"position_ids: are counted from {now}, and those in the cache from {before}: give "
+                "generate the attention_mask of the whole text, padding included, every time, and "
+                "the model position_ids every time or never"
+            )
 
     def pretend(self, tokens: int) -> None:
         """As if every sequence had `tokens` tokens: their pages hold whatever they did.
@@ -329,9 +296,10 @@ class PagedCache(Cache):
         self._grow(layer, begin, end, alive_only=False)
         self.pool.flush()
         lengths = self._lengths if end == self.total else self._lengths - (self.total - end)
-        out = self._attend_pages(layer, q, k, v, lengths, scaling, end)
+        with torch.no_grad():
+            out = self._attend_pages(layer, q, k, v, lengths, scaling, end)
         self._shrink(layer, begin, end)
-        return out
+        return without_gradient(out, q)
 
     def _attend_pages(self, layer, q, k, v, lengths, scaling, end: int = 0) -> Tensor:
         check = q.shape[1] > 1  # a step of one token is like the one before it
@@ -376,8 +344,8 @@ class PagedCache(Cache):
                 f"{s} more come; make it with a larger max_length"
             )
 
-    def _check(self, keys: Tensor, layer: int) -> None:
-        """Raises ValueError where the new keys [b, g, s, d] are not those of the cache's model."""
+    def _check(self, keys: Tensor, values: Tensor, layer: int) -> None:
+        """Raises ValueError where new keys, values [b, g, s, d] are not of the cache's model."""
         if layer >= len(self.patterns):
             raise ValueError(
                 f"PagedCache was made for a model of {len(self.patterns)} layers, this is layer "
@@ -391,8 +359,10 @@ class PagedCache(Cache):
                 f"{expected[1]} KV heads of {self.head_size}; the keys of layer {layer + 1} have "
                 f"shape [batch, heads, tokens, size] = {list(keys.shape)}: make one that fits"
             )
-        if keys.dtype != like.dtype or keys.device != like.device:
-            raise ValueError(
-                f"PagedCache is {like.dtype} on {like.device}, the keys of layer {layer + 1} are "
-                f"{keys.dtype} on {keys.device}: make it after the model is where it will run"
-            )
+        for x, name in ((keys, "keys"), (values, "values")):
+            if x.dtype != like.dtype or x.device != like.device:
+                raise ValueError(
+                    f"PagedCache is {like.dtype} on {like.device}, the {name} of layer {layer + 1} "
+                    f"are {x.dtype} on {x.device}: make it after the model is where it will run; "
+                    "where torch.autocast is on, load the model in its dtype instead"
+                )

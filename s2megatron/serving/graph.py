@@ -66,6 +66,8 @@ class DecodeGraph:
         cache, ids = self.cache, arguments["input_ids"]
         position = arguments.get("position_ids")
         if position is None:
+            if any(cache.starts):
+                cache.count_by(rows=True)
             position = torch.full_like(ids, cache.total)
         position = position.expand_as(ids).contiguous()
         self._steps += 1

@@ -284,3 +284,12 @@ def test_options_without_a_place_in_hugging_face(name):
 def test_a_sparse_model_has_a_name_that_only_s2_servers_know(config, names):
     """Also one that goes on from a folder with the name, dense or sparse."""
     assert _class_names(config, "LlamaForCausalLM") == names
+
+
+@pytest.mark.parametrize("value", ["sinkhorn", "quantile_balancing", ["aux_loss", "sinkhorn"]])
+def test_routers_that_choose_other_experts_than_hugging_face(value):
+    options = {"moe_router_load_balancing_type": value}
+    with pytest.raises(ConfigError, match="router_load_balancing_type="):
+        megatron(num_experts=4, **options)
+    megatron(**options)  # without experts nothing is routed
+    megatron(num_experts=4, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"])

@@ -216,6 +216,10 @@ def test_tokenizer_and_config_of_a_run_from_scratch(home, tmp_path, monkeypatch)
     model = hf.load(tmp_path / "hf")
     assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 1
 
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")  # damaged since: weights are not
+    report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "damaged", vocab_size=101)
+    assert any("tokenizer, which cannot be loaded: " in note for note in report.notes)
+
     args.tokenizer_model = "somewhere/else"
     report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / "padded")
     assert any("nothing says how many of the 128 embedding rows" in note for note in report.notes)

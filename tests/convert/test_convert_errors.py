@@ -12,6 +12,8 @@ from in_process import call
 from launches import ON_CPU, ROOT
 
 from s2megatron import cli
+from s2megatron.convert.writing import check_output, whole_folder
+from s2megatron.errors import ConfigError
 
 # what the message must hold
 RUN_FILES = {
@@ -123,6 +125,31 @@ def test_round_trip_keeps_every_bit_and_dtype(bad_input, name):
 def test_output_folder_with_something_in_it(bad_input, name):
     status, err, _, changed = bad_input["bad_checkpoints"][name]
     assert status == 2 and "the folder is not empty" in err and not changed
+
+
+def test_output_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    """Said before a checkpoint is read."""
+    (tmp_path / "file").write_text("here already")
+    for out in ("file/hf", "file/deep/hf"):
+        with pytest.raises(ConfigError, match="file is a file; name a new folder elsewhere"):
+            check_output(tmp_path / out)
+    check_output(tmp_path / "new/deep/hf")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        check_output(tmp_path / "new/hf")
+
+
+def test_output_folder_that_somebody_else_fills_meanwhile(tmp_path):
+    out = tmp_path / "hf"
+    with (
+        pytest.raises(ConfigError, match="somebody else wrote there meanwhile"),
+        whole_folder(out) as part,
+    ):
+        (part / "config.json").write_text("ours")
+        out.mkdir()
+        (out / "config.json").write_text("theirs")
+    assert (out / "config.json").read_text() == "theirs"
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.fixture

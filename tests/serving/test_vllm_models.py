@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from convert_models import MODELS
+from safetensors.torch import save_file
 from vllm_cases import (
     change_config,
     chosen_tokens,
@@ -12,6 +14,8 @@ from vllm_cases import (
     random_tokens,
     serve,
 )
+
+import s2megatron.hf as s2hf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPARSITY = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}}
@@ -94,7 +98,30 @@ def stock_names(folder):
 
 
 @pytest.fixture(scope="module")
-def reports(folders, tmp_path_factory):
+def adapted(folders, tmp_path_factory):
+    """A LoRA adapter of the Mistral, and the model with its weights added."""
+    adapter, whole = (tmp_path_factory.mktemp(name) for name in ("adapter", "whole"))
+    config = dict(peft_type="LORA", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"],
+                  bias="none", task_type="CAUSAL_LM")  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model, tensors = s2hf.load(folders["mistral"]), {}
+    random = torch.Generator().manual_seed(5)
+    for name, layer in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            a = torch.randn(8, layer.in_features, generator=random) / 8
+            b = torch.randn(layer.out_features, 8, generator=random) / 8
+            tensors |= {
+                f"base_model.model.{name}.lora_{x}.weight": t
+                for x, t in zip("AB", (a, b), strict=True)
+            }
+            layer.weight.data += 2 * b @ a
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    model.save_pretrained(whole)
+    return adapter, whole
+
+
+@pytest.fixture(scope="module")
+def reports(folders, adapted, tmp_path_factory):
     """Every model served, `folders["mistral"]` without its `s2` key as well, and every refusal."""
     rounds = [dict(prompts=PROMPTS, max_tokens=NEW)]
     options = dict(num_gpu_blocks_override=400, **MODEL_LEN)
@@ -103,6 +130,9 @@ def reports(folders, tmp_path_factory):
         for name, folder in folders.items()
     }
     jobs["qwen3"]["graphs"] = True
+    own = dict(prompts=PROMPTS, max_tokens=NEW)
+    jobs["mistral"]["rounds"] = [own, own | dict(adapter=str(adapted[0])), own]
+    jobs["mistral"]["options"] = options | dict(enable_lora=True, max_lora_rank=8)
     whole = json.loads((folders["mistral"] / "config.json").read_text())
     for name, (change, options, _) in REFUSED.items():
         folder = copy_of(folders["mistral"], tmp_path_factory.mktemp(name))
@@ -147,6 +177,13 @@ def test_heads_in_several_tensors_take_a_launch_each(reports):
     """The groups of a dense layer's heads; in a CUDA graph, too (vllm_graphs.py)."""
     graphs = reports["qwen3"]["graphs"]
     assert graphs["pools"] == [2, 1, 1, 1] and all(graphs["replayed"])
+
+
+def test_an_adapter_gives_the_tokens_of_the_model_with_its_weights(adapted, reports):
+    """And what is in the prefix cache with an adapter is not found without."""
+    plain, lora, again = (one["tokens"] for one in reports["mistral"]["rounds"])
+    assert lora == chosen_tokens(adapted[1], PROMPTS, lora) != plain
+    assert again == plain and reports["mistral"]["rounds"][1]["cached"] == [0, 0]
 
 
 @pytest.mark.parametrize("name", REFUSED)

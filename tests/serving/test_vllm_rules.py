@@ -123,7 +123,7 @@ class Platform(SimpleNamespace):
 @pytest.fixture
 def checks(monkeypatch):
     """s2_vllm.checks, which asks vLLM for its version and platform and for nothing else."""
-    fake = SimpleNamespace(__version__="0.25.1")
+    fake = SimpleNamespace(__version__="0.25.1", envs=SimpleNamespace(VLLM_BATCH_INVARIANT=False))
     for name in ("vllm", "vllm.platforms"):
         monkeypatch.setitem(sys.modules, name, fake)
     monkeypatch.delitem(sys.modules, "s2_vllm.checks", raising=False)
@@ -145,6 +145,82 @@ def test_a_name_that_says_s2_without_a_record_is_refused(checks):
     model = SimpleNamespace(model="my-model", hf_config=hf, hf_text_config=SimpleNamespace())
     with pytest.raises(ValueError, match=r"S2LlamaForCausalLM without an 's2' key: .* convert"):
         checks.check_and_set(SimpleNamespace(model_config=model))
+
+
+def plain_config() -> SimpleNamespace:
+    """What `_refuse_options` reads of a VllmConfig, with nothing in it to refuse."""
+    none = SimpleNamespace
+    return none(
+        model_config=none(hf_text_config=none(), runner_type="generate", model_impl="auto"),
+        cache_config=none(kv_offloading_size=None, kv_sharing_fast_prefill=False),
+        parallel_config=none(
+            enable_dbo=False, pipeline_parallel_size=1, decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        attention_config=none(backend=None),
+        scheduler_config=none(disable_hybrid_kv_cache_manager=False),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )  # fmt: skip
+
+
+# part of the configuration, field, value -> the option that is named
+REFUSED = [
+    ("model_config", "hf_text_config", SimpleNamespace(sliding_window=64), "sliding_window=64"),
+    ("model_config", "runner_type", "pooling", "--runner pooling"),
+    ("model_config", "model_impl", "transformers", "--model-impl transformers"),
+    ("model_config", "enable_return_routed_experts", True, "--enable-return-routed-experts"),
+    ("cache_config", "kv_offloading_size", 1.0, "--kv-offloading-size"),
+    ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+    ("parallel_config", "enable_dbo", True, "--enable-dbo"),
+    ("parallel_config", "pipeline_parallel_size", 2, "--pipeline-parallel-size"),
+    ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+    ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+    ("attention_config", "backend", SimpleNamespace(name="FLASH_ATTN"), "--attention-backend"),
+    ("attention_config", "backend_per_kind", {"full_attention": 1}, "backend_per_kind"),
+    ("scheduler_config", "disable_hybrid_kv_cache_manager", True, "--disable-hybrid-kv-cache"),
+    (None, "speculative_config", object(), "--speculative-config"),
+    (None, "kv_transfer_config", object(), "--kv-transfer-config"),
+    (None, "aux_output_config", SimpleNamespace(enable_return_routed_experts=True),
+     "--enable-return-routed-experts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part, field, value, option", REFUSED, ids=[row[3] for row in REFUSED])
+def test_an_option_without_a_place_is_named(checks, part, field, value, option):
+    config = plain_config()
+    checks._refuse_options(config, "my-model/config.json")
+    setattr(getattr(config, part) if part else config, field, value)
+    with pytest.raises(ValueError, match="not supported with the pages per KV head") as error:
+        checks._refuse_options(config, "my-model/config.json")
+    assert option in str(error.value)
+
+
+def test_batches_that_must_not_matter_are_refused(checks):
+    """Which shares of a text a decode kernel adds up depends on what else runs."""
+    checks.vllm.envs.VLLM_BATCH_INVARIANT = True
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: not supported"):
+        checks._refuse_options(plain_config(), "my-model/config.json")
+
+
+SCHEME = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+
+
+@pytest.mark.parametrize("cache_dtype, dtype, quantization, message", [
+    ("auto", "float32", None, None),
+    ("auto", "bfloat16", {"quant_method": "compressed-tensors", "kv_cache_scheme": None}, None),
+    ("bfloat16", "bfloat16", SCHEME, None),  # what is said wins over the folder
+    ("auto", "bfloat16", SCHEME, "config.json: quantization_config.kv_cache_scheme: not supported"),
+    ("fp8", "float16", None, "--kv-cache-dtype fp8: .*; give --dtype float16 --kv-cache-dtype"),
+    ("float16", "float32", None, "give --dtype bfloat16 --kv-cache-dtype bfloat16"),
+])  # fmt: skip
+def test_pages_hold_what_the_model_computes_in(checks, cache_dtype, dtype, quantization, message):
+    model = SimpleNamespace(dtype=f"torch.{dtype}")
+    given = (cache_dtype, model, quantization, "my-model/config.json")
+    if message is None:
+        return checks.check_cache_dtype(*given)
+    with pytest.raises(ValueError, match=message):
+        checks.check_cache_dtype(*given)
 
 
 @pytest.mark.parametrize("kind, head_size, no_triton, message", [

@@ -156,6 +156,8 @@ def note_ready() -> list:
 def run_round(engine, one: dict) -> dict:
     """All prompts at once; those in `cancel` are taken back after so many steps.
 
+    With "adapter" a LoRA adapter's folder is put upon the model.
+
     Returns:
         Per prompt its tokens, and how many of the prompt came out of the prefix cache.
     """
@@ -164,8 +166,13 @@ def run_round(engine, one: dict) -> dict:
     params = SamplingParams(
         temperature=0, max_tokens=one["max_tokens"], ignore_eos=True, detokenize=False
     )
+    adapter = None
+    if "adapter" in one:
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, one["adapter"])
     for i, prompt in enumerate(one["prompts"]):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params, lora_request=adapter)
     tokens, cached, step = {}, {}, 0
     while engine.has_unfinished_requests():
         step += 1

@@ -1,0 +1,69 @@
+"""A model of a converted checkpoint, with the attention it was trained with, or the reason why not.
+
+transformers starts a tensor that no file holds from random numbers and goes on, with a line among
+others in its log. Here such a folder is refused, and so is a sparsity that is not the model's,
+before weights are read.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from s2megatron.convert.hf_config import read_config
+from s2megatron.errors import ConfigError
+from s2megatron.serving.model import NAME, recorded_patterns
+
+WITHOUT_TP = (
+    "attention 's2' in transformers knows all heads of a layer, which tensor parallelism would "
+    "split; spread the layers (device_map='auto'), or serve the model with vLLM"
+)
+
+
+def load_model(folder: str | Path, **from_pretrained):
+    """As `s2megatron.hf.load`. Raises ConfigError."""
+    inside = Path(folder) / (from_pretrained.get("subfolder") or "")
+    local = Path(folder).is_dir()
+    config = from_pretrained.pop("config", None)
+    if config is None:
+        config = _local_config(inside) if local else AutoConfig.from_pretrained(folder)
+    if getattr(config, NAME, None) is not None:
+        from_pretrained.setdefault("attn_implementation", NAME)
+        if from_pretrained["attn_implementation"] == NAME:
+            recorded_patterns(config)
+            for name in ("tp_plan", "distributed_config"):
+                if from_pretrained.get(name) is not None:
+                    raise ConfigError(f"{name}={from_pretrained[name]!r}: {WITHOUT_TP}")
+    told = from_pretrained.pop("output_loading_info", False)
+    with _refused(inside) if local else contextlib.nullcontext():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, **from_pretrained
+        )
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"{inside}: {', '.join(missing[:3])}{more}: no file holds it, and config.json asks for "
+            "it; transformers would start it from random numbers: convert or copy the folder again"
+        )
+    return (model, found) if told else model
+
+
+def _local_config(folder: Path):
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: holds an adapter, and the s2 key is in its base model's config.json: load "
+            "that one, then peft.PeftModel.from_pretrained(model, folder)"
+        )
+    return read_config(folder)
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Files that are missing or damaged become a ConfigError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{folder}: its weights cannot be loaded ({first})") from None
