@@ -20,6 +20,7 @@ try:
     from s2megatron.errors import ConfigError
     from s2megatron.training.attach import attach, layer_spec
     from s2megatron.training.backends import find_backends
+    from s2megatron.training.resume import check_load
     from s2megatron.training.resume_layout import check_resumable
 except ImportError as error:
     raise RuntimeError(
@@ -57,6 +58,8 @@ def s2_layer_spec(config, vp_stage: int | None = None):
         )
         check_stock_loss(vars(args))
         check_graph_memory(args)
+        for line in check_load(args):
+            print_rank_0(f"s2megatron: {line}")
         check_resumable(args, find_backends().fused_adam)
         args.s2_data = data_identity(args)  # goes into every checkpoint, as all arguments do
         attach(config, args, sparsity, on_gpu=torch.cuda.is_available())

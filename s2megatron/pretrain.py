@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
             environment.be_the_only_rank()
             train(options.config, options.overrides)
+    except SystemExit as stop:  # of all ranks: Megatron's 16 and 17; no interpreter is taken down
+        return stop.code
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: it may be this node's files
             print(f"s2megatron: this run cannot start:\n{error}", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ def run_as_rank(main: Callable[[], int]) -> int:
         What `main` returns; after an exception the process ends here, with status 1.
     """
     try:
-        return record(main)()
+        return record(main)() or 0  # it keeps the exit of status 0 to itself
     except Exception:  # whatever ended training: the agent reports it
         traceback.print_exc()
         sys.stdout.flush()

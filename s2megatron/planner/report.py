@@ -37,6 +37,11 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
     layout = layout_of(ready.args, gpus)
     unset_global_variables()  # Megatron's: another run file may be read after this one
     unset_num_microbatches_calculator()
+    if schedule := ready.args.step_batch_size_schedule:
+        raise ConfigError(
+            f"megatron.step_batch_size_schedule: {schedule!r}: a plan is of one batch: give it by "
+            "megatron.step_batch_size_schedule=null megatron.global_batch_size=SEQUENCES"
+        )
     keep = ready.run.sparsity.keep_attention_output
     layout = replace(layout, fused=not local, keep_attention_output=keep)
     return Model(ready.shape, ready.patterns), layout

@@ -14,7 +14,7 @@ from s2megatron.attention.megatron_fixes import keep_rope_scaling_factor
 from s2megatron.attention.spec import build_layer_spec
 from s2megatron.config import SparsityConfig
 from s2megatron.context_split import ContextSplit, check_context_options
-from s2megatron.training.optimizer_fixes import mend_distributed_optimizer
+from s2megatron.training.optimizer_fixes import mend_distributed_optimizer, mend_sgd
 from s2megatron.training.resume import check_resume
 from s2megatron.training.save_helpers import tie_save_helpers
 
@@ -47,6 +47,7 @@ def attach(
     model_config.transformer_layer_spec = layer_spec(sparsity)
     keep_rope_scaling_factor(model_config, args)
     mend_distributed_optimizer()
+    mend_sgd()
     tie_save_helpers()
     add_model_check(model_config, patterns, args)
     return patterns

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from s2_kernels.versions import release
-from s2megatron.cluster.environment import captures
 from s2megatron.errors import ConfigError
 
 MEGATRON = (0, 19)
@@ -134,29 +133,6 @@ def _brings(module: str, name: str) -> bool:
         return hasattr(importlib.import_module(module), name)
     except ImportError:
         return False
-
-
-def check_machine(backends: Backends, args) -> None:
-    """Of a run that is to start here, what its options need; a dry run may be of another machine's.
-
-    Args:
-        args: Megatron's arguments, validated.
-
-    Raises:
-        ConfigError: an option that needs a GPU or Transformer Engine, without it.
-    """
-    captured = captures(args) or ("te_rng_tracker=True" if args.te_rng_tracker else "")
-    others = (f"{name}=True" for name in ("nccl_ub", "optimizer_cuda_graph") if getattr(args, name))
-    for option in filter(None, (captured, *others)):
-        if not backends.cuda:
-            raise ConfigError(
-                f"megatron.{option}: needs a GPU, and there is none here; leave it out"
-            )
-    if captured and not backends.transformer_engine:
-        raise ConfigError(
-            f"megatron.{captured}: needs Transformer Engine, whose random numbers CUDA graphs can "
-            "replay, and it is not installed here; install it (docs/install.md), or leave it out"
-        )
 
 
 def default_options(backends: Backends, chosen: dict) -> dict:

@@ -45,9 +45,14 @@ def _shape(args) -> Facts:
         "qk_layernorm",
         "untie_embeddings_and_output_weights",
         "num_experts",
+        "attention_output_gate",
         "moe_ffn_hidden_size",
         "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+        "moe_router_enable_expert_bias",
     )(args)
+    if getattr(args, "num_experts", None) and hasattr(args, "moe_layer_freq"):
+        facts["megatron.moe_layer_freq"] = _expert_layers(args.moe_layer_freq, args.num_layers)
     if hasattr(args, "num_query_groups"):
         grouped = getattr(args, "group_query_attention", False)
         groups = args.num_query_groups if grouped else args.num_attention_heads
@@ -56,6 +61,13 @@ def _shape(args) -> Facts:
         table = args.position_embedding_type == "learned_absolute"
         facts["a table of positions (megatron.position_embedding_type)"] = table
     return facts
+
+
+def _expert_layers(frequency: int | list[int], layers: int) -> list[int]:
+    """1 for each layer of experts, 0 for a dense one: what a number or a list comes to."""
+    if isinstance(frequency, list):
+        return frequency
+    return [int(layer % frequency == 0) for layer in range(layers)]
 
 
 def _schedule(args) -> Facts:
@@ -86,31 +98,33 @@ def _schedule(args) -> Facts:
 _OPTIMIZER = _plain("optimizer", "bf16", "fp16", "use_distributed_optimizer")
 """What decides which state an optimizer keeps."""
 
-TOLD: dict[str, str] = {
-    "seed": "from here on the samples come in another order; some may come again, some never",
-    "seq_length": "samples are cut anew, so some text may come again, some never; the loss is the "
-    "mean over other lengths",
-    "padded_vocab_size": "rows beyond the vocabulary count in the softmax: the loss steps",
-    "vocab_size": "token ids may mean other tokens",
-    "tokenizer_type": "token ids may mean other tokens",
-    "tokenizer_model": "token ids may mean other tokens",
-    "position_embedding_type": "the same weights make another model",
-    "rotary_base": "the same weights make another model",
-    "rotary_percent": "the same weights make another model",
-    "use_rope_scaling": "the same weights make another model",
-    "rope_scaling_factor": "the same weights make another model",
-    "layernorm_epsilon": "the same weights make another model",
-    "mock_data": "other data from here on",
-    "data_path": "other data from here on",
-    "train_data_path": "other data from here on",
-    "split": "other data from here on",
-    "global_batch_size": "other tokens a step; the samples go on from where they were",
-    "train_samples": "the run has another length",
-    "clip_grad": "gradients are clipped at another norm",
-    "adam_beta1": "the optimizer's state keeps the checkpoint's value",
-    "adam_beta2": "the optimizer's state keeps the checkpoint's value",
-    "adam_eps": "the optimizer's state keeps the checkpoint's value",
+_SAYS: dict[str, str] = {
+    "from here on the samples come in another order; some may come again, some never": "seed "
+    "dataloader_type data_sharding",
+    "samples are cut anew, so some text may come again, some never; the loss is the mean over "
+    "other lengths": "seq_length",
+    "rows beyond the vocabulary count in the softmax: the loss steps": "padded_vocab_size",
+    "token ids may mean other tokens": "vocab_size tokenizer_type tokenizer_model",
+    "the same weights make another model": "position_embedding_type rotary_base rotary_percent "
+    "rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor "
+    "rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
+    "yarn_beta_fast yarn_beta_slow no_rope_freq layernorm_epsilon layernorm_zero_centered_gamma "
+    "qk_l2_norm squared_relu openai_gelu quick_geglu glu_linear_offset activation_func_clamp_value "
+    "moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_pre_softmax "
+    "moe_router_score_function moe_router_topk_scaling_factor moe_apply_probs_on_input "
+    "moe_expert_capacity_factor moe_token_drop_policy",
+    "other data from here on": "mock_data data_path train_data_path data_args_path "
+    "per_split_data_args_path split",
+    "from here on tokens see other tokens, or other positions": "reset_position_ids "
+    "dataloader_inter_document_masking",
+    "the loss is the mean over other tokens": "eod_mask_loss",
+    "other tokens a step; the samples go on from where they were": "global_batch_size",
+    "the run has another length": "train_samples",
+    "other numbers are dropped in training": "hidden_dropout",
+    "gradients are clipped at another norm": "clip_grad",
+    "the optimizer's state keeps the checkpoint's value": "adam_beta1 adam_beta2 adam_eps",
 }
+TOLD: dict[str, str] = {name: says for says, names in _SAYS.items() for name in names.split()}
 """Options that are told when they differ, and what the difference does."""
 
 
@@ -158,7 +172,19 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
         for prefix, digest in getattr(now, "s2_data", {}).items()
         if getattr(saved, "s2_data", {}).get(prefix, digest) != digest
     ]
+    told += _other_lists(saved, now)
     return Comparison(shape, _differences(_OPTIMIZER, saved, now), schedule, told)
+
+
+def _other_lists(saved, now) -> list[str]:
+    """A line where the file that names the datasets is the same, and names others."""
+    for name in ("data_args_path", "per_split_data_args_path"):
+        file = getattr(now, name, None)
+        before, after = set(getattr(saved, "s2_data", ())), set(getattr(now, "s2_data", ()))
+        if file and file == getattr(saved, name, None) and before and before != after:
+            changed = ", ".join(sorted(before ^ after))
+            return [f"megatron.{name}: {file} names other datasets ({changed}) from here on"]
+    return []
 
 
 def refusal(comparison: Comparison, folder, now) -> str:

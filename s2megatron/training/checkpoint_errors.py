@@ -27,6 +27,11 @@ def explain(
     frames = {(Path(f.filename).name, f.name) for f in traceback.extract_tb(error.__traceback__)}
     if load and ("checkpointing.py", "load_checkpoint") in frames:
         return _load_failed(Path(load), step, error)
+    if not save and ("checkpointing.py", "save_checkpoint") in frames:
+        return (
+            "an iteration's result was not a number (Megatron says which, above), and it would be "
+            "saved to be repeated on other hardware; this run saves nothing (output.folder)"
+        )
     full_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if save and (full_disk or isinstance(error, CheckpointException)):
         return _save_failed(save, error)  # a full disk may meet TensorBoard's writer first

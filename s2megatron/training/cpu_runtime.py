@@ -10,7 +10,9 @@ import contextlib
 import functools
 import importlib
 import os
+import signal
 import types
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -144,6 +146,7 @@ def install() -> None:
         rank, "fork", *priorities
     )
     os.register_at_fork(after_in_child=die_with_parent)
+    PersistentAsyncCaller.async_loop = staticmethod(_ends_when_told(PersistentAsyncCaller))
     FileSystemWriterAsync.preload_tensors = staticmethod(_preload_copies)
     # Its warm-up of fused kernels only compiles them.
     training.set_jit_fusion_options = _nothing()
@@ -177,6 +180,22 @@ def _nothing():
 def _zero():
     """For a question about a GPU's memory; each a function of its own."""
     return lambda *args, **kwargs: 0
+
+
+def _ends_when_told(caller: type) -> Callable:
+    """The writer's loop, which multiprocessing's SIGTERM ends when its rank has done its work.
+
+    A fork has the rank's handler, which only notes the signal: a run that saved nothing (trained to
+    its end before, or evaluating only) waited for its writer without end.
+    """
+    loop = caller.async_loop
+
+    @functools.wraps(loop)
+    def ended_by_a_signal(*args):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return loop(*args)
+
+    return ended_by_a_signal
 
 
 def _answer_for_the_device() -> None:

@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -48,10 +49,29 @@ class KnownDataConfig(GPTDatasetConfig):
 
     documents: dict[str, str] | None = None
     """What `data_identity` says."""
+    rows: int | None = None
+    """The padded vocabulary's: a token at or above it has no embedding."""
 
 
 class KnownGPTDataset(GPTDataset):
-    """Megatron's, with a cache for these documents alone."""
+    """Megatron's, with a cache for these documents alone, and tokens that the model has rows for.
+
+    Under tensor parallelism Megatron would train on another token in silence: no rank has the row,
+    and all of them hold it for one of another rank's. On one rank an index is out of range, which
+    a GPU reports from somewhere else.
+    """
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """A sample. Raises ValueError for a token outside the vocabulary."""
+        sample = super().__getitem__(idx)
+        largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+        if self.config.rows is not None and largest >= self.config.rows:
+            raise ValueError(
+                f"dataset {self.dataset_path}: has the token {largest}, and the model a vocabulary "
+                f"of {self.config.rows} (padded): name the tokenizer that the dataset was made "
+                "with (data.tokenizer), or make it again with this one"
+            )
+        return sample
 
     @staticmethod
     def _key_config_attributes() -> list[str]:

@@ -142,11 +142,14 @@ def _is_weight(text: str) -> bool:
         return False
 
 
-def check_dataset(prefix: str, field: str) -> None:
+def check_dataset(prefix: str, field: str) -> int:
     """PREFIX.bin and PREFIX.idx exist and fit each other.
 
     Args:
         field: where the prefix comes from, for the message.
+
+    Returns:
+        How many documents there are.
 
     Raises:
         ConfigError: a file is missing, the index is corrupt or does not fit the data.
@@ -182,3 +185,4 @@ def check_dataset(prefix: str, field: str) -> None:
             f"{field}: {index} speaks of {end} bytes, {data} holds {stored}; one of them is cut "
             f"short or belongs to another dataset; {remedy}"
         )
+    return sequences

@@ -33,8 +33,12 @@ SPIKE = 10.0
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
-def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+def get_batch(
+    data_iterator, vp_stage: int | None, micro_batch_size: int
+) -> dict[str, torch.Tensor | None]:
     """One micro-batch, each [b, s]; read by tensor-parallel rank 0 and broadcast to the others.
+
+    b is the `micro_batch_size`; an evaluation may have another one than training.
 
     Under context parallelism every rank reads the whole sequences and keeps its own chunks of them.
     With inter-document masking each is [1, b * s], and "documents" holds int32 [documents + 1] on
@@ -63,7 +67,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor | N
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -121,14 +125,16 @@ def make_forward_step(meter: ThroughputMeter, each_iteration: Callable[[int], No
     def forward_step(data_iterator, model):
         args, timers = get_args(), get_timers()
         if model.training:
+            micro_batch_size = args.micro_batch_size
             meter.training(args.curr_iteration)
             if each_iteration:
                 each_iteration(args.curr_iteration)
         else:
+            micro_batch_size = args.eval_micro_batch_size
             meter.evaluating()
         timers("batch-generator", log_level=2).start()
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = get_batch(data_iterator, vp_stage)
+        batch = get_batch(data_iterator, vp_stage, micro_batch_size)
         packing = None
         if batch["documents"] is not None:
             packing = packed_seq_params(
@@ -160,6 +166,7 @@ def dataset_config(args) -> KnownDataConfig:
     sequences = args.per_dataset_sequences_path
     return KnownDataConfig(
         documents=data_identity(args),
+        rows=args.padded_vocab_size,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -186,8 +193,10 @@ def dataset_config(args) -> KnownDataConfig:
 
 
 def _is_built_here(vp_stage: int | None = None) -> bool:
-    packed = get_args().dataloader_inter_document_masking  # every stage asks where documents end
-    needed = packed or is_first_or_last_pipeline_stage(vp_stage)
+    args = get_args()
+    # Every stage asks where documents end, and how many samples the whole of a validation set has.
+    needed = args.dataloader_inter_document_masking or args.full_validation
+    needed = needed or is_first_or_last_pipeline_stage(vp_stage)
     return mpu.get_tensor_model_parallel_rank() == 0 and needed
 
 

@@ -1,6 +1,7 @@
-"""Corrections of Megatron's distributed optimizer, without which a run could not be resumed.
+"""Corrections of Megatron's optimizers, without which a run could not be resumed.
 
-All of it was seen with megatron-core 0.19.2 (megatron/core/optimizer/distrib_optimizer.py). torch's
+All of it was seen with megatron-core 0.19.2 (megatron/core/optimizer/distrib_optimizer.py, and
+optimizer.py for SGD, which has no function that makes its state before a load fills it). torch's
 AdamW keeps a `step` tensor for every parameter; Transformer Engine's and Apex's fused Adam keep one
 number in every parameter group, which is the case that Megatron's own code is written for.
 """
@@ -26,6 +27,34 @@ def mend_distributed_optimizer() -> None:
     ):
         setattr(DistributedOptimizer, name, mend(getattr(DistributedOptimizer, name)))
     DistributedOptimizer._s2_mended = True
+
+
+def mend_sgd() -> None:
+    """Without the distributed optimizer, which refuses SGD; once a process."""
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for kind in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        if not getattr(kind.sharded_state_dict, "makes_momentum", False):
+            kind.sharded_state_dict = _with_momentum(kind.sharded_state_dict)
+
+
+def _with_momentum(sharded_state_dict: Callable) -> Callable:
+    @functools.wraps(sharded_state_dict)
+    def mended(self, *args, **kwargs):
+        if self.init_state_fn is None:
+            self.init_state_fn = _make_momentum
+        return sharded_state_dict(self, *args, **kwargs)
+
+    mended.makes_momentum = True
+    return mended
+
+
+def _make_momentum(optimizer: torch.optim.SGD, config=None) -> None:
+    """What SGD has after its first step; the checkpoint's numbers take the place of the zeros."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def has_torch_steps(optimizer) -> bool:

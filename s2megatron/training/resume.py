@@ -15,7 +15,7 @@ from s2_kernels import LayerPattern
 from s2_kernels.record import describe_difference, read_record
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.training.changed_options import compare, refusal
-from s2megatron.training.checkpoint_folder import way_back
+from s2megatron.training.checkpoint_folder import TRACKER, way_back
 from s2megatron.training.load_fixes import settle_schedule
 from s2megatron.training.resume_layout import check_layout, told_of_buckets
 
@@ -24,7 +24,7 @@ def latest_iteration_dir(load: str | Path, step: int | None = None) -> Path | No
     """The checkpoint folder that Megatron would load from `load`, or None if there is none."""
     load = Path(load)
     if step is None:
-        tracker = load / "latest_checkpointed_iteration.txt"
+        tracker = load / TRACKER
         if not tracker.is_file():
             return None
         text = tracker.read_text().strip()
@@ -36,6 +36,54 @@ def latest_iteration_dir(load: str | Path, step: int | None = None) -> Path | No
     return load / f"iter_{step:07d}"
 
 
+def check_load(args) -> list[str]:
+    """A checkpoint that is asked for is there: Megatron would start from random weights.
+
+    Args:
+        args: Megatron's arguments of a run that is to start.
+
+    Returns:
+        A line for the log where there may be none yet.
+
+    Raises:
+        ConfigError: nothing to load, and not for a first start in the folder that is saved to.
+    """
+    if args.non_persistent_ckpt_type or (args.ckpt_step is not None and args.load):
+        return []  # those have folders of their own; what is at that step is looked at on its own
+    if args.load and latest_iteration_dir(args.load):
+        return []
+    if args.pretrained_checkpoint:
+        if latest_iteration_dir(args.pretrained_checkpoint):
+            return []
+        raise ConfigError(_no_checkpoint("pretrained_checkpoint", args.pretrained_checkpoint))
+    if args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve():
+        return [f"{args.load} holds no checkpoint yet: this run begins with random weights"]
+    if args.load:
+        raise ConfigError(_no_checkpoint("load", args.load))
+    for name in ("finetune", "ckpt_step"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"megatron.{name}: {getattr(args, name)} and nothing to load, so that the run "
+                "would begin with random weights: name megatron.load, or leave it out"
+            )
+    return []
+
+
+def _no_checkpoint(option: str, folder: str) -> str:
+    """What is wrong with a folder that has no tracker, and which one may be meant."""
+    path, meant = Path(folder), ""
+    if number := re.fullmatch(r"iter_0*(\d+)", path.name):
+        meant = f"; name the folder it lies in: {path.parent}, and megatron.ckpt_step={number[1]}"
+    elif (path / "checkpoints" / TRACKER).is_file():
+        meant = f"; do you mean {path / 'checkpoints'}?"
+    elif not path.is_dir():
+        meant = "; there is no such folder"
+    return (
+        f"megatron.{option}: {folder} holds no checkpoint (no {TRACKER} in it), so that the run "
+        f"would begin with random weights{meant}"
+    )
+
+
 def load_common(folder: Path) -> dict:
     """A torch_dist checkpoint's common state. Raises ConfigError when it cannot be read."""
     from megatron.core.dist_checkpointing import load_common_state_dict
@@ -45,6 +93,12 @@ def load_common(folder: Path) -> dict:
     try:
         return load_common_state_dict(str(folder))
     except (*unreadable, RuntimeError, pickle.UnpicklingError) as error:
+        if any(folder.glob("mp_rank_*")):
+            raise ConfigError(
+                f"checkpoint {folder}: is in Megatron's older format 'torch', which is not read "
+                "here; load it once in Megatron's own script without --spec, with "
+                "--ckpt-convert-format torch_dist --ckpt-convert-save FOLDER"
+            ) from None
         reason = (str(error).strip().splitlines() or [""])[-1]
         number = re.fullmatch(r"iter_(\d+)", folder.name)
         back = f"; {way_back(folder.parent, int(number[1]))}" if number else ""

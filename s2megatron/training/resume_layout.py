@@ -1,4 +1,4 @@
-"""Can a run's checkpoints be resumed: by its optimizer at all, and at this TP, PP and EP?"""
+"""Can a run's checkpoints be resumed: with an optimizer at all, and at this TP, PP and EP?"""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from s2megatron.errors import ConfigError
 
 
 def check_layout(args, common: dict, folder: Path) -> None:
-    """Refuses EP that comes or goes, and another TP or PP of optimizer state saved by bucket.
+    """Refuses a checkpoint without an optimizer, EP that comes or goes, and another TP or PP of
+    optimizer state saved by bucket.
 
     Megatron has one optimizer where each rank holds all experts, and a second one for the experts
     where they are spread over ranks; the states of the two are not told apart.
@@ -19,6 +20,11 @@ def check_layout(args, common: dict, folder: Path) -> None:
     """
     if getattr(args, "no_load_optim", False) or getattr(args, "finetune", False):
         return
+    if getattr(common["args"], "no_save_optim", False):
+        raise ConfigError(
+            f"checkpoint {folder} was saved without its optimizer (megatron.no_save_optim), and "
+            f"training cannot go on from it; {_anew(folder)}"
+        )
     saved = getattr(common["args"], "expert_model_parallel_size", 1)
     wanted = getattr(args, "expert_model_parallel_size", 1)
     if (saved == 1) != (wanted == 1):
@@ -102,6 +108,11 @@ def check_resumable(args, fused_adam: str | None) -> None:
     Raises:
         ConfigError: the option, and the one that makes resuming possible.
     """
+    if args.save and args.ckpt_format == "torch":
+        raise ConfigError(
+            "megatron.ckpt_format=torch is a format that is not read here, so that this run's "
+            "checkpoints could not be resumed; use 'torch_dist'"
+        )
     if not args.save or not args.use_distributed_optimizer:
         return
     local = args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable
@@ -109,8 +120,6 @@ def check_resumable(args, fused_adam: str | None) -> None:
         ("optimizer", args.optimizer == "sgd" or (args.optimizer == "lion" and not fused_adam),
          "the distributed optimizer saves Adam's state and no other; set "
          "use_distributed_optimizer=false, or optimizer=adam"),
-        ("ckpt_format", args.ckpt_format == "torch",
-         "is gathered by the distributed optimizer for one layout; use 'torch_dist'"),
         ("non_persistent_ckpt_type", local,
          "Megatron's local checkpoints hold optimizer state by bucket only; set "
          "dist_ckpt_optim_fully_reshardable=false, with which TP and PP are fixed"),

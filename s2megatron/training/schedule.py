@@ -55,6 +55,41 @@ def check_schedule(args) -> None:
     _check_lengths(args, "iters" if args.train_iters else "samples")
 
 
+def check_interleaving(args) -> None:
+    """As many micro-batches as virtual pipeline stages ask for, in training and in evaluations.
+
+    Megatron says so in the first step, and in the first evaluation.
+
+    Args:
+        args: validated.
+
+    Raises:
+        ConfigError: with the numbers, and what would fit.
+    """
+    if args.virtual_pipeline_model_parallel_size is None:
+        return
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    evaluates = args.eval_iters or args.full_validation
+    sizes = [("global_batch_size", args.global_batch_size, args.micro_batch_size)]
+    if args.step_batch_size_schedule:
+        sizes = []  # Megatron asks for each of its sizes in time
+    if evaluates:
+        sizes += [
+            ("eval_global_batch_size", args.eval_global_batch_size, args.eval_micro_batch_size)
+        ]
+    for name, batch, micro in sizes:
+        number = batch // (micro * args.data_parallel_size)
+        rest = number % group
+        if not stages <= group <= number or 0 < rest < stages:
+            raise ConfigError(
+                f"megatron.{name}: {batch}: {number} micro-batches a rank, and virtual pipeline "
+                f"stages take them in groups of {group} (microbatch_group_size_per_vp_stage, at "
+                f"least {stages} for PP {stages}); a multiple of "
+                f"{max(group, stages) * micro * args.data_parallel_size} fits"
+            )
+
+
 def _check_lengths(args, unit: str) -> None:
     """Warm-up ends before the decay does. Raises ConfigError."""
     decay, whole = getattr(args, f"lr_decay_{unit}"), getattr(args, f"train_{unit}")

@@ -36,7 +36,7 @@ class ThroughputMeter:
 
     Args:
         shape, patterns: what is trained.
-        sequences: sequences per iteration, all ranks together.
+        sequences: asked as an iteration begins: its sequences, all ranks together.
         gpus: ranks in all.
         log_interval: iterations per report.
         peak: TFLOP/s of one GPU in bf16, for MFU; None: unknown, and MFU is left out.
@@ -51,7 +51,7 @@ class ThroughputMeter:
         shape: ModelShape,
         patterns: tuple[LayerPattern, ...],
         *,
-        sequences: int,
+        sequences: Callable[[], int],
         gpus: int,
         log_interval: int,
         save_interval: int | None,
@@ -60,19 +60,24 @@ class ThroughputMeter:
         all_data: Callable[[float], float] = float,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.tokens = sequences * shape.seq_len
-        self.matmul_flops = self.tokens * shape.matmul_flops_per_token()
-        self.attention_flops = sequences * shape.attention_flops(patterns)
-        self.dense_attention_flops = sequences * shape.dense_attention_flops()
+        self.sequences = sequences
+        self.attention_flops = shape.attention_flops(patterns)
+        self.dense_attention_flops = shape.dense_attention_flops()
+        """Of a sequence that is one document."""
         self.shape, self.counter = shape, KeptPairs(patterns)
         self.gpus, self.log_interval, self.save_interval = gpus, log_interval, save_interval
         self.peak, self.report, self.all_data, self.clock = peak, report, all_data, clock
         self._kept = self._dense = self._counted = 0
         """Pairs of packed documents on this rank since the last report, and in how many steps."""
+        self._of_documents: tuple[float, float] | None = None
+        """FLOPs of attention per iteration, kept and dense, of the documents that were seen."""
         self._iteration: int | None = None
         self._began = 0.0
         self._interrupted = False
         self._seconds: list[float] = []
+        self._batch = 0
+        self._batches: list[int] = []
+        """Of the iterations in `_seconds`."""
 
     def evaluating(self) -> None:
         """A forward step of an evaluation: the iteration before it has no clean end."""
@@ -96,7 +101,9 @@ class ThroughputMeter:
         saved = self.save_interval and iteration % self.save_interval == 0
         if self._iteration is not None and not self._interrupted and not saved:
             self._seconds.append(now - self._began)
+            self._batches.append(self._batch)
         self._iteration, self._began, self._interrupted = iteration, now, False
+        self._batch = self.sequences()
         if iteration % self.log_interval == 0:
             self._make_report(iteration)
 
@@ -104,8 +111,8 @@ class ThroughputMeter:
         """FLOPs of attention per iteration from the documents seen since the last report."""
         if self._kept and self._counted:
             per_pair = 12 * self.shape.head_dim / self._counted
-            self.attention_flops = self.all_data(self._kept * per_pair)
-            self.dense_attention_flops = self.all_data(self._dense * per_pair)
+            kept, dense = (self.all_data(n * per_pair) for n in (self._kept, self._dense))
+            self._of_documents = kept, dense
         self._kept = self._dense = self._counted = 0
 
     def _make_report(self, iteration: int) -> None:
@@ -113,10 +120,16 @@ class ThroughputMeter:
         if not self._seconds:
             return
         seconds = sum(self._seconds) / len(self._seconds)
-        self._seconds = []
-        tokens = self.tokens / seconds
-        flops = self.matmul_flops + self.attention_flops
-        dense_ratio = (self.matmul_flops + self.dense_attention_flops) / flops
+        sequences = sum(self._batches) / len(self._batches)
+        self._seconds, self._batches = [], []
+        tokens = sequences * self.shape.seq_len / seconds
+        matmuls = sequences * self.shape.seq_len * self.shape.matmul_flops_per_token()
+        kept, dense = self._of_documents or (
+            sequences * self.attention_flops,
+            sequences * self.dense_attention_flops,
+        )
+        flops = matmuls + kept
+        dense_ratio = (matmuls + dense) / flops
         tflops = flops / seconds / self.gpus / 1e12
         mfu = f"MFU {tflops / self.peak:.1%} of {self.peak:g}, bf16; " if self.peak else ""
         text = (

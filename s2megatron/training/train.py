@@ -10,17 +10,31 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from s2megatron.errors import ConfigError
 from s2megatron.training import output
-from s2megatron.training.backends import check_machine
 from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_content import checksums_at_the_end_of_a_save
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import CheckpointPruner
 from s2megatron.training.load_fixes import name_damaged_files, save_what_was_loaded_never_again
-from s2megatron.training.prepare import Prepared, prepare, summary
+from s2megatron.training.prepare import (
+    Prepared,
+    check_start,
+    megatrons_refusals,
+    prepare,
+    summary,
+)
 from s2megatron.training.run_lock import RunLock
-from s2megatron.training.schedule import check_schedule
 from s2megatron.training.throughput import ThroughputMeter, peak_tflops
 from s2megatron.training.writer_watch import WriterWatch, end_rank
+
+RESULT_FAILED = {
+    16: "an iteration's result was not a number, or not the same again (said above). Its "
+    "checkpoint is kept, and the next start repeats the iteration on other hardware, to tell which "
+    "of the two it was; on the same GPU it only stops again. megatron.rerun_mode=disabled goes on "
+    "without that question",
+    17: "an iteration's result was wrong, and Megatron says above what it makes of it. Nothing was "
+    "saved; the last checkpoint stays as it is",
+}
+"""What Megatron's exit statuses 16 and 17 mean (core/rerun_state_machine.py)."""
 
 
 def _take_output(ready: Prepared) -> tuple[RunLock, CheckpointPruner]:
@@ -51,6 +65,7 @@ def _summarize() -> None:
 
 
 def _meter(ready: Prepared) -> ThroughputMeter:
+    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
     from megatron.training import get_tensorboard_writer, is_last_rank
 
     def report(iteration: int, text: str, scalars: dict[str, float]) -> None:
@@ -69,7 +84,7 @@ def _meter(ready: Prepared) -> ThroughputMeter:
     return ThroughputMeter(
         ready.shape,
         ready.patterns,
-        sequences=args.global_batch_size,
+        sequences=get_current_running_global_batch_size,  # step_batch_size_schedule changes it
         gpus=args.world_size,
         log_interval=args.log_interval,
         peak=peak,
@@ -96,21 +111,24 @@ def train(config: str, overrides: Sequence[str]) -> None:
     """Trains under torchrun. Raises ConfigError before any GPU memory is taken."""
     ranks = Ranks.of_launch()
     ready = prepare(config, overrides, choose=partial(choose_checkpoint, ranks=ranks))
-    check_machine(ready.backends, ready.args)
-    check_schedule(ready.args)
+    notes = check_start(ready)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
     from s2megatron.training.gpt_loop import datasets_provider, make_forward_step
 
+    with megatrons_refusals():  # asked again when the model is built
+        get_megatron_optimizer_config(ready.args)
+        get_megatron_ddp_config(ready.args)
     name_damaged_files()
     checksums_at_the_end_of_a_save()
     save_what_was_loaded_never_again(ready.output.iteration if ready.output else None)
     args = ready.args
     lock, pruner = None, None
     if args.rank == 0:
-        print("\n".join(summary(ready, [])), flush=True)
+        print("\n".join(summary(ready, notes)), flush=True)
         if ready.output:
             lock, pruner = _take_output(ready)
     meter = _meter(ready)
@@ -132,6 +150,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
         if stop.code is None:
             raise RuntimeError("Megatron gave up; its reason is the last that it printed") from stop
         if stop.code:
+            if args.rank == 0 and (why := RESULT_FAILED.get(stop.code)):
+                print(f"s2megatron: {why}", flush=True)
             raise
     except (CheckpointException, Exception) as error:  # the former is a BaseException
         if not (told := explain(error, load=args.load, step=args.ckpt_step, save=args.save)):

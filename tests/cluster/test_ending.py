@@ -1,9 +1,13 @@
 """A process that has done its work ends with the status it says, whatever its threads do."""
 
+import os
+import re
 import subprocess
 import sys
 
-from launches import ROOT
+import pytest
+import zygote
+from launches import ON_CPU, ROOT, TINY, write_run_file
 
 BUSY_THREADS = """
 import atexit, sys, threading, time, torch
@@ -45,3 +49,28 @@ def test_killing_what_is_left_does_not_hide_the_error():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
                           timeout=120)  # fmt: skip
     assert (done.returncode, done.stderr) == (3, "")
+
+
+ENDS = {
+    "evaluates only": (["megatron.skip_train=true", "megatron.eval_iters=1"], 0, "validation loss"),
+    "wrong result": (["megatron.error_injection_rate=1"], 17, "the last checkpoint stays as it is"),
+    "no number": (["megatron.clip_grad=0", "megatron.lr=1e25"], 16, "megatron.rerun_mode=disabled"),
+    "no number, no folder": (
+        ["megatron.clip_grad=0", "megatron.lr=1e25", "output.folder=null"],
+        1,
+        "result was not a number .*saves nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_that_saves_nothing_ends(tmp_path, case):
+    """Its writer of checkpoints waited for work, and the rank for it, without end."""
+    overrides, status, words = ENDS[case]
+    config = write_run_file(tmp_path / "run.yaml", TINY | {"data": {"mock": True}})
+    arguments = ["--config", str(config), f"output.folder={tmp_path / 'run'}", *overrides]
+    env = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1"}
+    target = "operating_cases:train_and_leave"
+    done = zygote.run(target, [*arguments, "megatron.lr_warmup_iters=0"], env=env, timeout=60)
+    assert done.returncode == status, done.stderr[-3000:]
+    assert re.search(words, done.stdout + done.stderr)

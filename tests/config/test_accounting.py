@@ -52,7 +52,7 @@ def test_meter_times_training_alone():
     meter = ThroughputMeter(
         SHAPE,
         PATTERNS,
-        sequences=8,
+        sequences=lambda: 8,
         gpus=2,
         peak=989,
         log_interval=4,
@@ -100,7 +100,7 @@ def test_meter_counts_the_pairs_of_packed_documents():
     meter = ThroughputMeter(
         SHAPE,
         PATTERNS,
-        sequences=4,
+        sequences=lambda: 4,
         gpus=2,
         log_interval=2,
         save_interval=None,
@@ -122,6 +122,29 @@ def test_meter_counts_the_pairs_of_packed_documents():
         assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true / 2 / 1e12)
         assert "MFU" not in text and "s2/MFU" not in scalars
         assert f"need {(matmuls + 12 * 16 * every) / true:.2f}x" in text
+
+
+def test_meter_counts_the_sequences_of_each_step():
+    """step_batch_size_schedule: tokens/s were those of one batch, here 1 of 4 and 16 of 4."""
+    now, reports, batches = [0.0], [], iter((1, 1, 4, 16, 16))
+    meter = ThroughputMeter(
+        SHAPE,
+        PATTERNS,
+        sequences=lambda: next(batches),
+        gpus=1,
+        log_interval=2,
+        save_interval=None,
+        report=lambda *report: reports.append(report),
+        clock=lambda: now[0],
+    )
+    for iteration in range(5):
+        for _ in range(2):
+            meter.training(iteration)
+        now[0] += 2.0
+    for (_, _, scalars), sequences in zip(reports, (2, 20), strict=True):
+        assert scalars["s2/tokens-per-second"] == sequences * 100 / 4.0
+        true = sequences * SHAPE.flops_per_sequence(PATTERNS) / 4.0 / 1e12
+        assert scalars["s2/true-TFLOPs-per-rank"] == pytest.approx(true)
 
 
 def test_table_groups_layers_and_names_what_is_uncovered():

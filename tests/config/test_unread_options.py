@@ -51,3 +51,9 @@ def test_the_plan_is_of_the_modules_that_the_run_file_names():
     """Also those that are not installed here: it may be another machine's run."""
     fused = call("model_cases", "modules_of_plans")
     assert fused == {"": True, "local": False, "transformer_engine": True}
+
+
+def test_the_plan_is_of_one_batch():
+    """It was of one sequence a rank, whatever the schedule says."""
+    status, out, err = call("model_cases", "plan_of_a_batch_schedule")
+    assert status == 2 and "megatron.step_batch_size_schedule: '0:2 1280:8': a plan is of" in err

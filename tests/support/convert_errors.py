@@ -88,7 +88,7 @@ def wrong_run_files(bench: Bench) -> dict:
         "kv_heads": ["megatron.num_query_groups=1", "sparsity.layers=[]"],
         "vocab": ["megatron.vocab_size=64", "megatron.make_vocab_size_divisible_by=64"],
         "theta": ["megatron.rotary_base=500000"],
-        "scaling": ["megatron.use_rope_scaling=false"],
+        "scaling": ["megatron.use_rope_scaling=false", "megatron.rope_scaling_factor=null"],
         "factor": ["megatron.rope_scaling_factor=8"],
         "eps": ["megatron.norm_epsilon=1e-5"],
         "tied": ["megatron.untie_embeddings_and_output_weights=false"],

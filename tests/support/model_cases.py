@@ -252,6 +252,7 @@ SHAPES = {
         "untie_embeddings_and_output_weights": False,
         "position_embedding_type": "learned_absolute",
         "group_query_attention": False,
+        "num_query_groups": None,
     },
     "qk_norm_wide_heads": {"qk_layernorm": True, "kv_channels": 24},
     "qkv_bias": {"add_qkv_bias": True},
@@ -295,6 +296,14 @@ def model_sizes(name: str) -> dict:
         "built_flops": 6 * matrices,
         "planned_flops": ready.shape.matmul_flops_per_token(),
     }
+
+
+def plan_of_a_batch_schedule() -> list:
+    """[status, standard output, errors] of the command."""
+    from s2megatron import cli
+
+    batch = ["megatron.global_batch_size=null", "megatron.step_batch_size_schedule=0:2 1280:8"]
+    return run_command_line(cli.main, ["plan", _run_file(MOCK), "--gpus", "1", *batch])
 
 
 def modules_of_plans() -> dict:

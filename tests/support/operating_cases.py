@@ -142,3 +142,31 @@ def train_until_the_writer_is_killed() -> int:
 
     CheckpointPruner.after = then_kill
     return run_as_rank(pretrain.main)
+
+
+def load_that_is_not_there(config: str) -> list[str]:
+    """The refusals of the launcher's start, and of Megatron's own script under --spec."""
+    from s2megatron.layer_spec import s2_layer_spec
+    from s2megatron.training.prepare import check_start, prepare_without_launch
+
+    os.environ["S2MEGATRON_CONFIG"] = config
+    ready = prepare_without_launch(config, [])
+    return [
+        refusal(lambda *_: check_start(ready), config, []),
+        refusal(lambda *_: s2_layer_spec(ready.model_config), config, []),
+    ]
+
+
+def train_and_leave() -> None:
+    """The launcher, and its own way to end."""
+    from s2megatron import pretrain
+    from s2megatron.cluster.ending import leave, run_as_rank
+
+    leave(run_as_rank(pretrain.main))
+
+
+def common_state(checkpoint: str) -> str:
+    """What is said of one that cannot be read."""
+    from s2megatron.training.resume import load_common
+
+    return refusal(lambda *_: load_common(Path(checkpoint)), "", [])

@@ -8,7 +8,8 @@ import megatron.core
 import pytest
 
 from s2megatron.errors import ConfigError
-from s2megatron.training.backends import check_machine, default_options, find_backends
+from s2megatron.training.backends import default_options, find_backends
+from s2megatron.training.machine_checks import check_machine
 
 TE = {
     "transformer_engine/__init__.py": "",
@@ -191,6 +192,11 @@ def test_a_writer_that_megatron_does_not_import_beside_is_refused(install, versi
 NO_CAPTURE = dict(
     cuda_graph_impl="none", enable_cuda_graph=False, external_cuda_graph=False,
     te_rng_tracker=False, nccl_ub=False, optimizer_cuda_graph=False,
+    wandb_project=None, optimizer="adam", enable_ft_package=False, adlr_autoresume=False,
+    num_distributed_optimizer_instances=1, tp_comm_overlap=False, cpu_offloading_num_layers=0,
+    recompute_modules=None, recompute_granularity=None, use_precision_aware_optimizer=False,
+    optimizer_cpu_offload=False, distributed_backend="gloo", record_memory_history=False,
+    profile=False, use_pytorch_profiler=False,
 )  # fmt: skip
 
 
