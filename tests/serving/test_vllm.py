@@ -182,7 +182,7 @@ def test_every_layer_is_ready_before_requests_come(reports):
 @pytest.mark.skipif(STUB is not None, reason=str(STUB))
 @pytest.mark.parametrize("dtype", COMPILED_FOR)
 def test_nothing_is_compiled_while_requests_wait(reports, dtype):
-    """105 steps, from one token to chunks of 8,192, alone and beside others that decode."""
+    """145 steps, from one token to chunks of 8,192, alone and beside others that decode."""
     ahead, late = (reports[f"{dtype}-{name}"] for name in ("ahead", "late"))
     assert ahead["after"] == []
     assert Counter(ahead["ahead"]) == Counter(late["after"])  # and nothing that no step needs
