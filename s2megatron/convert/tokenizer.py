@@ -141,8 +141,8 @@ def _tokens(encode, text: str) -> list[int] | None:
     """None of a text that a tokenizer without an unknown token has no tokens for."""
     try:
         return list(encode(text))
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises nothing narrower, and subclasses go on
+        if type(error) is not Exception:
             raise
         return None
 

@@ -1,6 +1,9 @@
 """A model in transformers as people use it: autocast, compiled, padded, in turns, wrapped."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,12 +88,15 @@ def test_a_mask_that_transformers_made_of_pad_token_id(model, ids):
     model.generate(text, attention_mask=torch.ones_like(text), **GREEDY)
 
 
-def test_a_traced_model_without_mask_and_cache_says_what_to_give(model, ids, monkeypatch):
-    """As under torch.compile, where transformers cannot look whether the batch is packed."""
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
-    said = refusal(model, ids, use_cache=False)
-    assert "under torch.compile give an attention_mask" in said
-    model(ids, use_cache=False, attention_mask=torch.ones_like(ids))
+def test_a_compiled_model_without_mask_and_cache_says_what_to_give(folder):
+    script = Path(__file__).parents[1] / "support" / "compiled_model.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "under torch.compile give an attention_mask" in found["said"]
+    assert found["same"]
 
 
 def test_a_mask_has_a_row_for_every_sequence_or_one_for_all(model, ids):
