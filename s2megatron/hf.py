@@ -18,6 +18,7 @@ generates with a `PagedCache`, which frees every block of keys and values that n
 attends to (docs/inference.md). transformers' own `model.generate` keeps all of them.
 """
 
+import copy
 import functools
 
 import torch
@@ -26,11 +27,11 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from s2_kernels import LayerPattern, s2_attention
-from s2_kernels.record import read_record
+from s2_kernels.record import read_record, record
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache
 from s2megatron.serving.loading import WITHOUT_TP, load_model
-from s2megatron.serving.model import CACHE, NAME
+from s2megatron.serving.model import CACHE, NAME, recorded_patterns
 from s2megatron.serving.tokens import Tokens
 
 
@@ -236,15 +237,34 @@ def layer_pattern(module: torch.nn.Module) -> LayerPattern:
     """The pattern of a layer, read from config.json's `s2` once and kept on the module."""
     pattern = module.__dict__.get("_s2_pattern")
     if pattern is None:
-        record = getattr(module.config, NAME, None)
-        if record is None:
+        recorded = getattr(module.config, NAME, None)
+        if recorded is None:
             raise ConfigError(
                 "attention 's2': config.json has no 's2' key, so the sparsity is not known; "
                 "convert the checkpoint with `s2megatron convert to-hf`, or load it dense"
             )
         with as_config_error("config.json"):
-            pattern = module.__dict__["_s2_pattern"] = read_record(record)[module.layer_idx]
+            pattern = module.__dict__["_s2_pattern"] = read_record(recorded)[module.layer_idx]
     return pattern
+
+
+def use_patterns(model, patterns: tuple[LayerPattern, ...]) -> None:
+    """Puts other patterns over a loaded model, one a layer; its weights stay as they are.
+
+    Args:
+        model: of transformers, loaded in any way; from now on its attention is "s2", and its
+            config has these patterns.
+
+    Raises:
+        ConfigError: the patterns are not of this model's layers or heads; nothing is changed then.
+    """
+    config = copy.deepcopy(model.config)
+    setattr(config, NAME, record(patterns))
+    recorded_patterns(config)
+    setattr(model.config, NAME, getattr(config, NAME))
+    for module in model.modules():
+        module.__dict__.pop("_s2_pattern", None)
+    model.set_attn_implementation(NAME)
 
 
 # Options of transformers' attention functions that S2 attention has no place for.

@@ -85,6 +85,8 @@ def turned(every: int) -> list[dict]:
 
 FIRST_TWO = dense_layers([1, 2])
 FOURTH, SIXTH = dense_layers("every 4"), dense_layers("every 6")
+CHOSEN = [5, 10, 15, 20, 25, 30]
+"""Of SmolLM2's 30 layers, by choose_dense.py (docs/quality.md)."""
 RANGES = [{"stride": 1, "reach": 16}, {"stride": 4, "reach": 64}, {"stride": 16}]
 
 ARMS: dict[str, dict] = {
@@ -136,6 +138,8 @@ ARMS: dict[str, dict] = {
     # SmolLM2's three KV heads hold three shards: stride 3, or turned from layer to layer.
     "smollm2-dense": {"block_size": BLOCK, "default": {"kind": "dense"}, "layers": []},
     "smollm2-every-6": shards(1024, 12, *turned(4), SIXTH, heads=3),
+    "smollm2-turned": shards(1024, 12, *turned(4), heads=3),
+    "smollm2-chosen": shards(1024, 12, *turned(4), dense_layers(CHOSEN), heads=3),
     "smollm2-stride-3": shards(1024, 3, heads=3),
 }
 """Name -> the `sparsity:` section of its run file."""
