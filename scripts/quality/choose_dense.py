@@ -1,12 +1,13 @@
 """Which layers of a trained dense model to leave dense when it is made sparse.
 
     python scripts/quality/choose_dense.py HF_DIR DATA --arm smollm2-turned --layers 6 \
-        --out chosen.json [--write configs/quality/smollm2-chosen.yaml --name smollm2-chosen]
+        --out chosen.json [--write configs/quality/smollm2-chosen.yaml]
 
 Nothing is trained. All layers get the arm's pattern; then the layer whose dense attention closes
-most of the gap to the dense model is made dense again, and the next one beside it, one a round. The
-gap has two parts of equal weight, each as a share of what the arm's pattern alone loses: the loss
-on text, beyond the first quarter of a window, and the loss on the answers of retrieval documents.
+most of the gap to the dense model is made dense again, and the next one beside it, one a round (of
+the better half of the first round). The gap has two parts of equal weight, each as a share of what
+the pattern alone loses: the loss on text, beyond the first quarter of a window, and the loss on the
+answers of retrieval documents.
 DATA holds tokenizer/ and the Megatron dataset text, as smollm2.sh makes them.
 """
 
@@ -111,14 +112,17 @@ def choose(judge: Judge, sparse: tuple[LayerPattern, ...], count: int, say=print
         shares = [(losses[n] - dense[n]) / (alone[n] - dense[n]) for n in losses]
         return sum(shares) / len(shares)
 
-    chosen, rounds = [], []
+    chosen, rounds, candidates = [], [], range(len(sparse))
     while len(chosen) < count:
         began, tried = time.time(), {}
-        for layer in set(range(len(sparse))) - set(chosen):
+        for layer in set(candidates) - set(chosen):
             keep = {*chosen, layer}
             losses = judge.losses(tuple(whole[i] if i in keep else p for i, p in enumerate(sparse)))
             tried[layer + 1] = {"gap": gap(losses), **losses}
         best = min(tried, key=lambda layer: tried[layer]["gap"])
+        if not rounds:  # the worse half would not be chosen later either
+            better = sorted(tried, key=lambda layer: tried[layer]["gap"])
+            candidates = [layer - 1 for layer in better[: max(count, len(sparse) // 2)]]
         chosen.append(best - 1)
         rounds.append(tried)
         say(f"layer {best}: {tried[best]} ({time.time() - began:.0f} s)")
@@ -136,8 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, required=True, help="to leave dense")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sample")
-    parser.add_argument("--samples", type=int, default=8, help="of text, and as many of retrieval")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=6, help="of text, and as many of retrieval")
+    parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--write", type=Path, metavar="RUN.yaml", help="a run file with the choice")
     a = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
