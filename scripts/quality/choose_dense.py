@@ -61,13 +61,20 @@ def questions(documents: Documents, encode, length: int, count: int) -> Samples:
     for i in range(count):
         task = ("single", "multi_key")[i % 2]
         made = make_document(
-            task, encode, length, rng, filler=filler[i], style=("sentences", "records")[i // 2 % 2],
-            queries=None if task == "single" else 8, records=None if task == "single" else 16,
+            task, encode, length, rng, filler=filler[i % len(filler)],
+            style=("sentences", "records")[i // 2 % 2], queries=None if task == "single" else 8,
+            records=None if task == "single" else 16,
         )  # fmt: skip
         tokens[i] = torch.tensor(made.tokens)
         for answer in made.answers:
             counted[i, answer.start - 1 : answer.end - 1] = True
     return Samples(tokens, counted)
+
+
+def as_dense(pattern: LayerPattern) -> LayerPattern:
+    """Of the same heads and blocks."""
+    size = pattern.block_size
+    return dense_pattern(heads=pattern.heads, kv_heads=pattern.kv_heads, block_size=size)
 
 
 class Judge:
@@ -102,9 +109,7 @@ def choose(judge: Judge, sparse: tuple[LayerPattern, ...], count: int, say=print
         "layers": from 1, in order of choice; "dense" and "sparse": losses without and with the
         pattern; "rounds": of each, the losses of every layer that was tried, and its gap.
     """
-    whole = tuple(
-        dense_pattern(heads=p.heads, kv_heads=len(p.rules), block_size=p.block_size) for p in sparse
-    )
+    whole = tuple(map(as_dense, sparse))
     dense, alone = judge.losses(whole), judge.losses(sparse)
     say(f"dense {dense}, the pattern in every layer {alone}")
 
