@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from s2megatron.errors import ConfigError, hide_import_warnings, refuse_unread
+from s2megatron.evaluation.options import add_evaluation
 from s2megatron.paths import user_path
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("folder", metavar="FOLDER", help="output folder, or one checkpoint")
     check.set_defaults(run=_verify)
     _add_convert(commands.add_parser("convert", help="checkpoints to and from Hugging Face"))
-    _add_evaluate(commands)
+    add_evaluation(commands)
     _add_generate(commands.add_parser("generate", help="text from a Hugging Face model"))
 
     options, rest = parser.parse_known_args(argv)
@@ -180,40 +181,6 @@ def _generate(options) -> None:
         graph=options.graph,
     )
     print(report, file=sys.stderr)
-
-
-def _add_evaluate(commands) -> None:
-    from s2megatron.evaluation.options import add_arguments
-
-    add_arguments(
-        commands.add_parser("evaluate", help="loss and retrieval of a Hugging Face model")
-    )
-    commands.choices["evaluate"].set_defaults(run=_evaluate)
-
-    compare = commands.add_parser("compare", help="what one evaluation does better than another")
-    compare.add_argument("first", metavar="A", help="folder that `evaluate` wrote")
-    compare.add_argument("second", metavar="B", help="another, of the same options")
-    compare.add_argument("--out", metavar="FILE.md", help="write it there too")
-    compare.set_defaults(run=_compare)
-
-
-def _evaluate(options) -> None:
-    from s2megatron.evaluation.command import run
-
-    out = run(options)
-    print(f"{out}: evaluation.md, evaluation.json, rows.json and pictures")
-
-
-def _compare(options) -> None:
-    from s2megatron.evaluation.compare import compare
-
-    text = compare(options.first, options.second)
-    print(text, end="")
-    try:
-        if options.out:
-            Path(options.out).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}") from None
 
 
 def _to_hf(options) -> None:

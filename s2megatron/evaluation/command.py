@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
         refuse_unread(options, _OF_RETRIEVAL, "retrieval (--tasks)")
     extra = tuple(map(parse_grid, options.grid))
     out = Path(options.out)
-    encode, tokenizer = _tokenizer(options) if tasks else (None, None)
+    encode, tokenizer = find_tokenizer(options.folder, options.tokenizer) if tasks else (None, None)
     network = load_network(
         options.folder, options.attention, device=options.device, dtype=options.dtype
     )
@@ -87,11 +87,10 @@ def _make(out: Path) -> None:
         raise ConfigError(f"--out {out}: cannot be written to; name another folder")
 
 
-def _tokenizer(options) -> tuple[Encode, str]:
-    name = options.tokenizer
+def find_tokenizer(folder: str, name: str | None) -> tuple[Encode, str]:
+    """The tokenizer of that name, or of the model in `folder`, and its name. Raises ConfigError."""
     if name is None:
-        folder = Path(options.folder)
-        if folder.is_dir() and not has_tokenizer(folder):
+        if Path(folder).is_dir() and not has_tokenizer(Path(folder)):
             raise ConfigError(
                 f"{folder} has no tokenizer, which retrieval needs: name the one it was trained "
                 "with (--tokenizer bytes, huggingface:DIR or sentencepiece:FILE), or leave "

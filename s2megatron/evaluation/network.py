@@ -103,7 +103,18 @@ def load_network(
     device: str | None = None,
     dtype: str | None = None,
 ) -> Network:
-    """The model in a Hugging Face folder.
+    """The model in a Hugging Face folder, as a network; arguments and errors are `load_model`'s."""
+    return Network.of(load_model(folder, attention, device=device, dtype=dtype))
+
+
+def load_model(
+    folder: str | Path,
+    attention: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+):
+    """The transformers model in a Hugging Face folder, on its device.
 
     Args:
         attention: "s2" (as trained; needs the `s2` key that `s2megatron convert to-hf` writes) or
@@ -114,11 +125,7 @@ def load_network(
     Raises:
         ConfigError: no such folder, not a model, or an option that does not fit.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: there is no config.json in it; name a Hugging Face folder, as "
-            "`s2megatron convert to-hf` makes them"
-        )
+    config = load_model_config(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("fp32" if device == "cpu" else "bf16")
     for name, value, known in (("--attention", attention, (None, *ATTENTIONS)),
@@ -128,9 +135,7 @@ def load_network(
     if device != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no GPU is found here; choose cpu")
     from s2megatron import hf
-    from s2megatron.convert.hf_config import read_config
 
-    config = read_config(Path(folder))
     recorded = getattr(config, hf.NAME, None) is not None
     attention = attention or ("s2" if recorded else "dense")
     if attention == "s2" and not recorded:
@@ -141,4 +146,16 @@ def load_network(
     implementation = {"s2": hf.NAME, "dense": "sdpa"}[attention]
     with as_config_error(f"{folder}: the model cannot be loaded"):
         model = hf.load(folder, attn_implementation=implementation, dtype=DTYPES[dtype])
-    return Network.of(model.to(device))
+    return model.to(device)
+
+
+def load_model_config(folder: str | Path):
+    """transformers' config of the model in a Hugging Face folder. Raises ConfigError."""
+    from s2megatron.convert.hf_config import read_config
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: there is no config.json in it; name a Hugging Face folder, as "
+            "`s2megatron convert to-hf` makes them"
+        )
+    return read_config(Path(folder))

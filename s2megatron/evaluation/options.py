@@ -1,12 +1,58 @@
-"""The options of `s2megatron evaluate`, apart from what they start: this imports no torch."""
+"""The commands `evaluate`, `compare` and `choose-dense`: their options, and what they start.
+
+This imports no torch: the functions that run a command import what they need.
+"""
 
 import argparse
+from pathlib import Path
 
+from s2megatron.errors import ConfigError
 from s2megatron.evaluation.retrieval import TASKS
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `s2megatron evaluate`."""
+def add_evaluation(commands) -> None:
+    """The three commands."""
+    evaluate = commands.add_parser("evaluate", help="loss and retrieval of a Hugging Face model")
+    _add_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="what one evaluation does better than another")
+    compare.add_argument("first", metavar="A", help="folder that `evaluate` wrote")
+    compare.add_argument("second", metavar="B", help="another, of the same options")
+    compare.add_argument("--out", metavar="FILE.md", help="write it there too")
+    compare.set_defaults(run=_compare)
+
+    choice = commands.add_parser("choose-dense", help="layers of a dense model to leave dense")
+    _add_choice(choice)
+    choice.set_defaults(run=_choose_dense)
+
+
+def _evaluate(options) -> None:
+    from s2megatron.evaluation.command import run
+
+    out = run(options)
+    print(f"{out}: evaluation.md, evaluation.json, rows.json and pictures")
+
+
+def _choose_dense(options) -> None:
+    from s2megatron.evaluation.choose import run
+
+    run(options)
+
+
+def _compare(options) -> None:
+    from s2megatron.evaluation.compare import compare
+
+    text = compare(options.first, options.second)
+    print(text, end="")
+    try:
+        if options.out:
+            Path(options.out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}") from None
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.set_defaults(parser=parser)
     add("folder", metavar="HF_DIR", help="a model, as `convert to-hf` or transformers wrote it")
@@ -28,6 +74,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", action="append", default=[], metavar="BLOCK:STRIDE",
         help="count by these shards too, as 64:16 (a dense model has none of its own)")  # fmt: skip
     add("--seed", type=int, default=0)
+    add("--device", choices=("cuda", "cpu"))
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--batch-tokens", type=int, help="in one forward pass (65536 on a GPU, 4096 on a CPU)")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.set_defaults(parser=parser)
+    add("folder", metavar="HF_DIR", help="a dense model, as transformers wrote it")
+    add("--config", required=True, metavar="RUN.yaml", help="its sparsity is put over the model")
+    add("overrides", nargs="*", metavar="key.path=value")
+    add("--dense-layers", type=int, required=True, metavar="N", help="to leave dense beside those "
+        "that the run file makes dense")  # fmt: skip
+    add("--data", required=True, metavar="PREFIX", help="dataset to judge by, of its tokenizer")
+    add("--out", required=True, metavar="FILE.json", help="for the losses of every layer")
+    add("--length", type=int, default=8192, help="tokens of a sample (8192)")
+    add("--samples", type=int, default=6, help="of text, and as many with questions (6)")
+    add("--tokenizer", help="bytes, huggingface:DIR, sentencepiece:FILE (default: HF_DIR's)")
     add("--device", choices=("cuda", "cpu"))
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--batch-tokens", type=int, help="in one forward pass (65536 on a GPU, 4096 on a CPU)")

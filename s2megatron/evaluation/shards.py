@@ -3,8 +3,9 @@
 A layer cuts the sequence into blocks. A head with a stride keeps every stride-th block forever, and
 which ones repeats with that stride: block k and block k + stride have one fate. So the **shard** of
 a position is its block's number mod the layer's *period*, the least common multiple of the strides
-with which the layer's heads keep blocks forever. If a model answers well from some shards only, the
-heads that hold the others do not do their part.
+with which the layer's heads keep blocks forever. Where these have few factors in common (29, 31 and
+37 repeat after 33,263 blocks), positions are counted by each stride in turn. If a model answers
+well from some shards only, the heads that hold the others do not do their part.
 """
 
 import math
@@ -19,6 +20,9 @@ EDGE_NAMES = (
     "edge between key and value",
     "edge in the value",
 )
+
+MOST_SHARDS = 256
+"""Of a period that positions are counted by: beyond, a shard would have no answers to speak of."""
 
 
 @dataclass(frozen=True, order=True)
@@ -47,12 +51,14 @@ class Grid:
 
 def grids(patterns: Iterable[LayerPattern]) -> list[Grid]:
     """The different grids of the layers that are not dense."""
-    return sorted({_grid(pattern) for pattern in patterns if not pattern.is_dense})
+    return sorted({g for pattern in patterns if not pattern.is_dense for g in _grids(pattern)})
 
 
-def _grid(pattern: LayerPattern) -> Grid:
-    strides = (rule.bands[-1].stride for rule in pattern.rules if rule.bands[-1].reach == FOREVER)
-    return Grid(pattern.block_size, math.lcm(*strides))
+def _grids(pattern: LayerPattern) -> list[Grid]:
+    strides = {rule.bands[-1].stride for rule in pattern.rules if rule.bands[-1].reach == FOREVER}
+    period = math.lcm(*strides)
+    periods = {period} if period <= MOST_SHARDS else strides
+    return [Grid(pattern.block_size, period) for period in periods]
 
 
 def parse_grid(text: str) -> Grid:

@@ -83,10 +83,21 @@ def turned(every: int) -> list[dict]:
     ]
 
 
+def first_block(window: int, *strides: list[int], more: list[dict] = ()) -> dict:
+    """Window (tokens) + a stride (blocks) for every head, all counted from the first block: the
+    layers take the lists of strides by turns."""
+    default = {"local_blocks": window // BLOCK, "stride": strides[0], "homogeneous": True}
+    layers = [
+        {"layers": f"every {len(strides)} from {first}", "stride": own}
+        for first, own in enumerate(strides[1:], 2)
+    ]
+    return {"block_size": BLOCK, "default": default, "layers": [*layers, *more]}
+
+
 FIRST_TWO = dense_layers([1, 2])
 FOURTH, SIXTH = dense_layers("every 4"), dense_layers("every 6")
-CHOSEN = [5, 10, 15, 20, 25, 30]
-"""Of SmolLM2's 30 layers, by choose_dense.py (docs/quality.md)."""
+FIRST_STRIDES = ([29, 31, 37], [27, 32, 35], [25, 33, 41])
+"""Of SmolLM2's three KV heads, with few factors in common."""
 RANGES = [{"stride": 1, "reach": 16}, {"stride": 4, "reach": 64}, {"stride": 16}]
 
 ARMS: dict[str, dict] = {
@@ -139,10 +150,17 @@ ARMS: dict[str, dict] = {
     "smollm2-dense": {"block_size": BLOCK, "default": {"kind": "dense"}, "layers": []},
     "smollm2-every-6": shards(1024, 12, *turned(4), SIXTH, heads=3),
     "smollm2-turned": shards(1024, 12, *turned(4), heads=3),
-    "smollm2-chosen": shards(1024, 12, *turned(4), dense_layers(CHOSEN), heads=3),
+    "smollm2-chosen": shards(1024, 12, *turned(4), dense_layers([13, 15, 16, 19, 20, 23]), heads=3),
+    # Every head keeps the first block, which a dense model attends to wherever nothing else is
+    # asked for: shards differ by their strides. Dense layers of these two by `choose-dense`.
+    "smollm2-first-block": first_block(2048, *FIRST_STRIDES),
+    "smollm2-first": first_block(2048, *FIRST_STRIDES, more=[dense_layers([1, 9, 18, 19, 21, 24])]),
     "smollm2-stride-3": shards(1024, 3, heads=3),
 }
 """Name -> the `sparsity:` section of its run file."""
+
+DENSE = ("dense", "smollm2-dense")
+"""The arms that all others of their model are measured by."""
 
 PAIRS: tuple[tuple[str, str, str], ...] = (
     ("no-dense", "homogeneous", "different shards against equal ones, no dense layers"),
@@ -167,6 +185,7 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("no-dense", "plain-8k-stride-8", "half of the shards against a plain window of more keys"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
+    ("smollm2-first", "smollm2-chosen", "SmolLM2: the first block kept by every head"),
     ("smollm2-every-6", "smollm2-stride-3", "SmolLM2: every sixth dense against stride 3"),
 )
 """What the study claims, or finds not to hold: an arm, its control, and what their difference

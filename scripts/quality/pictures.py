@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy
+from arms import DENSE
 
 from s2megatron.evaluation.report import draw_retrieval
 
@@ -71,7 +72,7 @@ def draw_curves(results: list[dict], path: Path) -> None:
                 axis.plot(*zip(*points.items(), strict=True), label=name, color=f"C{i}")
         axis.set_title(titles[kind], fontsize=10)
         axis.set_ylabel("loss (nats a token)")
-    dense = next((watched(r, "text") for r in ends if r["arm"] == "dense"), {})
+    dense = next((watched(r, "text") for r in ends if r["arm"] in DENSE), {})
     for i, result in enumerate(ends):
         points = watched(result, "text")
         both = [tokens for tokens in points if tokens in dense]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy
 import pictures
-from arms import ARMS, PAIRS, density
+from arms import ARMS, DENSE, PAIRS, density
 
 
 def read_results(*folders: Path) -> list[dict]:
@@ -98,7 +98,7 @@ def loss_table(results: list[dict]) -> list[str]:
 
 
 def dense_of(results: list[dict]) -> dict | None:
-    return next((r for r in results if r["arm"] in ("dense", "smollm2-dense")), None)
+    return next((r for r in results if r["arm"] in DENSE), None)
 
 
 def against(mine: numpy.ndarray | None, other: numpy.ndarray | None) -> str:
@@ -215,7 +215,7 @@ def seeds_table(results: list[dict]) -> list[str]:
         of_arm[tuple(weights)] = result
     lines = []
     for arms in recipes.values():
-        dense = arms.get("dense", arms.get("smollm2-dense", {}))
+        dense = next((arms[name] for name in DENSE if name in arms), {})
         for arm, by_seed in arms.items():
             lengths = examination(next(iter(by_seed.values())))["loss_lengths"]
             for length, far in itertools.product(lengths, (False, True)):

@@ -98,6 +98,8 @@ def test_shards_and_edges_of_the_block_grid():
             for head in range(4):
                 again = pattern.lifetime(head, block + grid.period)
                 assert pattern.lifetime(head, block) == again
+    apart = local_stride(**heads, local_blocks=2, stride=[7, 11, 13, 13], homogeneous=True)
+    assert grids([apart]) == [Grid(16, 7), Grid(16, 11), Grid(16, 13)]  # 1,001 shards are too many
     assert [GRID.shard(p) for p in (0, 15, 16, 63, 64)] == [0, 0, 1, 3, 0]
     assert [GRID.edge(source, 4) for source in (12, 13, 15, 16, 17)] == [
         EDGE_NAMES[i] for i in (0, 2, 2, 1, 0)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from launches import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts/quality"))
@@ -139,3 +140,17 @@ def test_a_probe_of_many_documents_has_a_picture_of_length_and_depth(tmp_path):
     files = pictures.draw([few, many], {"dense--1": None, "paper--1": None}, {}, tmp_path)
     assert [path.name for path in files.values()] == ["curves.png", "paper--1-records.png"]
     assert files["paper--1, records"].stat().st_size > 5000
+
+
+def test_curves_of_a_pretrained_model_are_held_against_its_own_dense_arm(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    phase = {"tokens": 8192, "batch_tokens": 4096}
+    arms = [
+        arm_result(name, [])
+        | {"phases": [phase | {"validation": {"text": [(1, loss), (2, loss)]}}]}
+        for name, loss in (("smollm2-dense", 2.0), ("smollm2-first", 2.1))
+    ]
+    pictures.draw_curves(arms, tmp_path / "curves.png")
+    apart = [line.get_ydata().tolist() for line in figures[0].axes[2].lines]
+    assert apart == [[0, 0], [pytest.approx(5), pytest.approx(5)]]

@@ -1,25 +1,21 @@
 """Which layers to leave dense: the one that reads what is far, in a model where we know it."""
 
 import json
-import sys
+import re
 
 import pytest
 import torch
 import yaml
 from evaluation_cases import by_byte
-from launches import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2_kernels import local_stride
-from s2megatron import hf
+from s2megatron import cli, hf
 from s2megatron.config import parse_config
 from s2megatron.data import write_dataset
 from s2megatron.errors import ConfigError
+from s2megatron.evaluation import choose as choosing
 from s2megatron.evaluation.windows import Documents
-
-sys.path.insert(0, str(ROOT / "scripts/quality"))
-import arms
-import choose_dense
 
 READER = 4
 """Of the model's layers, from 1, the one whose attention counts: the others' is made zero."""
@@ -56,8 +52,8 @@ def sparse(layers: int = 5):
 
 def test_the_layer_that_reads_is_chosen_first(model, documents):
     hf.use_patterns(model, sparse())
-    samples = {"text": choose_dense.text(documents, 256, 4)}
-    found = choose_dense.choose(choose_dense.Judge(model, samples, 2), sparse(), 2, lambda _: None)
+    samples = {"text": choosing.text(documents, 256, 4)}
+    found = choosing.choose(choosing.Judge(model, samples, 2), sparse(), 2, lambda _: None)
     assert found["layers"][0] == READER and len(found["layers"]) == 2
     first, last = found["rounds"]
     assert [len(first), len(last)] == [5, 1]  # of the better half, one was chosen before
@@ -66,10 +62,10 @@ def test_the_layer_that_reads_is_chosen_first(model, documents):
 
 
 def test_losses_are_those_of_the_patterns_in_force(model, documents):
-    samples = {"text": choose_dense.text(documents, 256, 2)}
+    samples = {"text": choosing.text(documents, 256, 2)}
     hf.use_patterns(model, sparse())
-    judge = choose_dense.Judge(model, samples, 2)
-    dense = tuple(choose_dense.as_dense(pattern) for pattern in sparse())
+    judge = choosing.Judge(model, samples, 2)
+    dense = tuple(choosing.as_dense(pattern) for pattern in sparse())
     first, other, again = (judge.losses(p)["text"] for p in (sparse(), dense, sparse()))
     assert first == again != other
     model.set_attn_implementation("sdpa")
@@ -78,7 +74,7 @@ def test_losses_are_those_of_the_patterns_in_force(model, documents):
 
 
 def test_only_answers_of_questions_count(documents):
-    found = choose_dense.questions(documents, by_byte, 2048, 4)
+    found = choosing.questions(documents, by_byte, 2048, 4)
     answers = [
         bytes(row[1:][counted].tolist())
         for row, counted in zip(found.tokens, found.counted, strict=True)
@@ -96,21 +92,50 @@ def test_patterns_of_another_model_change_nothing(model):
     assert hf.layer_pattern(model.model.layers[0].self_attn) == sparse()[0]
 
 
-def test_the_command_writes_a_run_file_with_its_choice(tmp_path, monkeypatch, model, documents):
+RUN = {
+    "sparsity": {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}, "layers": []},
+    "megatron": {"num_layers": 5, "hidden_size": 64, "num_attention_heads": 4},
+}
+
+
+@pytest.fixture
+def files(tmp_path, model, documents):
+    """What the command takes, and FILE.json where it writes."""
     model.save_pretrained(tmp_path / "hf")
-    section = {"block_size": 16, "default": {"local_blocks": 2, "stride": 4}, "layers": []}
-    shape = {"num_layers": 5, "num_attention_heads": 4, "group_query_attention": True,
-             "num_query_groups": 2}  # fmt: skip
-    monkeypatch.setitem(arms.ARMS, "small", section)
-    monkeypatch.setattr(arms, "MODEL", arms.MODEL | shape)
-    monkeypatch.setattr(choose_dense, "make_tokenizer", lambda _: (by_byte, None))
-    choose_dense.main([
-        str(tmp_path / "hf"), str(tmp_path), "--arm", "small", "--layers", "1", "--length", "1536",
-        "--samples", "2", "--out", str(tmp_path / "chosen.json"),
-        "--write", str(tmp_path / "run.yaml"),
-    ])  # fmt: skip
-    (layer,) = json.loads((tmp_path / "chosen.json").read_text())["layers"]
-    assert layer == READER
-    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert written["sparsity"]["layers"] == [{"layers": [layer], "kind": "dense"}]
-    parse_config(written)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    return [str(tmp_path / "hf"), "--config", str(tmp_path / "run.yaml"), "--tokenizer", "bytes",
+            "--data", str(tmp_path / "text"), "--length", "1536", "--samples", "2",
+            "--out", str(tmp_path / "new" / "chosen.json")]  # fmt: skip
+
+
+def test_the_command_says_what_to_write_into_the_run_file(files, tmp_path, capsys):
+    assert cli.main(["choose-dense", *files, "--dense-layers", "1"]) == 0
+    found = json.loads((tmp_path / "new" / "chosen.json").read_text())
+    assert found["layers"] == [READER] and found["machine"] == "CPU"
+    entry = yaml.safe_load(capsys.readouterr().out.partition("sparsity.layers:\n")[2])
+    assert entry == [{"layers": [READER], "kind": "dense"}]
+    parse_config(RUN | {"sparsity": RUN["sparsity"] | {"layers": entry}})
+
+
+def test_layers_that_the_run_file_makes_dense_stay_so(files, tmp_path):
+    more = ["--dense-layers", "1", "sparsity.layers=[{layers: [1, 2], kind: dense}]"]
+    assert cli.main(["choose-dense", *files, *more]) == 0
+    (tried,) = json.loads((tmp_path / "new" / "chosen.json").read_text())["rounds"]
+    assert sorted(tried) == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--dense-layers", "5"], "--dense-layers 5: .* makes 5 of 5 layers sparse"),
+    (["--dense-layers", "0"], "--dense-layers 0: must be at least 1"),
+    (["--dense-layers", "1", "--length", "4096"], "--length 4096: the model has 2048 positions"),
+    (["--dense-layers", "1", "--length", "512"], "--length 512: length=512: 16 facts"),
+    (["--dense-layers", "1", "--config", "no.yaml"], "--config no.yaml: there is no such file"),
+    (["--dense-layers", "1", "--data", "no"], "--data: no.bin does not exist"),
+    (["--dense-layers", "1", "sparsity.default.local_blocks=96"], "the pattern loses nothing on"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(files, tmp_path, capsys, more, message):
+    assert cli.main(["choose-dense", *files, *more]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert ("Loading weights" in said) == ("loses nothing" in message)  # all else is told before
+    assert not (tmp_path / "new" / "chosen.json").exists()
