@@ -71,6 +71,25 @@ def layer_table(
     return "\n".join(line.rstrip() for line in lines)
 
 
+def first_block_dropped(patterns: tuple[LayerPattern, ...]) -> str | None:
+    """What to tell whoever puts patterns over a model that was trained dense; None: nothing.
+
+    Such a model's heads attend to its first tokens wherever nothing else is asked for, and it loses
+    far more where they are taken away than by all else that is dropped.
+    Source: docs/benchmarks/quality-pretrained.md.
+    """
+    heads = [rule for pattern in patterns for rule in pattern.rules]
+    dropping = sum(rule.lifetime(0) != FOREVER for rule in heads)
+    if not dropping:
+        return None
+    return (
+        f"{dropping} of {len(heads)} KV heads (all layers together) drop the first block, which a "
+        "model that was trained dense leans on: it will lose more than it has to. Keep it in every "
+        "head (homogeneous: true and strides with few common factors, one per KV head), and choose "
+        "the dense layers with `s2megatron choose-dense` (docs/benchmarks/quality-pretrained.md)"
+    )
+
+
 def _describe(pattern: LayerPattern) -> tuple[str, str, str, str]:
     """kind, block, local, stride or ranges."""
     rules = [rule for rule in pattern.rules if not rule.is_dense]

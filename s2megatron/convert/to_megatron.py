@@ -19,6 +19,7 @@ from s2megatron.convert.tokenizer import copy_files, find_files
 from s2megatron.convert.torch_dist import Chunk, write_release
 from s2megatron.convert.writing import check_output, check_space, whole_folder
 from s2megatron.errors import ConfigError, as_config_error
+from s2megatron.layer_table import first_block_dropped
 
 # Modules whose (empty) extra state Megatron asks for when it loads, under some layer spec.
 _EXTRA_STATE = {
@@ -204,6 +205,8 @@ def _sparsity(
                 "attention: the source was trained dense; the checkpoint records the run file's "
                 "sparsity, with which it goes on"
             )
+            if (dropped := first_block_dropped(patterns)) is not None:
+                notes.append(f"sparsity: {dropped}")
         return record(patterns)
     with as_config_error(where):
         trained = read_record(saved)

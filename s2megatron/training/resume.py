@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2_kernels import LayerPattern
 from s2_kernels.record import describe_difference, read_record
 from s2megatron.errors import ConfigError, as_config_error
+from s2megatron.layer_table import first_block_dropped
 from s2megatron.training.changed_options import compare, refusal
 from s2megatron.training.checkpoint_folder import TRACKER, way_back
 from s2megatron.training.load_fixes import settle_schedule
@@ -158,8 +159,9 @@ def _check_sparsity(
     folder: Path, args, patterns: tuple[LayerPattern, ...], on_resume: str
 ) -> list[str]:
     """A line for the log where another sparsity is gone on with. Raises ConfigError."""
-    saved = getattr(args, "s2_sparsity", None)
+    saved, dropped = getattr(args, "s2_sparsity", None), None
     if saved is None:
+        dropped = first_block_dropped(patterns)
         difference = "it records no sparsity: a dense checkpoint"
         same = all(pattern.is_dense for pattern in patterns)
     else:
@@ -177,4 +179,5 @@ def _check_sparsity(
             f"{message}\nRestore the sparsity, or set sparsity.on_resume=replace to go on with "
             "the configured one"
         )
-    return [f"{message}\ngoing on with the configured one (sparsity.on_resume)"]
+    notes = [f"{message}\ngoing on with the configured one (sparsity.on_resume)"]
+    return notes if dropped is None else [*notes, f"sparsity: {dropped}"]

@@ -167,7 +167,7 @@ def test_stock_megatron_saves_the_same_keys(home):
     assert hasattr(ours.args, "s2_sparsity") and not hasattr(stock.args, "s2_sparsity")
 
 
-def test_stock_checkpoint_is_told_apart(home):
+def test_stock_checkpoint_is_told_apart(home, capsys):
     """What stock Megatron saved records no sparsity: resuming it with S2 asks."""
     from argparse import Namespace
 
@@ -178,6 +178,10 @@ def test_stock_checkpoint_is_told_apart(home):
     check_resume(Namespace(load=home / "llama" / "s2-tp1", **args), patterns, "error")
     with pytest.raises(ConfigError, match="it records no sparsity: a dense checkpoint"):
         check_resume(Namespace(load=home / "llama" / "stock", **args), patterns, "error")
+    check_resume(Namespace(load=home / "llama" / "stock", **args), patterns, "replace")
+    assert "4 of 8 KV heads (all layers together) drop the first block" in capsys.readouterr().out
+    check_resume(Namespace(load=home / "llama" / "s2-tp1", **args), patterns[::-1], "replace")
+    assert "drop the first block" not in capsys.readouterr().out  # it never leaned on it
 
 
 def test_other_spellings_of_a_checkpoint(home, tmp_path):
@@ -261,3 +265,4 @@ def test_padding_and_sparsity_are_told(home):
     said = (home / "mistral" / "said.txt").read_text()
     assert "257 tokens, padded with 127 rows of zeros to 384" in said
     assert "trained dense; the checkpoint records the run file's sparsity" in said
+    assert "KV heads (all layers together) drop the first block" in said
