@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -211,11 +212,12 @@ def _to_megatron(options) -> None:
     from s2megatron.convert.to_megatron import to_megatron
 
     report = to_megatron(options.source, options.out, options.config, tuple(options.overrides))
-    print("\n".join(report.notes))
+    given = ["--config", options.config, *options.overrides, f"megatron.load={report.folder}"]
+    for note in report.notes:
+        print(note)
     print(
         f"{report.folder}: {report.architecture}, {report.parameters:,} parameters; train it with\n"
-        f"  torchrun ... -m s2megatron.pretrain --config {options.config} "
-        f"{' '.join([*options.overrides, f'megatron.load={report.folder}'])}"
+        f"  torchrun ... -m s2megatron.pretrain {shlex.join(given)}"
     )
 
 

@@ -26,17 +26,17 @@ from tqdm import tqdm
 from s2_kernels import LayerPattern, dense
 from s2megatron import hf, provenance
 from s2megatron.config import load_config
-from s2megatron.errors import ConfigError, as_config_error
+from s2megatron.errors import ConfigError
 from s2megatron.evaluation.command import find_tokenizer
 from s2megatron.evaluation.evaluate import BATCH_TOKENS
 from s2megatron.evaluation.network import Network, load_model, load_model_config
 from s2megatron.evaluation.progress import Say
-from s2megatron.evaluation.retrieval import make_document
+from s2megatron.evaluation.retrieval import RetrievalDocument, make_document
 from s2megatron.evaluation.windows import Documents
 from s2megatron.evaluation.words import Encode
 
-QUESTIONS, FACTS = 8, 16
-"""Of a document that has more than one."""
+MOST_QUESTIONS = 8
+"""Of a document that has more than one, and twice as many facts; fewer where they do not fit."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,36 @@ def questions(documents: Documents, encode: Encode, length: int, count: int) -> 
     """Retrieval documents of both styles, half of them with one fact, planted in text.
 
     Raises:
-        ValueError: the length is too small for the facts.
+        ConfigError: the length is too small for two questions.
     """
     rng = random.Random(1)
     tokens = torch.zeros(count, length, dtype=torch.int64)
     counted = torch.zeros(count, length - 1, dtype=torch.bool)
     filler = [window.tokens for window in documents.windows(length, count, packed=True)]
     for i in range(count):
-        many = i % 2
-        made = make_document(
-            "multi_key" if many else "single", encode, length, rng, filler=filler[i % len(filler)],
-            style=("sentences", "records")[i // 2 % 2], queries=QUESTIONS if many else None,
-            records=FACTS if many else None,
-        )  # fmt: skip
+        task = ("single", "multi_key")[i % 2]
+        style = ("sentences", "records")[i // 2 % 2]
+        made = _document(task, style, encode, length, rng, filler[i % len(filler)])
         tokens[i] = torch.tensor(made.tokens)
         for answer in made.answers:
             counted[i, answer.start - 1 : answer.end - 1] = True
     return Samples(tokens, counted)
+
+
+def _document(task, style, encode: Encode, length: int, rng, filler) -> RetrievalDocument:
+    """With as many questions as fit, at most MOST_QUESTIONS."""
+    if task == "single":
+        return make_document(task, encode, length, rng, filler=filler, style=style)
+    many = MOST_QUESTIONS
+    while many > 1:
+        try:
+            return make_document(
+                task, encode, length, rng, filler=filler, style=style, queries=many,
+                records=2 * many,
+            )  # fmt: skip
+        except ValueError:  # they do not fit
+            many //= 2
+    raise ConfigError(f"--length {length}: holds no two questions and four facts; give longer ones")
 
 
 class Judge:
@@ -199,11 +212,10 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
             f"--length {options.length}: the model has {positions} positions; choose at most that"
         )
     documents = Documents(options.data, of.vocab_size)
-    with as_config_error(f"--length {options.length}"):
-        samples = {
-            "text": text(documents, options.length, options.samples),
-            "answers": questions(documents, encode, options.length, options.samples),
-        }
+    samples = {
+        "text": text(documents, options.length, options.samples),
+        "answers": questions(documents, encode, options.length, options.samples),
+    }
     highest = int(samples["answers"].tokens.max())
     if highest >= of.vocab_size:
         raise ConfigError(

@@ -14,6 +14,7 @@ NAME.json, NAME.md and NAME.png; what does not fit is said.
 import argparse
 import datetime
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -267,7 +268,7 @@ def write(result: dict, a) -> None:
     name = a.name or f"decode-{card}-{datetime.date.today()}"
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    command = " ".join(["python3 scripts/bench/decode.py", *sys.argv[1:]])
+    command = shlex.join(["python3", "scripts/bench/decode.py", *sys.argv[1:]])
     text = (
         f"# A token of a 1.3B model: {result['device']}\n\n"
         f"`{command}`; torch {result['torch']}, commit {result['commit']}; "

@@ -12,6 +12,7 @@ is far above the first went at the host's pace. Writes NAME.json and NAME.md wit
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -184,7 +185,7 @@ def main(argv=None) -> None:
     if a.name:
         a.out.mkdir(parents=True, exist_ok=True)
         (a.out / f"{a.name}.json").write_text(json.dumps(result, indent=1))
-        command = f"    python3 scripts/bench/host_time.py {' '.join(argv or sys.argv[1:])}\n\n"
+        command = f"    python3 scripts/bench/host_time.py {shlex.join(argv or sys.argv[1:])}\n\n"
         (a.out / f"{a.name}.md").write_text(command + text)
 
 

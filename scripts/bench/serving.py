@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -267,7 +268,7 @@ def write(results: list[dict], a) -> Path:
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     layers, _, _, heads, kv_heads = SHAPES[a.shape]
-    command = " ".join(["python3 scripts/bench/serving.py", *sys.argv[1:]])
+    command = shlex.join(["python3", "scripts/bench/serving.py", *sys.argv[1:]])
     text = (
         f"# vLLM serves a model of {a.shape}'s shape, {a.providers}: {device}\n\n"
         f"`{command}`; vllm {results[0]['vllm']}, torch {results[0]['torch']}, "

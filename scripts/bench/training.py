@@ -13,6 +13,7 @@ kernels' time is added up by kind (profile_kinds.py). key.path=value at the end 
 import argparse
 import json
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -157,7 +158,7 @@ def report(a, rows) -> str:
     """The table, and each run's profile."""
     dense = {r["tokens"]: r["ms"] for r in rows if r["attention"] == "dense" and "ms" in r}
     lines = [
-        f"`python3 scripts/bench/training.py {' '.join(sys.argv[1:])}`",
+        f"`python3 scripts/bench/training.py {shlex.join(sys.argv[1:])}`",
         "",
         f"{provenance.in_words(versions())}, commit {provenance.commit(ROOT)}",
         "",

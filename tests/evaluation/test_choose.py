@@ -84,6 +84,11 @@ def test_only_answers_of_questions_count(documents):
     assert all(answer.replace(b" ", b"").isdigit() for answer in answers)
 
 
+def test_short_samples_have_fewer_questions(documents):
+    found = choosing.questions(documents, by_byte, 512, 4)
+    assert found.counted.sum(1).tolist() == [8, 2 * 8, 4, 8 * 4]
+
+
 def test_patterns_of_another_model_change_nothing(model):
     hf.use_patterns(model, sparse())
     for wrong in (sparse(4), (local_stride(heads=8, local_blocks=2, stride=4),) * 5):
@@ -128,7 +133,7 @@ def test_layers_that_the_run_file_makes_dense_stay_so(files, tmp_path):
     (["--dense-layers", "5"], "--dense-layers 5: .* makes 5 of 5 layers sparse"),
     (["--dense-layers", "0"], "--dense-layers 0: must be at least 1"),
     (["--dense-layers", "1", "--length", "4096"], "--length 4096: the model has 2048 positions"),
-    (["--dense-layers", "1", "--length", "512"], "--length 512: length=512: 16 facts"),
+    (["--dense-layers", "1", "--length", "256"], "--length 256: holds no two questions"),
     (["--dense-layers", "1", "--config", "no.yaml"], "--config no.yaml: there is no such file"),
     (["--dense-layers", "1", "--data", "no"], "--data: no.bin does not exist"),
     (["--dense-layers", "1", "sparsity.default.local_blocks=96"], "the pattern loses nothing on"),
