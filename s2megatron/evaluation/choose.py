@@ -26,7 +26,7 @@ from tqdm import tqdm
 from s2_kernels import LayerPattern, dense
 from s2megatron import hf, provenance
 from s2megatron.config import load_config
-from s2megatron.errors import ConfigError
+from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.evaluation.command import find_tokenizer
 from s2megatron.evaluation.evaluate import BATCH_TOKENS
 from s2megatron.evaluation.network import Network, load_model, load_model_config
@@ -195,11 +195,7 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
     out = _writable(Path(options.out))
     encode, tokenizer = find_tokenizer(options.folder, options.tokenizer)
     of = load_model_config(options.folder)
-    patterns = config.sparsity.resolve(
-        num_layers=of.num_hidden_layers,
-        heads=of.num_attention_heads,
-        kv_heads=of.num_key_value_heads,
-    )
+    patterns = config.sparsity.resolve(**_shape(of, options.folder))
     sparse = sum(not pattern.is_dense for pattern in patterns)
     if options.dense_layers >= sparse:
         raise ConfigError(
@@ -226,7 +222,8 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
     about = {
         "command": shlex.join(["s2megatron", *sys.argv[1:]]), "model": str(options.folder),
         "config": str(options.config), "tokenizer": tokenizer, "length": options.length,
-        "samples": options.samples, "machine": provenance.machine(model.device),
+        "samples": {name: len(one.tokens) for name, one in samples.items()},
+        "machine": provenance.machine(model.device),
         "versions": provenance.in_words(provenance.versions(("torch", "transformers"))),
         "date": provenance.now(),
     }  # fmt: skip
@@ -238,10 +235,28 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
 
     size = options.batch_tokens or BATCH_TOKENS[model.device.type]
     batch = max(1, size // options.length)
-    found = choose(Judge(model, samples, batch), patterns, options.dense_layers, say, keep)
+    with as_config_error(str(options.folder)):  # what S2 attention does not compute, by name
+        found = choose(Judge(model, samples, batch), patterns, options.dense_layers, say, keep)
     say(f"{out}: every loss. For the run file, as the last entry of its sparsity.layers:\n"
         f"  - layers: {sorted(found['layers'])}\n    kind: dense")  # fmt: skip
     return about | found
+
+
+def _shape(of, folder: str) -> dict[str, int]:
+    """Of a transformers config: the arguments of `SparsityConfig.resolve`. Raises ConfigError."""
+    if getattr(of, hf.NAME, None) is not None:
+        raise ConfigError(
+            f"{folder}: was trained sparse (its config.json has an 's2' key); this asks which "
+            "layers of a dense model matter: name one"
+        )
+    names = {"num_layers": "num_hidden_layers", "heads": "num_attention_heads",
+             "kv_heads": "num_key_value_heads"}  # fmt: skip
+    if missing := [name for name in names.values() if getattr(of, name, None) is None]:
+        raise ConfigError(
+            f"{folder}: config.json of a {of.model_type} has no {missing[0]}; a decoder in "
+            "the manner of Llama is needed"
+        )
+    return {size: getattr(of, name) for size, name in names.items()}
 
 
 def _writable(out: Path) -> Path:

@@ -129,6 +129,21 @@ def test_layers_that_the_run_file_makes_dense_stay_so(files, tmp_path):
     assert sorted(tried) == ["3", "4", "5"]
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"s2": {"version": 1, "groups": []}}, "was trained sparse"),
+    ({"model_type": "gpt2", "num_key_value_heads": None},
+     "config.json of a gpt2 has no num_key_value_heads"),
+    ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64},
+     "does not compute sliding_window|plain causal mask"),
+])  # fmt: skip
+def test_models_that_it_cannot_ask(files, tmp_path, capsys, change, message):
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    assert cli.main(["choose-dense", *files, "--dense-layers", "1"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("more, message", [
     (["--dense-layers", "5"], "--dense-layers 5: .* makes 5 of 5 layers sparse"),
     (["--dense-layers", "0"], "--dense-layers 0: must be at least 1"),
