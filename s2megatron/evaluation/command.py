@@ -93,8 +93,8 @@ def find_tokenizer(folder: str, name: str | None) -> tuple[Encode, str]:
         if Path(folder).is_dir() and not has_tokenizer(Path(folder)):
             raise ConfigError(
                 f"{folder} has no tokenizer, which retrieval needs: name the one it was trained "
-                "with (--tokenizer bytes, huggingface:DIR or sentencepiece:FILE), or leave "
-                "retrieval out (--tasks none)"
+                "with (--tokenizer bytes, huggingface:DIR or sentencepiece:FILE); `evaluate` can "
+                "leave retrieval out (--tasks none)"
             )
         name = f"huggingface:{folder}"
     return make_tokenizer(name)[0], name
