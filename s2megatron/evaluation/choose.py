@@ -147,15 +147,17 @@ def choose(
     whole = tuple(map(as_dense, patterns))
     least, most = judge.losses(whole), judge.losses(patterns)
     say(f"dense: {_in_words(least)}; the pattern in every layer: {_in_words(most)}")
-    for name in least:
-        if most[name] <= least[name]:
-            raise ConfigError(
-                f"the pattern loses nothing on {name} ({most[name]:.4f} nats, dense "
-                f"{least[name]:.4f}): give longer samples (--length), or leave no layer dense"
-            )
+    judged = [name for name in least if most[name] > least[name]]
+    if not judged:
+        raise ConfigError(
+            f"the pattern loses nothing on {' and '.join(least)}, so no layer needs to stay dense "
+            "by this; give longer samples (--length), or leave none dense"
+        )
+    for name in least.keys() - judged:
+        say(f"the pattern loses nothing on {name}: judged by {', '.join(judged)} alone")
 
     def gap(losses: dict[str, float]) -> float:
-        shares = [(losses[n] - least[n]) / (most[n] - least[n]) for n in losses]
+        shares = [(losses[n] - least[n]) / (most[n] - least[n]) for n in judged]
         return sum(shares) / len(shares)
 
     candidates = [i for i, pattern in enumerate(patterns) if not pattern.is_dense]

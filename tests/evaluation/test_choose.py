@@ -61,6 +61,18 @@ def test_the_layer_that_reads_is_chosen_first(model, documents):
     assert next(iter(last.values()))["gap"] == pytest.approx(0, abs=0.01)
 
 
+def test_what_the_pattern_loses_nothing_on_does_not_count():
+    class Known:
+        def losses(self, patterns):
+            dense = [n for n, p in enumerate(patterns, 1) if p.is_dense]
+            return {"text": 2.0 + 0.1 * (len(dense) > 3), "answers": 5.0 - (3 in dense)}
+
+    said = []
+    found = choosing.choose(Known(), sparse(4), 1, said.append)
+    assert found["layers"] == [3] and found["rounds"][0][3]["gap"] == 0
+    assert "loses nothing on text: judged by answers alone" in said[1]
+
+
 def test_losses_are_those_of_the_patterns_in_force(model, documents):
     samples = {"text": choosing.text(documents, 256, 2)}
     hf.use_patterns(model, sparse())
