@@ -80,18 +80,15 @@ def questions(documents: Documents, encode: Encode, length: int, count: int) -> 
 
 def _document(task, style, encode: Encode, length: int, rng, filler) -> RetrievalDocument:
     """With as many questions as fit, at most MOST_QUESTIONS."""
-    if task == "single":
-        return make_document(task, encode, length, rng, filler=filler, style=style)
-    many = MOST_QUESTIONS
-    while many > 1:
+    many = 1 if task == "single" else MOST_QUESTIONS
+    while True:
+        counts = {} if task == "single" else {"queries": many, "records": 2 * many}
         try:
-            return make_document(
-                task, encode, length, rng, filler=filler, style=style, queries=many,
-                records=2 * many,
-            )  # fmt: skip
-        except ValueError:  # they do not fit
+            return make_document(task, encode, length, rng, filler=filler, style=style, **counts)
+        except ValueError as error:
+            if many <= 2:
+                raise ConfigError(f"--length {length}: holds no two questions: {error}") from None
             many //= 2
-    raise ConfigError(f"--length {length}: holds no two questions and four facts; give longer ones")
 
 
 class Judge:
@@ -225,10 +222,15 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
         "command": shlex.join(["s2megatron", *sys.argv[1:]]), "model": str(options.folder),
         "config": str(options.config), "tokenizer": tokenizer, "length": options.length,
         "samples": {name: len(one.tokens) for name, one in samples.items()},
+        "counted_tokens": {name: int(one.counted.sum()) for name, one in samples.items()},
         "machine": provenance.machine(model.device),
         "versions": provenance.in_words(provenance.versions(("torch", "transformers"))),
         "date": provenance.now(),
     }  # fmt: skip
+
+    for name, one in samples.items():
+        say(f"{name}: {len(one.tokens)} samples of {options.length:,} tokens, of which "
+            f"{about['counted_tokens'][name]:,} count")  # fmt: skip
 
     def keep(part: dict) -> None:
         beside = out.with_name(f"{out.name}.part")

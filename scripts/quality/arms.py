@@ -185,7 +185,11 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
     ("no-dense", "plain-8k-stride-8", "half of the shards against a plain window of more keys"),
     ("turned", "no-dense", "shards turned from layer to layer"),
     ("turned-every-6", "every-6", "stride 8 and turned against stride 16, every sixth dense"),
-    ("smollm2-first", "smollm2-chosen", "SmolLM2: the first block kept by every head"),
+    (
+        "smollm2-first",
+        "smollm2-chosen",
+        "SmolLM2: the first block in every head and twice the window against turned shards",
+    ),
     ("smollm2-every-6", "smollm2-stride-3", "SmolLM2: every sixth dense against stride 3"),
 )
 """What the study claims, or finds not to hold: an arm, its control, and what their difference

@@ -129,7 +129,12 @@ def test_the_command_says_what_to_write_into_the_run_file(files, tmp_path, capsy
     assert cli.main(["choose-dense", *files, "--dense-layers", "1"]) == 0
     found = json.loads((tmp_path / "new" / "chosen.json").read_text())
     assert found["layers"] == [READER] and found["machine"] == "CPU"
-    entry = yaml.safe_load(capsys.readouterr().out.partition("sparsity.layers:\n")[2])
+    assert found["samples"] == {"text": 2, "answers": 2}
+    said = capsys.readouterr().out
+    # Three quarters of each window; one fact of 8 characters in one document, eight in the other.
+    assert found["counted_tokens"] == {"text": 2 * (1535 - 384), "answers": 8 + 8 * 8}
+    assert "answers: 2 samples of 1,536 tokens, of which 72 count" in said
+    entry = yaml.safe_load(said.partition("sparsity.layers:\n")[2])
     assert entry == [{"layers": [READER], "kind": "dense"}]
     parse_config(RUN | {"sparsity": RUN["sparsity"] | {"layers": entry}})
 
@@ -160,7 +165,8 @@ def test_models_that_it_cannot_ask(files, tmp_path, capsys, change, message):
     (["--dense-layers", "5"], "--dense-layers 5: .* makes 5 of 5 layers sparse"),
     (["--dense-layers", "0"], "--dense-layers 0: must be at least 1"),
     (["--dense-layers", "1", "--length", "4096"], "--length 4096: the model has 2048 positions"),
-    (["--dense-layers", "1", "--length", "256"], "--length 256: holds no two questions"),
+    (["--dense-layers", "1", "--length", "256"],
+     "--length 256: holds no two questions: length=256: 4 facts"),
     (["--dense-layers", "1", "--config", "no.yaml"], "--config no.yaml: there is no such file"),
     (["--dense-layers", "1", "--data", "no"], "--data: no.bin does not exist"),
     (["--dense-layers", "1", "sparsity.default.local_blocks=96"], "the pattern loses nothing on"),
