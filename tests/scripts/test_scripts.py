@@ -153,3 +153,14 @@ def test_show_prints_and_draws(tmp_path):
 def test_show_refuses_layers_that_are_not_there(tmp_path):
     done = show("configs/quickstart.yaml", "--plot", tmp_path / "x.png", "--layers", "9")
     assert done.returncode == 2 and "--layers: 9 is not in 1..4" in done.stderr
+
+
+def test_the_checks_pass_after_the_quickstart(tmp_path):
+    """Its folder runs/ has the name of a module that scripts/bench and its tests import."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder in ("scripts/bench", "tests/scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
