@@ -32,6 +32,7 @@ from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.serving.cache import PagedCache
 from s2megatron.serving.loading import WITHOUT_TP, load_model
 from s2megatron.serving.model import CACHE, NAME, recorded_patterns
+from s2megatron.serving.saving import save_under_own_name
 from s2megatron.serving.tokens import Tokens
 
 
@@ -253,7 +254,7 @@ def use_patterns(model, patterns: tuple[LayerPattern, ...]) -> None:
 
     Args:
         model: of transformers, loaded in any way; from now on its attention is "s2", and its
-            config has these patterns.
+            config has these patterns; `save_pretrained` writes them.
 
     Raises:
         ConfigError: the patterns are not of this model's layers or heads; nothing is changed then.
@@ -265,6 +266,7 @@ def use_patterns(model, patterns: tuple[LayerPattern, ...]) -> None:
     for module in model.modules():
         module.__dict__.pop("_s2_pattern", None)
     model.set_attn_implementation(NAME)
+    save_under_own_name(model)
 
 
 # Options of transformers' attention functions that S2 attention has no place for.

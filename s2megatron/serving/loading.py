@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError
 from s2megatron.serving.model import NAME, recorded_patterns
+from s2megatron.serving.saving import save_under_own_name
 
 WITHOUT_TP = (
     "attention 's2' in transformers knows all heads of a layer, which tensor parallelism would "
@@ -47,6 +48,7 @@ def load_model(folder: str | Path, **from_pretrained):
             f"{inside}: {', '.join(missing[:3])}{more}: no file holds it, and config.json asks for "
             "it; transformers would start it from random numbers: convert or copy the folder again"
         )
+    save_under_own_name(model)
     return (model, found) if told else model
 
 

@@ -1,5 +1,6 @@
 """A model in transformers as people use it: autocast, compiled, padded, in turns, wrapped."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from vllm_cases import change_config, make_folder
 import s2megatron.hf as s2hf
 from s2megatron.errors import ConfigError
 from s2megatron.hf import PagedCache
+from s2megatron.serving.model import recorded_patterns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -227,3 +229,44 @@ def test_load_looks_into_a_subfolder(folder):
 def test_load_of_an_adapter_says_where_the_key_is(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     assert "peft.PeftModel.from_pretrained" in refusal(s2hf.load, tmp_path, error=ConfigError)
+
+
+def architectures(folder) -> list[str]:
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
+def test_what_is_saved_again_keeps_the_name_that_other_servers_refuse(folder, tmp_path):
+    """transformers writes its class, under which a server without S2 would compute dense."""
+    loaded = s2hf.load(folder)
+    own = type(loaded)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert architectures(tmp_path / "saved") == [f"S2{own.__name__}"]
+    assert type(loaded) is own
+    again = copy.deepcopy(s2hf.load(tmp_path / "saved"))
+    again.model.embed_tokens.weight.data.zero_()  # a copy saves itself
+    again.save_pretrained(tmp_path / "copy")
+    assert architectures(tmp_path / "copy") == [f"S2{own.__name__}"]
+    assert not s2hf.load(tmp_path / "copy").model.embed_tokens.weight.any()
+    assert loaded.model.embed_tokens.weight.any()
+
+
+def test_a_dense_model_is_saved_under_its_own_name_until_it_has_patterns(folder, tmp_path):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    patterns = recorded_patterns(plain.config)
+    del plain.config.s2
+    plain.save_pretrained(tmp_path / "dense")
+    model = s2hf.load(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "dense")
+    assert architectures(tmp_path / "dense") == [type(model).__name__]
+    s2hf.use_patterns(model, patterns)
+    model.save_pretrained(tmp_path / "sparse")
+    assert architectures(tmp_path / "sparse") == [f"S2{type(model).__name__}"]
+    assert s2hf.load(tmp_path / "sparse").config._attn_implementation == "s2"
+
+
+def test_a_save_that_fails_leaves_the_model_as_it_was(folder, tmp_path):
+    loaded = s2hf.load(folder)
+    own = type(loaded)
+    with pytest.raises(TypeError):
+        loaded.save_pretrained()
+    assert type(loaded) is own
