@@ -167,7 +167,24 @@ def train(config: str, overrides: Sequence[str]) -> None:
         pruner.close()
     _summarize()
     if torch.distributed.is_initialized():
+        end_communication(args.cuda_graph_impl)
+
+
+def end_communication(cuda_graph_impl: str) -> None:
+    """Destroys the process groups, but where CUDA graphs may hold their collectives.
+
+    A communicator counts the graphs that captured a collective of it, and its destruction waits for
+    the last one to go (pytorch/pytorch#115388). Megatron keeps them: the last iteration would be
+    saved, and the job would hang. `cluster.ending.leave` ends the process without that wait; here
+    the ranks wait for each other, so that none is gone while another one still sends.
+
+    Args:
+        cuda_graph_impl: Megatron's option; "none" captures nothing.
+    """
+    if cuda_graph_impl == "none":
         torch.distributed.destroy_process_group()
+    else:
+        torch.distributed.barrier()
 
 
 def _over_data_parallel_ranks(number: float) -> float:

@@ -26,6 +26,7 @@ from pathlib import Path
 from runs import ROOT, last_line, what_went_wrong
 
 from s2megatron.cluster import environment
+from s2megatron.cluster.ending import leave
 
 IMPORTS = ("s2megatron.layer_spec", "s2megatron.training.gpt_loop", "s2megatron.training.prepare",
            "torch.utils.tensorboard")  # fmt: skip
@@ -216,4 +217,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())  # as a rank of the launcher does

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import psutil
 import pytest
+import torch
 import zygote
 from fake_checkpoints import checkpoint
 from in_process import call
@@ -24,6 +25,7 @@ from s2megatron.training.load_fixes import (
     save_what_was_loaded_never_again,
     settle_schedule,
 )
+from s2megatron.training.train import end_communication
 
 # --- which checkpoint is resumed from
 
@@ -327,3 +329,18 @@ def test_killed_writer_of_checkpoints_ends_the_run(tmp_path):
     assert "The last complete checkpoint stays as it is" in done.stderr
     assert not (tmp_path / "run" / "run.lock").exists()
     assert resume_point(tmp_path / "run" / "checkpoints")[0] >= 2
+
+
+# --- how a run ends
+
+
+@pytest.mark.parametrize("impl, ended_by", [
+    ("none", "destroy_process_group"), ("local", "barrier"), ("transformer_engine", "barrier"),
+])  # fmt: skip
+def test_captured_collectives_are_not_waited_for(monkeypatch, impl, ended_by):
+    """Seen on two GPUs with TP=2: all iterations done, the summary printed, and no end."""
+    called = []
+    for name in ("destroy_process_group", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, lambda name=name: called.append(name))
+    end_communication(impl)
+    assert called == [ended_by]
