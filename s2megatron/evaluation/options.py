@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `compare` and `choose-dense`: their options, and what they start.
+"""The commands `evaluate`, `compare` and `choose-...`: their options, and what they start.
 
 This imports no torch: the functions that run a command import what they need.
 """
@@ -11,7 +11,7 @@ from s2megatron.evaluation.retrieval import TASKS
 
 
 def add_evaluation(commands) -> None:
-    """The three commands."""
+    """The four commands."""
     evaluate = commands.add_parser("evaluate", help="loss and retrieval of a Hugging Face model")
     _add_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -26,6 +26,10 @@ def add_evaluation(commands) -> None:
     _add_choice(choice)
     choice.set_defaults(run=_choose_dense)
 
+    base = commands.add_parser("choose-rotary-base", help="a RoPE base for a longer context")
+    _add_base(base)
+    base.set_defaults(run=_choose_rotary_base)
+
 
 def _evaluate(options) -> None:
     from s2megatron.evaluation.command import run
@@ -36,6 +40,12 @@ def _evaluate(options) -> None:
 
 def _choose_dense(options) -> None:
     from s2megatron.evaluation.choose import run
+
+    run(options)
+
+
+def _choose_rotary_base(options) -> None:
+    from s2megatron.evaluation.rotary import run
 
     run(options)
 
@@ -95,3 +105,19 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cuda", "cpu"))
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--batch-tokens", type=int, help="in one forward pass (65536 on a GPU, 4096 on a CPU)")
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.set_defaults(parser=parser)
+    add("folder", metavar="HF_DIR", help="a model, as `convert to-hf` or transformers wrote it")
+    add("--data", required=True, metavar="PREFIX", help="dataset to judge by, of its tokenizer")
+    add("--length", type=int, required=True, help="tokens of the longer context")
+    add("--out", required=True, metavar="FILE.json", help="for the losses under every base")
+    add("--bases", metavar="N,N", help="to try (default: the model's, twice that, ...)")
+    add("--trained-length", type=int, help="tokens (default: the model's positions)")
+    add("--windows", type=int, default=4, help="of the longer length (4)")
+    add("--attention", choices=("s2", "dense"),
+        help="as trained, or plain (default: s2 where config.json has the key)")  # fmt: skip
+    add("--device", choices=("cuda", "cpu"))
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
