@@ -98,6 +98,7 @@ def _schedule(args) -> Facts:
 _OPTIMIZER = _plain("optimizer", "bf16", "fp16", "use_distributed_optimizer")
 """What decides which state an optimizer keeps."""
 
+MODEL = "the same weights make another model"
 _SAYS: dict[str, str] = {
     "from here on the samples come in another order; some may come again, some never": "seed "
     "dataloader_type data_sharding",
@@ -105,7 +106,7 @@ _SAYS: dict[str, str] = {
     "other lengths": "seq_length",
     "rows beyond the vocabulary count in the softmax: the loss steps": "padded_vocab_size",
     "token ids may mean other tokens": "vocab_size tokenizer_type tokenizer_model",
-    "the same weights make another model": "position_embedding_type rotary_base rotary_percent "
+    MODEL: "position_embedding_type rotary_base rotary_percent "
     "rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor "
     "rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow no_rope_freq layernorm_epsilon layernorm_zero_centered_gamma "
@@ -138,6 +139,11 @@ def _differences(facts: Callable[[Any], Facts], saved, now) -> list[Change]:
     ]
 
 
+def _told(saved, now, *names: str) -> list[str]:
+    changes = _differences(_plain(*names), saved, now)
+    return [f"{change}: {TOLD[change.name.removeprefix('megatron.')]}" for change in changes]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What the checkpoint and the run do not agree in."""
@@ -155,18 +161,14 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
     Args:
         saved, now: Megatron's arguments, the checkpoint's and the run's.
         optimizer: the optimizer's state and the schedule are loaded too; without them (finetune,
-            no_load_optim) only weights are, and nothing else has to agree.
+            no_load_optim) only weights are: told is what makes another model of these.
     """
     shape = _differences(_shape, saved, now)
     if not optimizer:
-        return Comparison(shape, [], [], [])
+        return Comparison(shape, [], [], _told(saved, now, *_SAYS[MODEL].split()))
     schedule = _differences(_schedule, saved, now)
     seen = {change.name for change in schedule}
-    told = [
-        f"{change}: {TOLD[change.name.removeprefix('megatron.')]}"
-        for change in _differences(_plain(*TOLD), saved, now)
-        if change.name not in seen
-    ]
+    told = _told(saved, now, *(name for name in TOLD if f"megatron.{name}" not in seen))
     told += [
         f"dataset {prefix}: was made anew, other documents from here on"
         for prefix, digest in getattr(now, "s2_data", {}).items()

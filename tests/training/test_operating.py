@@ -185,9 +185,19 @@ def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):
 
 def test_weights_alone_need_only_their_shape(tmp_path):
     saved, now = Namespace(**OPTIONS), Namespace(**OPTIONS | {"lr": 1.0, "seed": 7, "bf16": True})
-    assert refusal(compare(saved, now, optimizer=False), tmp_path, now) == ""
+    found = compare(saved, now, optimizer=False)
+    assert refusal(found, tmp_path, now) == "" and found.told == []
     now.num_layers = 8
     assert "num_layers" in refusal(compare(saved, now, optimizer=False), tmp_path, now)
+
+
+def test_weights_alone_under_another_base_are_told(tmp_path):
+    """A phase that forgets the RoPE base of the one before trains another model, in silence."""
+    saved, now = Namespace(**OPTIONS), Namespace(**OPTIONS | {"rotary_base": 4_200_000})
+    found = compare(saved, now, optimizer=False)
+    assert refusal(found, tmp_path, now) == ""
+    (told,) = found.told
+    assert told.endswith("4200000 now: the same weights make another model")
 
 
 def test_checkpoints_schedule_may_be_kept(tmp_path):
