@@ -16,6 +16,17 @@ REPORT = re.compile(
 LAST_WORDS = re.compile(r"^(\[rank\d+\]:) ?(.*)", re.M)
 """How torch marks the traceback that ended a rank."""
 
+OWN_LINE = re.compile(r"s2megatron iteration +(\d+) \| ([\d.]+) ms")
+"""What the launcher prints of an iteration, each of them under `log_interval: 1`."""
+
+
+def logged_steps(folder: Path) -> dict[int, float]:
+    """Iteration -> seconds, out of the logs of a run's ranks, however far it has come."""
+    texts = (
+        log.read_text(errors="replace") for log in [*folder.glob("*.log"), *folder.glob("log.txt")]
+    )
+    return {int(n): float(ms) / 1e3 for text in texts for n, ms in OWN_LINE.findall(text)}
+
 
 def train(config: str | Path, overrides: list[str], *, gpus: int, log: Path) -> tuple[str, int]:
     """One run of scripts/train.sh, waited for, with its output in `log` under its command.

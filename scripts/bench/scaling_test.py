@@ -26,7 +26,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from runs import ROOT, train, what_went_wrong
+from runs import ROOT, logged_steps, train, what_went_wrong
 from warm_ranks import Pool, open_pool
 
 from s2_kernels import dense
@@ -167,7 +167,7 @@ def train_warm(case: ScalingCase, options, folder: Path, pool: Pool) -> str:
     return (folder / "rank0.log").read_text()
 
 
-def train_cold(case: ScalingCase, options, folder: Path) -> str:
+def train_cold(case: ScalingCase, options, folder: Path, pool: None) -> str:
     """A run of scripts/train.sh: its log. Raises RuntimeError."""
     log = folder / "log.txt"
     words = overrides_of(case, options, folder)
@@ -177,19 +177,29 @@ def train_cold(case: ScalingCase, options, folder: Path) -> str:
     return log.read_text()
 
 
-def measure(case: ScalingCase, options, folder: Path, pool: Pool | None) -> MeasuredRun:
-    """One run under the launcher. Raises RuntimeError with what went wrong."""
+def measure(case: ScalingCase, options, folder: Path, pool: Pool | None, notes) -> MeasuredRun:
+    """One run under the launcher. Raises RuntimeError with what went wrong.
+
+    A run that had its steps timed before it failed, or before its time was up, counts, with a note.
+    """
     folder.mkdir(parents=True)
-    text = train_warm(case, options, folder, pool) if pool else train_cold(case, options, folder)
-    # Not Megatron's iteration-time, whose second value is the mean of the first two iterations
-    # (megatron-core 0.19 does not reset that timer after the first).
-    steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
+    ended = summary = None
+    try:
+        text = (train_warm if pool else train_cold)(case, options, folder, pool)
+    except RuntimeError as error:
+        ended, steps = error, logged_steps(folder)
+    else:
+        # Not Megatron's iteration-time, whose second value is the mean of the first two iterations
+        # (megatron-core 0.19 does not reset that timer after the first).
+        steps = dict(read_scalars(folder / "tensorboard")["s2/seconds-per-iteration"])
+        summary = json.loads(re.findall(r"^s2megatron summary (.*)$", text, re.MULTILINE)[-1])
     timed = [steps[n] for n in sorted(steps) if
              options.warmup < n <= options.warmup + options.steps]  # fmt: skip
     if len(timed) < options.steps:
-        raise RuntimeError(f"{len(timed)} of {options.steps} steps were timed; {folder}")
-    summary = json.loads(re.findall(r"^s2megatron summary (.*)$", text, re.MULTILINE)[-1])
-    peak = max(summary["peak_gib"])
+        raise ended or RuntimeError(f"{len(timed)} of {options.steps} steps were timed; {folder}")
+    if ended:
+        notes.append(f"{case}: all steps were timed, then: {str(ended).splitlines()[0]}")
+    peak = max(summary["peak_gib"]) if summary else None
     trace = folder / "torch_profile" / "rank-0.json.gz"
     return MeasuredRun(
         attention=case.attention,
@@ -339,7 +349,7 @@ def attempt(
     """One run beside its prediction; None, and a note, where it failed."""
     began = time.perf_counter()
     try:
-        run = measure(case, options, logs / case.folder, pool)
+        run = measure(case, options, logs / case.folder, pool, notes)
     except RuntimeError as error:  # one layout that runs out of memory does not end the rest
         print(f"    failed: {error}", file=sys.stderr, flush=True)
         notes.append(f"Failed: {case}: {str(error).splitlines()[0]}")

@@ -226,3 +226,31 @@ def test_the_tool_itself_on_two_cpu_ranks(tmp_path):
         assert run["peak_gib"] is None and run["exposed"] is None  # no GPU: not made up
         assert run["predicted_seconds"] > 0
     assert (tmp_path / "cpu.png").stat().st_size > 5000 and (tmp_path / "cpu.md").exists()
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_steps_that_were_timed_before_the_run_failed_count(tmp_path, monkeypatch, steps):
+    """Seen: all steps done, a run that did not end, and its figures lost to --timeout."""
+    options = scaling_test.parse(["x.yaml", "--gpus", "2", "--mode", "strong", "--batch", "1",
+                                  "--layouts", "tp2", "--sequence", "1024", "--warmup", "1",
+                                  "--steps", "3"])  # fmt: skip
+    (case, *_), _ = scaling_test.cases(options)
+
+    def train(case, options, folder, pool):
+        lines = (
+            f"s2megatron iteration {n:8d} | {100 * n + 0.5} ms | x\n" for n in range(1, steps + 1)
+        )
+        (folder / "rank0.log").write_text("".join(lines))
+        raise RuntimeError("not done after 80 s (--timeout); its log ends: summary\nmore")
+
+    monkeypatch.setattr(scaling_test, "train_warm", train)
+    notes = []
+    if steps == 3:
+        with pytest.raises(RuntimeError, match="not done after 80 s"):
+            scaling_test.measure(case, options, tmp_path / "run", object(), notes)
+        assert notes == []
+    else:
+        run = scaling_test.measure(case, options, tmp_path / "run", object(), notes)
+        assert run.step_seconds == pytest.approx((0.2005, 0.3005, 0.4005))
+        assert run.peak_gib is None and "then: not done after 80 s" in notes[0]
+        assert "more" not in notes[0]
