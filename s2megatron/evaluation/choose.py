@@ -8,8 +8,6 @@ the loss on the answers of retrieval documents.
 """
 
 import argparse
-import json
-import os
 import random
 import shlex
 import sys
@@ -31,6 +29,7 @@ from s2megatron.evaluation.command import find_tokenizer
 from s2megatron.evaluation.evaluate import BATCH_TOKENS
 from s2megatron.evaluation.network import Network, load_model, load_model_config
 from s2megatron.evaluation.progress import Say
+from s2megatron.evaluation.result import writable, write_json
 from s2megatron.evaluation.retrieval import RetrievalDocument, make_document
 from s2megatron.evaluation.windows import Documents
 from s2megatron.evaluation.words import Encode
@@ -191,7 +190,7 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} {value}: must be at least {least}")
     config = load_config(options.config, options.overrides)
-    out = _writable(Path(options.out))
+    out = writable(Path(options.out))
     encode, tokenizer = find_tokenizer(options.folder, options.tokenizer)
     of = load_model_config(options.folder)
     patterns = config.sparsity.resolve(**_shape(of, options.folder))
@@ -233,9 +232,7 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
             f"{about['counted_tokens'][name]:,} count")  # fmt: skip
 
     def keep(part: dict) -> None:
-        beside = out.with_name(f"{out.name}.part")
-        beside.write_text(json.dumps(about | part, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, out)
+        write_json(out, about | part)
 
     size = options.batch_tokens or BATCH_TOKENS[model.device.type]
     batch = max(1, size // options.length)
@@ -261,13 +258,3 @@ def _shape(of, folder: str) -> dict[str, int]:
             "the manner of Llama is needed"
         )
     return {size: getattr(of, name) for size, name in names.items()}
-
-
-def _writable(out: Path) -> Path:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot be written; name a file")
-    return out

@@ -78,9 +78,7 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content, indent in ((SUMMARY, self.summary(), 1), (ROWS, self.rows(), None)):
-            part = folder / f".{name}.part-{os.getpid()}"
-            part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-            part.replace(folder / name)
+            write_json(folder / name, content, indent)
 
 
 def read_json(folder: str | Path, name: str) -> dict:
@@ -102,3 +100,21 @@ def read_json(folder: str | Path, name: str) -> dict:
 
 def _plain(table: dict[str | int, Mean]) -> dict:
     return {str(name): mean.as_dict() for name, mean in table.items()}
+
+
+def writable(out: Path) -> Path:
+    """The file, in a folder that is there now. Raises ConfigError where it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error.strerror}") from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot be written; name a file")
+    return out
+
+
+def write_json(out: Path, data: dict, indent: int | None = 1) -> None:
+    """Written beside and renamed: a reader never sees half of it."""
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    part.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+    part.replace(out)

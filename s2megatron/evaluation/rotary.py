@@ -6,9 +6,7 @@ too large a little everywhere. The best of them is where training has the least 
 """
 
 import argparse
-import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -22,6 +20,7 @@ from s2megatron import provenance
 from s2megatron.errors import ConfigError
 from s2megatron.evaluation.network import Network, load_model, load_model_config
 from s2megatron.evaluation.progress import Say
+from s2megatron.evaluation.result import writable, write_json
 from s2megatron.evaluation.statistics import mean
 from s2megatron.evaluation.windows import Documents
 
@@ -131,9 +130,7 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
             f"{own:,.0f} is for; name a longer one, or with --trained-length what it was trained at"
         )
     bases = _numbers(options.bases) if options.bases else ladder(own, trained, options.length)
-    out = Path(options.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: cannot be written; name a file in a folder that is there")
+    out = writable(Path(options.out))
     documents = Documents(options.data, config.vocab_size)
     found = documents.windows(options.length - 1, options.windows, packed=True)
     windows = [window.tokens for window in found]
@@ -153,9 +150,7 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
         "date": provenance.now(),
     }  # fmt: skip
     whole = about | choose(model, windows, bases, edges, say)
-    beside = out.with_name(f"{out.name}.part")
-    beside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, out)
+    write_json(out, whole)
     say(f"{out}: every loss. For the run file:\n  rotary_base: {whole['best']}")
     if len(bases) > 1 and whole["best"] == max(bases):
         say("the largest of them is the best: try larger ones (--bases)")

@@ -72,6 +72,11 @@ class Documents:
         ends = numpy.cumsum(whole)
         total = int(ends[-1])
         if not total:
+            if packed:
+                raise ConfigError(
+                    f"{self.option} {self.prefix}: its {self._starts[-1]:,} tokens do not fill a "
+                    f"window of {length} + 1; choose a shorter length, or a larger dataset"
+                )
             raise ConfigError(
                 f"{self.option} {self.prefix}: the longest of {len(self)} documents has "
                 f"{self.lengths.max()} tokens: none holds a window of {length} + 1; choose shorter "

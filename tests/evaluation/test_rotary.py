@@ -102,8 +102,8 @@ def test_the_ladder_and_the_bins():
     (["--bases", "1e6,large"], "--bases 1e6,large: must be numbers"),
     (["--bases", "0"], "must be at least 2"),
     (["--windows", "0"], "--windows 0: must be at least 1"),
-    (["--length", "100000"], "none holds a window"),
-    (["--out", "nowhere/bases.json"], "--out nowhere/bases.json: cannot be written"),
+    (["--length", "100000"], "tokens do not fill a window of 99999 + 1; choose a shorter length"),
+    (["--out", "/dev/null/bases.json"], "--out /dev/null/bases.json: cannot be made"),
     (["--attention", "s2"], "has no 's2' key"),
 ], ids=str)  # fmt: skip
 def test_bad_input(folder, capsys, more, told):
