@@ -6,7 +6,6 @@ attention serves such a folder dense, without a word. Here the name has "S2" in 
 
 import contextlib
 import functools
-import types
 from collections.abc import Iterator
 
 from transformers import PreTrainedModel
@@ -17,8 +16,8 @@ from s2megatron.serving.model import NAME
 
 def save_under_own_name(model: PreTrainedModel) -> None:
     """From now on the model's `save_pretrained` puts "S2" in front of its name while it has an `s2`
-    key. Copies of the model do the same."""
-    model.save_pretrained = types.MethodType(save_pretrained, model)
+    key. Copies of the model do the same, pickled ones included."""
+    model.save_pretrained = functools.partial(save_pretrained, model)
 
 
 def save_pretrained(model: PreTrainedModel, *arguments, **options) -> None:
