@@ -56,9 +56,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"s2megatron {options.command}: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(f"s2megatron {options.command}: {_out_of_memory(error, options)}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # `s2megatron show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _out_of_memory(error: RuntimeError, options: argparse.Namespace) -> str:
+    """What of the command's options decides how much GPU memory it takes."""
+    deciding = ("batch_tokens", "length", "lengths", "max_new_tokens")
+    names = [f"--{name.replace('_', '-')}" for name in deciding if hasattr(options, name)]
+    way_out = f"choose less of {' or '.join(names)}, " if names else "choose "
+    return f"{'. '.join(str(error).split('. ')[:2])}: {way_out}--device cpu, or a larger GPU"
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:

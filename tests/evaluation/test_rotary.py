@@ -121,3 +121,18 @@ def test_other_kinds_of_positions_are_refused_by_name(folder, capsys):
     GPT2Config().save_pretrained(folder / "hf")
     assert command(folder) == 2
     assert "config.json of a gpt2 has no single rope_theta" in capsys.readouterr().err
+
+
+def test_too_little_gpu_memory_is_told_with_the_way_out(folder, capsys, monkeypatch):
+    def choose(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 25.00 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
+
+    monkeypatch.setattr(rotary, "choose", choose)
+    assert command(folder) == 1
+    told = capsys.readouterr().err
+    assert "Tried to allocate 25.00 GiB: choose less of --length, --device cpu" in told
+    monkeypatch.setattr(rotary, "choose", lambda *_: {}["no"])
+    with pytest.raises(KeyError):
+        command(folder)
