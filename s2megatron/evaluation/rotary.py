@@ -91,7 +91,8 @@ def choose(
 
     Returns:
         "best": the base with the smallest mean loss; "bases": of each, nats a token "from" the
-        first edge on, by position ("FIRST to LAST"), and of every window ("windows").
+        first edge on, by position ("FIRST to LAST"), and of every window ("windows"), and how much
+        that is "above best", with its standard error over the windows.
     """
     found: dict[int, dict] = {}
     for base in bases:
@@ -114,6 +115,16 @@ def choose(
         lost = numpy.subtract(row["windows"], found[best]["windows"])
         row["above best"] = mean(lost, numpy.ones(len(lost))).as_dict()
     return {"best": best, "bases": found}
+
+
+def not_apart(found: dict) -> list[int]:
+    """The bases whose loss is above the best one's by less than two standard errors."""
+    above = {base: row["above best"] for base, row in found["bases"].items()}
+    return [
+        base
+        for base, lost in above.items()
+        if base != found["best"] and lost["error"] is not None and lost["value"] < 2 * lost["error"]
+    ]
 
 
 def run(options: argparse.Namespace, say: Say = print) -> dict:
@@ -152,6 +163,8 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
     whole = about | choose(model, windows, bases, edges, say)
     write_json(out, whole)
     say(f"{out}: every loss. For the run file:\n  rotary_base: {whole['best']}")
+    if close := not_apart(whole):
+        say(f"not apart from it by two standard errors: {', '.join(f'{b:,}' for b in close)}")
     if len(bases) > 1 and whole["best"] == max(bases):
         say("the largest of them is the best: try larger ones (--bases)")
     return whole

@@ -77,6 +77,16 @@ def test_bases_of_ones_own_and_how_sure_the_difference_is(folder):
     assert worse["above best"]["error"] == pytest.approx(lost.std(ddof=1) / 3**0.5)
 
 
+@pytest.mark.parametrize(
+    "value, error, close", [(0.3, 0.2, [8000]), (0.5, 0.2, []), (0.3, None, [])]
+)
+def test_bases_that_are_not_apart_are_told(value, error, close):
+    best = {"value": 0.0, "error": 0.0}
+    other = {"value": value, "error": error}
+    found = {"best": 4000, "bases": {4000: {"above best": best}, 8000: {"above best": other}}}
+    assert rotary.not_apart(found) == close
+
+
 def test_an_s2_model_keeps_its_attention(tmp_path):
     make_folder("llama", tmp_path / "hf", S2)
     model = hf.load(tmp_path / "hf").eval()
