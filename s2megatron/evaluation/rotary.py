@@ -67,16 +67,29 @@ def base_of(config, folder: str) -> float:
 
 
 def use_base(model, base: float) -> None:
-    """The model's rotary embeddings made anew, as transformers makes them for this base."""
+    """The model's rotary embeddings made anew, as transformers makes them for this base.
+
+    Raises:
+        ConfigError: there is none, so that the base would change nothing.
+    """
     config = model.config
     if getattr(config, "rope_parameters", None) is not None:
         config.rope_parameters = {**config.rope_parameters, "rope_theta": float(base)}
     else:
         config.rope_theta = float(base)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if hasattr(child, "inv_freq"):
-                setattr(module, name, type(child)(config=config).to(model.device))
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if hasattr(child, "inv_freq")
+    ]
+    if not found:
+        raise ConfigError(
+            f"a {config.model_type} has no rotary embedding that can be made anew (a module with "
+            "inv_freq), so its base cannot be tried; a decoder in the manner of Llama is needed"
+        )
+    for module, name, child in found:
+        setattr(module, name, type(child)(config=config).to(model.device))
 
 
 def choose(

@@ -11,6 +11,7 @@ from vllm_cases import make_folder
 
 from s2megatron import cli, hf
 from s2megatron.data import write_dataset
+from s2megatron.errors import ConfigError
 from s2megatron.evaluation import rotary
 from s2megatron.evaluation.network import Network
 
@@ -97,6 +98,14 @@ def test_an_s2_model_keeps_its_attention(tmp_path):
     rotary.use_base(model, rotary.base_of(AutoConfig.from_pretrained(tmp_path / "hf"), "hf"))
     assert model.config._attn_implementation == "s2"
     assert torch.equal(Network.of(model).token_losses(ids), own) and not torch.equal(own, other)
+
+
+def test_a_model_whose_base_changes_nothing_is_refused(folder):
+    """All bases would have one loss, and the first would be the best."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    model.model.rotary_emb = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="a llama has no rotary embedding"):
+        rotary.use_base(model, 2000.0)
 
 
 def test_the_ladder_and_the_bins():
