@@ -26,7 +26,11 @@ SCRATCH_BYTES = 512 << 20
 """Of copied keys and values at a time; one KV head's, where these are more."""
 
 FEWEST = 256
-"""New tokens of a sequence from which on `takes_prefill` prefers it (a guess, not measured)."""
+"""New tokens of a sequence from which on `takes_prefill` prefers it.
+
+There a dense layer takes as long either way (an H200, 128k tokens: 1.7 and 1.8 ms). A sparse one
+does from about 600 on; at 256 it loses 0.2 ms. docs/benchmarks/raw/chunks-h200-2026-11-28.txt.
+"""
 
 
 def takes_prefill(tokens: int, block_size: int) -> bool:
