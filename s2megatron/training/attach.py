@@ -14,6 +14,7 @@ from s2megatron.attention.megatron_fixes import keep_rope_scaling_factor
 from s2megatron.attention.spec import build_layer_spec
 from s2megatron.config import SparsityConfig
 from s2megatron.context_split import ContextSplit, check_context_options
+from s2megatron.training.finite_steps import refuse_steps_that_are_not_finite
 from s2megatron.training.optimizer_fixes import mend_distributed_optimizer, mend_sgd
 from s2megatron.training.resume import check_resume
 from s2megatron.training.save_helpers import tie_save_helpers
@@ -48,6 +49,7 @@ def attach(
     keep_rope_scaling_factor(model_config, args)
     mend_distributed_optimizer()
     mend_sgd()
+    refuse_steps_that_are_not_finite()
     tie_save_helpers()
     add_model_check(model_config, patterns, args)
     return patterns
