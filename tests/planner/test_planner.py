@@ -10,7 +10,7 @@ import pytest
 import yaml
 from in_process import run_command_line
 from launches import ROOT
-from planner_cases import SIMPLE, make_model
+from planner_cases import LLAMA_1_3B, LLAMA_7B, SIMPLE, make_model
 
 from s2megatron.cli import main
 from s2megatron.errors import ConfigError
@@ -196,7 +196,7 @@ def recorded_runs():
     engine = "transformer-engine"
     runs = [dict(run, fused=file["about"]["versions"][engine] != MISSING)
             for file in files for run in file["runs"]]  # fmt: skip
-    assert len(runs) >= 18
+    assert len(runs) >= 40
     return runs
 
 
@@ -206,7 +206,7 @@ def recorded_runs():
     ids=lambda run: f"{run['attention']} {run['layout']} {run['gpus']}x{run['sequence']}",
 )
 def test_recorded_runs_on_h200s_set_no_constant(run):
-    """1.3B through scripts/bench/scaling_test.py: step within 15%, memory within 10%."""
+    """1.3B and 7B through scripts/bench/scaling_test.py: step within 15%, memory within 10%."""
     layout, recompute = re.fullmatch(r"(\w+), recompute (\w+)", run["layout"]).groups()
     sizes = dict.fromkeys(("tp", "cp", "pp"), 1)
     if layout != "dp":
@@ -215,8 +215,9 @@ def test_recorded_runs_on_h200s_set_no_constant(run):
                     fused=run["fused"], recompute=recompute,
                     global_batch=run["global_batch"], distributed_optimizer=True,
                     overlap_grad_reduce=True, overlap_param_gather=True)  # fmt: skip
-    dense_layers = 24 if run["attention"] == "dense" else 0
-    model = make_model(seq_len=run["sequence"], dense_layers=dense_layers)
+    shape = LLAMA_7B if "llama_7b" in run.get("command", "") else LLAMA_1_3B
+    dense_layers = shape["layers"] if run["attention"] == "dense" else 0
+    model = make_model(seq_len=run["sequence"], dense_layers=dense_layers, **shape)
     result = plan(load_machine("h200"), model, layout)
     assert result.seconds == pytest.approx(run["predicted_seconds"], rel=1e-3)  # the table's
     assert abs(result.seconds / run["seconds"] - 1) < 0.15

@@ -1,4 +1,4 @@
-"""The 1.3B model and a machine of round numbers, for the planner's arithmetic by hand."""
+"""The 1.3B and 7B models and a machine of round numbers, for the planner's arithmetic by hand."""
 
 from types import SimpleNamespace
 
@@ -15,6 +15,13 @@ LLAMA_1_3B = {
     "kv_heads": 16,
     "head_dim": 128,
     "vocab": 32000,
+}
+LLAMA_7B = LLAMA_1_3B | {
+    "layers": 32,
+    "hidden": 4096,
+    "ffn": 11008,
+    "heads": 32,
+    "kv_heads": 32,
 }
 PLAIN = {
     "gated": True,
