@@ -15,18 +15,18 @@ from collections.abc import Callable
 
 
 def refuse_steps_that_are_not_finite() -> None:
-    """Replaces two methods of Megatron's, once a process, for optimizers made before or after.
+    """Replaces methods of Megatron's, once a process, for optimizers made before or after.
 
     A step then raises FloatingPointError, on all ranks. Under fp16 with a loss scale Megatron
     skips such steps itself, before it asks for a norm.
     """
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-    if getattr(ChainedOptimizer, "_s2_looks_at_norms", False):
-        return
-    for name in ("get_grad_norm", "_compute_grad_norms_by_group"):
-        setattr(ChainedOptimizer, name, _that_looks(getattr(ChainedOptimizer, name)))
-    ChainedOptimizer._s2_looks_at_norms = True
+    for kind in (ChainedOptimizer, LayerWiseDistributedOptimizer):
+        for name in {"get_grad_norm", "_compute_grad_norms_by_group"} & vars(kind).keys():
+            if not hasattr(own := vars(kind)[name], "looks_at_norms"):
+                setattr(kind, name, _that_looks(own))
 
 
 def _that_looks(norms_of: Callable) -> Callable:
@@ -41,6 +41,7 @@ def _that_looks(norms_of: Callable) -> Callable:
                 raise FloatingPointError(refusal(norm, get_args()))
         return norms
 
+    mended.looks_at_norms = True
     return mended
 
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 from agents import make_corpus
+from in_process import call
 from launches import TINY, start, write_run_file
 
 from s2megatron.training.checkpoint_folder import tracked
@@ -37,6 +38,15 @@ def test_it_says_why_megatron_said_nothing():
     assert "iteration 1:" in first and "second iteration" in first
     unchecked = refusal(math.inf, Namespace(**args, check_for_nan_in_loss_and_grad=False))
     assert "is inf" in unchecked and "check_for_nan_in_loss_and_grad=true names" in unchecked
+
+
+def test_every_kind_of_optimizer_is_looked_at():
+    """Muon's layer-wise one finds the norm by a method of its own."""
+    stops = [True, False]
+    assert call("norm_cases", "norms_that_stop") == {
+        "ChainedOptimizer": stops,
+        "LayerWiseDistributedOptimizer": stops,
+    }
 
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
