@@ -154,7 +154,11 @@ def generate(
         )
     # A run that trained with recomputed activations leaves use_cache=False in config.json.
     options["use_cache"] = True
-    return model.generate(input_ids, **{CACHE: cache}, **options)
+    cache.positions_count_on = True
+    try:
+        return model.generate(input_ids, **{CACHE: cache}, **options)
+    finally:
+        cache.positions_count_on = False
 
 
 class _Asked:

@@ -74,6 +74,8 @@ class PagedCache(Cache):
         self.k_pages, self.v_pages = torch.empty(shape, **place), torch.empty(shape, **place)
         self.graph = DecodeGraph(model, self, fuse) if graph else None
         self.capturing = False
+        self.positions_count_on = False
+        """Whether who calls the model makes position_ids that are right: `generate` does."""
         self.reset()
 
     def reset(self) -> None:
@@ -85,6 +87,7 @@ class PagedCache(Cache):
         """Tokens of every sequence, padding included, that some layer has seen."""
         self._seen = [0] * len(self.patterns)
         self._by_rows: bool | None = None
+        self._unfinished = False
         self._set_starts([0] * self.batch)
         self._lengths = torch.zeros(self.batch, dtype=torch.int32, device=device)
         if self.graph is not None:
@@ -177,7 +180,10 @@ class PagedCache(Cache):
             return self._attend_pages(layer, q, k, v, self._lengths, scaling)
         begin = self._seen[layer]
         if begin == self.total:  # the first layer of a step
+            self._refuse_half_a_step()
             self._start(s, first)
+        elif begin + s != self.total:
+            self._refuse_half_a_step()
         end = begin + s
         if begin == 0:
             out = prompt(q, k, v, first)
@@ -197,7 +203,9 @@ class PagedCache(Cache):
 
     def step(self) -> None:
         """The host's part of one token a sequence, for a captured step: pages before it runs."""
+        self._refuse_half_a_step()
         self._check_room(1)
+        self._unfinished = True
         self.total += 1
         for layer in range(len(self)):
             self._grow(layer, self.total - 1, self.total, alive_only=False)
@@ -208,6 +216,7 @@ class PagedCache(Cache):
         """Frees what the captured step was the last to see."""
         for layer in range(len(self)):
             self._shrink(layer, self.total - 1, self.total)
+        self._unfinished = False
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -230,6 +239,11 @@ class PagedCache(Cache):
                 "generate the attention_mask of the whole text, padding included, every time, and "
                 "the model position_ids every time or never"
             )
+
+    def refuse_other_positions(self, positions: Tensor) -> None:
+        """Raises ValueError where position_ids [b or 1, s] do not go on from what is held."""
+        tokens = Tokens(self, 0, positions, positions)  # it looks at no keys or values
+        tokens.refuse_other_positions(positions, tokens.first(None))
 
     def pretend(self, tokens: int) -> None:
         """As if every sequence had `tokens` tokens: their pages hold whatever they did.
@@ -276,6 +290,15 @@ class PagedCache(Cache):
         self.total += s
         lengths = torch.tensor([self.total - n for n in self._first], dtype=torch.int32)
         self._lengths.copy_(lengths)
+
+    def _refuse_half_a_step(self) -> None:
+        """Raises ValueError where a forward pass was interrupted: layers hold different texts."""
+        if self._unfinished or len({*self._seen, self.total}) > 1:
+            raise ValueError(
+                f"PagedCache: a forward pass was interrupted, and layers hold {min(self._seen)} to "
+                f"{max(self._seen)} tokens of {self.total}: call reset(), or make a new cache, and "
+                "give all tokens again"
+            )
 
     def _set_first(self, first: list[int]) -> None:
         for i, (new, old) in enumerate(zip(first, self._first, strict=True)):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from s2megatron.serving.projections import GROUPS, Ahead, OneProduct, merge
+from s2megatron.serving.projections import GROUPS, Ahead, OneProduct, is_replaced, merge
 from s2megatron.serving.recognition import (
     ROTARY,
     is_gated,
@@ -47,7 +47,8 @@ class Fusion:
     """The compiled forwards of a model's modules, and the products that are merged in it.
 
     Each class is compiled once, for the shapes of this model's steps. Making it moves weights of
-    the model (projections.py), and where they were moved away since, it is made anew.
+    the model (projections.py). Where they were moved away since, or modules were swapped, hooked or
+    given another forward, it is made anew (`renew`).
 
     Args:
         model: a decoder of transformers.
@@ -66,6 +67,7 @@ class Fusion:
 
     def _make(self) -> None:
         model = self._model()
+        self._known = [(weakref.ref(x), touched) for x, touched in _parts(model)]
         self._forwards: list[tuple[nn.Module, Callable]] = []
         self.counts: dict[str, int] = {}
         self._merged = merge(model)
@@ -178,13 +180,20 @@ class Fusion:
         )  # fmt: skip
 
     def renew(self) -> None:
-        """Merges again where a merged weight is no longer what the model has: it was moved.
+        """Makes all anew where the model is another: weights moved, modules swapped or touched.
 
         It reads pointers, on the host, and may launch copies: never inside a capture.
         """
-        if not all(merged.holds() for merged in self._merged):
+        if not self._is_known() or not all(merged.holds() for merged in self._merged):
             self._make()
-            _log.info("s2: weights of the model were replaced; fused from now on: %s", self)
+            _log.info("s2: the model was changed; fused from now on: %s", self)
+
+    def _is_known(self) -> bool:
+        now = _parts(self._model())
+        return len(now) == len(self._known) and all(
+            module is known() and touched == before
+            for (module, touched), (known, before) in zip(now, self._known, strict=True)
+        )
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -197,6 +206,14 @@ class Fusion:
             self._ahead.forget()
             for module, _ in self._forwards:
                 del vars(module)["forward"]
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """All modules within a model, and whether somebody has replaced what they compute, or looks on.
+
+    The model's own forward is ours (graph.py), and nothing of it is fused.
+    """
+    return [(x, is_replaced(x)) for x in model.modules() if x is not model]
 
 
 _FUSIONS: weakref.WeakKeyDictionary[nn.Module, dict[int, Fusion]] = weakref.WeakKeyDictionary()

@@ -8,7 +8,10 @@ step, new pages where a block begins, it does before the replay.
 """
 
 import contextlib
-import functools
+import copy
+import inspect
+import types
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,15 +36,24 @@ _KNOWN = {
 class DecodeGraph:
     """The captured step of one cache and its model, made at the second step.
 
+    It holds neither of them: a cache that nobody has any more frees its pages at once. A copy of it
+    is of the copied cache and the same model, and has captured nothing.
+
     Args:
         fuse: compile the small operations of a step; where that cannot be done, it is told.
     """
 
     def __init__(self, model, cache: "PagedCache", fuse: bool):
-        self.cache, self._model = cache, model
+        self._cache, self._model = weakref.ref(cache), weakref.ref(model)
         self._fusion = fusion_of(model, cache.batch) if fuse else None
         self._forward = replace_forward(model)
         self.forget()
+
+    def __deepcopy__(self, memo: dict) -> "DecodeGraph":
+        copied = copy.copy(self)
+        copied._cache = weakref.ref(copy.deepcopy(self._cache(), memo))
+        copied.forget()
+        return copied
 
     @property
     def fused(self) -> str:
@@ -53,31 +65,43 @@ class DecodeGraph:
         self._replay: Callable[[], None] | None = None
         self._steps = 0
 
-    def takes(self, arguments: dict) -> bool:
-        """Whether a forward call is a step of one token a sequence and nothing else."""
-        ids = arguments.get("input_ids")
-        if ids is None or ids.shape[1] != 1 or self.cache.total == 0 or torch.is_grad_enabled():
+    def takes(self, model, arguments: dict) -> bool:
+        """Whether a forward call of `model` is a step of one token a sequence and nothing else."""
+        cache, ids = self._cache(), arguments.get("input_ids")
+        if ids is None or tuple(ids.shape) != (cache.batch, 1) or cache.total == 0:
+            return False
+        if model is not self._model():
+            return False
+        if arguments.get("return_dict") is False:
             return False
         others = (value for name, value in arguments.items() if name not in _KNOWN)
         return not any(value is not None and value is not False for value in others)
 
+    @torch.no_grad()
     def run(self, arguments: dict):
-        """One step; the attention mask is not read again: the cache knows where texts begin."""
-        cache, ids = self.cache, arguments["input_ids"]
+        """One step; the attention mask is not read again: the cache knows where texts begin.
+
+        Raises:
+            ValueError: position_ids that do not go on from what the cache holds.
+        """
+        cache, ids = self._cache(), arguments["input_ids"]
         position = arguments.get("position_ids")
         if position is None:
             if any(cache.starts):
                 cache.count_by(rows=True)
             position = torch.full_like(ids, cache.total)
+        elif not cache.positions_count_on:
+            cache.refuse_other_positions(position)
         position = position.expand_as(ids).contiguous()
         self._steps += 1
         if self._steps == 1:
             self._renew()
             # With tensors of the captured step's shapes: nothing is compiled during the capture.
             with self._fused():
-                return self._forward(**arguments | {"position_ids": position})
+                return self._forward.own(**arguments | {"position_ids": position})
         cache.step()
-        if self._replay is None or self._moves != moves(self._model):  # it would read freed memory
+        # It would read freed memory:
+        if self._replay is None or self._moves != moves(self._model()):
             self._capture(ids, position)
         self._ids.copy_(ids)
         self._position.copy_(position)
@@ -89,18 +113,19 @@ class DecodeGraph:
         self._ids, self._position = ids.clone(), position.clone()
 
         def forward() -> Tensor:
-            self.cache.capturing = True
+            cache = self._cache()
+            cache.capturing = True
             try:
                 with self._fused():
-                    return self._forward(
+                    return self._forward.own(
                         input_ids=self._ids, position_ids=self._position,
-                        use_cache=True, return_dict=True, **{CACHE: self.cache},
+                        use_cache=True, return_dict=True, **{CACHE: cache},
                     ).logits  # fmt: skip
             finally:
-                self.cache.capturing = False
+                cache.capturing = False
 
         self._renew()
-        self._moves = moves(self._model)
+        self._moves = moves(self._model())
         self._replay, self._logits = capture(forward)
 
     def _renew(self) -> None:
@@ -119,21 +144,47 @@ def capture(forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return graph.replay, out
 
 
-def replace_forward(model):
-    """Makes `model` run the steps of caches that have a graph as one; returns its own forward."""
-    own = model.__dict__.get("_s2_forward")
-    if own is not None:
-        return own
-    own = model.forward
+class Stepping:
+    """A model's forward that runs the steps of caches with a graph as one, and all else as before.
 
-    @functools.wraps(own)
-    def forward(*args, **arguments):
-        cache = arguments.get(CACHE, arguments.get("past_key_values"))  # the old name still works
+    Copied or pickled with its model, it is the copy's.
+    """
+
+    def __init__(self, model, before: Callable | None):
+        self._model, self._before = weakref.ref(model), before
+        names = inspect.signature(self.own).parameters.values()
+        self._names = [x.name for x in names if x.kind is x.POSITIONAL_OR_KEYWORD]
+
+    @property
+    def own(self) -> Callable:
+        """The forward of the model's class, or what somebody had put in its place before."""
+        model = self._model()
+        return self._before or types.MethodType(type(model).forward, model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
+    def __call__(self, *args, **arguments):
+        named = dict(zip(self._names, args, strict=False)) | arguments
+        cache = named.get(CACHE, named.get("past_key_values"))  # the old name still works
         graph = getattr(cache, "graph", None)
-        if args or not isinstance(graph, DecodeGraph) or not graph.takes(arguments):
-            return own(*args, **arguments)
-        return graph.run(arguments)
+        # Where there are more than the names are for, the call is not right.
+        known = len(named) == len(args) + len(arguments)
+        if known and isinstance(graph, DecodeGraph) and graph.takes(self._model(), named):
+            return graph.run(named)
+        return self.own(*args, **arguments)
 
-    model.__dict__["_s2_forward"] = own
-    model.forward = forward
-    return own
+    def __deepcopy__(self, memo: dict) -> "Stepping":
+        return Stepping(copy.deepcopy(self._model(), memo), copy.deepcopy(self._before, memo))
+
+    def __reduce__(self):
+        return Stepping, (self._model(), self._before)
+
+
+def replace_forward(model) -> Stepping:
+    """Makes `model` run the steps of caches that have a graph as one."""
+    before = vars(model).get("forward")
+    if not isinstance(before, Stepping):
+        model.forward = Stepping(model, before)
+    return model.forward

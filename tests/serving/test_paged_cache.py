@@ -193,8 +193,9 @@ def test_a_step_is_known_by_either_name_of_its_cache(monkeypatch, name):
     """transformers 5.24 calls it `cache`; under another name a graph never ran, without a word."""
     monkeypatch.setattr(graph_module, "CACHE", "cache")
     graph = object.__new__(graph_module.DecodeGraph)
-    graph.takes, graph.run = lambda arguments: True, lambda arguments: "captured"
-    model = SimpleNamespace(forward=lambda **arguments: "as usual")
+    graph.takes, graph.run = lambda model, arguments: True, lambda arguments: "captured"
+    model = torch.nn.Identity()
+    model.forward = lambda **arguments: "as usual"
     graph_module.replace_forward(model)
     assert model.forward(**{name: SimpleNamespace(graph=graph)}) == "captured"
     assert model.forward(**{name: None}) == model.forward() == "as usual"
