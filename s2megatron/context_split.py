@@ -47,17 +47,22 @@ class Blocks:
 def busiest(pattern: LayerPattern, n_blocks: int, cp: int) -> Blocks:
     """What crosses for these heads, in zigzag: the most that any rank receives, and holds.
 
-    A halo grows with the rank until it is as long as the window, and what lies far gets less with
-    every rank. So of many ranks only the first are looked at.
+    Of many ranks only the first and the last are looked at. Among the first, a halo grows until it
+    is as long as the window; among the last, the window reaches from one chunk of a rank into the
+    other. Between them every count is convex in the rank, but for where the chunk begins within a
+    stride, which comes back after a period of ranks.
 
     Args:
         pattern: of one TP rank.
         cp: context-parallel ranks.
     """
-    reaches = [band.reach for rule in pattern.rules for band in rule.bands]
-    window = max((reach for reach in reaches if reach != FOREVER), default=0)
-    ranks = max(16, 2 + 2 * cp * window // n_blocks)
-    found = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)[:ranks]]
+    bands = [band for rule in pattern.rules for band in rule.bands]
+    window = max((band.reach for band in bands if band.reach != FOREVER), default=0)
+    period, size = math.lcm(*(band.stride for band in bands)), max(1, n_blocks // (2 * cp))
+    edge = max(16, 2 + window // size + period // math.gcd(period, size))
+    ranks = zigzag(cp, n_blocks)
+    some = ranks if cp <= 2 * edge else ranks[:edge] + ranks[-edge:]
+    found = [_of_rank(pattern, n_blocks, chunks) for chunks in some]
     return Blocks(*(max(getattr(f, x.name) for f in found) for x in fields(Blocks)))
 
 

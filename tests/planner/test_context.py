@@ -14,7 +14,7 @@ from s2_kernels.exchange import (
     zigzag,
 )
 from s2_kernels.pattern import ranges, sliding_window
-from s2megatron.context_split import Blocks, busiest
+from s2megatron.context_split import Blocks, _of_rank, busiest
 from s2megatron.machine import Attention, Link, load_machine
 from s2megatron.planner import context, memory
 from s2megatron.planner.costs import attention_seconds, layer_seconds
@@ -128,10 +128,26 @@ def test_buffers_are_those_of_the_exchanges_plan(name):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_first_of_many_ranks_receives_most(name):
-    """`busiest` looks at 16 ranks, or at as many as a window spans."""
+    """`busiest` looks at the first and the last 16 ranks, or at as many as a window spans."""
     pattern, chunks = PATTERNS[name], zigzag(40, 640)
     found = max(received_blocks(pattern, chunks, rank) for rank in range(40))
     assert busiest(pattern, 640, 40).received == found
+
+
+@pytest.mark.parametrize(
+    ("cp", "n_blocks", "local_blocks", "stride", "name", "most"),
+    [(32, 4096, 16, 64, "lead", 752), (32, 2048, 100, 8, "itself", 256),
+     (80, 3200, 41, 8, "itself", 20), (96, 960, 3, 64, "lead", 568)],
+    ids=["stride as wide as a chunk", "window over 3 chunks", "80 ranks", "a long period"],
+)  # fmt: skip
+def test_no_rank_holds_more_than_the_busiest(cp, n_blocks, local_blocks, stride, name, most):
+    """Only the first 16 ranks were looked at: `lead` was 624, `itself` 32."""
+    pattern = local_stride(heads=8, block_size=64, local_blocks=local_blocks, stride=stride)
+    counted = [_of_rank(pattern, n_blocks, chunks) for chunks in zigzag(cp, n_blocks)]
+    found = busiest(pattern, n_blocks, cp)
+    for field in fields(Blocks):
+        assert getattr(found, field.name) == max(getattr(x, field.name) for x in counted), field
+    assert getattr(found, name) == most
 
 
 def test_a_window_over_many_chunks_is_needed_most_by_a_late_rank():
