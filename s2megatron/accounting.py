@@ -34,6 +34,8 @@ class ModelShape:
     norm_bias: bool
     """LayerNorm has one, RMSNorm has none."""
     qk_norm: bool
+    output_gate: bool
+    """Attention's output times a gate, whose projection lies beside q's."""
     tied_embeddings: bool
     position_embeddings: int
     """Learned positions (0 with rotary embeddings)."""
@@ -42,6 +44,8 @@ class ModelShape:
     experts_per_token: int
     expert_ffn: int
     shared_expert_ffn: int
+    shared_expert_gate: bool
+    """The shared expert's output times a number that a projection makes of each token."""
     moe_layers: tuple[bool, ...]
     """Which layers hold experts."""
 
@@ -67,19 +71,26 @@ class ModelShape:
             qkv_bias=config.add_bias_linear or config.add_qkv_bias,
             norm_bias=config.normalization == "LayerNorm",
             qk_norm=config.qk_layernorm,
+            output_gate=config.attention_output_gate,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
             position_embeddings=args.max_position_embeddings if learned else 0,
             experts=experts,
             experts_per_token=config.moe_router_topk if experts else 0,
             expert_ffn=(config.moe_ffn_hidden_size or config.ffn_hidden_size) if experts else 0,
             shared_expert_ffn=config.moe_shared_expert_intermediate_size or 0,
+            shared_expert_gate=config.moe_shared_expert_gate,
             moe_layers=tuple(bool(x) and experts > 0 for x in frequency),
         )
 
     @property
     def attention_weights(self) -> int:
         """Matrix weights of one layer's projections."""
-        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.hidden * self.head_dim * (self.heads + self.qkv_heads)
+
+    @property
+    def qkv_heads(self) -> int:
+        """Heads that the first projection makes: of q, k, v and the gate."""
+        return self.heads * (2 if self.output_gate else 1) + 2 * self.kv_heads
 
     def _mlp_weights(self, ffn: int) -> int:
         return self.hidden * ffn * (3 if self.gated else 2)
@@ -90,6 +101,8 @@ class ModelShape:
             return self._mlp_weights(self.ffn)
         experts = self.experts_per_token if per_token else self.experts
         shared = self._mlp_weights(self.shared_expert_ffn)
+        if self.shared_expert_ffn and self.shared_expert_gate:
+            shared += self.hidden
         return experts * self._mlp_weights(self.expert_ffn) + shared + self.hidden * self.experts
 
     def parameters(self) -> int:
@@ -104,7 +117,7 @@ class ModelShape:
         if self.qk_norm:
             total += 2 * self.head_dim * (2 if self.norm_bias else 1)
         if self.qkv_bias:
-            total += self.head_dim * (self.heads + 2 * self.kv_heads)
+            total += self.head_dim * self.qkv_heads
         if self.bias:
             total += self.hidden + self._mlp_biases(layer)
         return total

@@ -72,9 +72,9 @@ def layer_matmuls(shape: ModelShape, layout: Layout, layer: int) -> list[tuple[f
     """(m, n, k) of a layer's forward products on one rank; backward has two of each."""
     tokens, t, h = layout.local_tokens(shape), layout.tp, shape.hidden
     kv = max(1, shape.kv_heads // t)
-    up = 2 if shape.gated else 1
+    up, queries = (2 if shape.gated else 1), (2 if shape.output_gate else 1)
     products = [
-        (tokens, shape.head_dim * (shape.heads / t + 2 * kv), h),
+        (tokens, shape.head_dim * (queries * shape.heads / t + 2 * kv), h),
         (tokens, h, shape.head_dim * shape.heads / t),
     ]
     if not shape.moe_layers[layer]:
@@ -97,12 +97,13 @@ def layer_traffic(shape: ModelShape, layout: Layout, layer: int) -> float:
     outer = tokens / t if layout.sequence_parallel else tokens
     between = outer * shape.hidden * (2 * 2 + 2 * 3)  # norm: in, out; residual: two in, one out
     heads = shape.head_dim * (shape.heads + shape.kv_heads) / t
+    gate = 3 * shape.head_dim * shape.heads / t if shape.output_gate else 0  # two in, one out
     ffn = shape.ffn
     if shape.moe_layers[layer]:
         ffn = shape.expert_ffn * shape.experts_per_token + shape.shared_expert_ffn
         between += 4 * outer * shape.hidden * shape.experts_per_token  # to the experts and back
     act = ffn / t * (3 if shape.gated else 2)
-    return BF16 * (between + tokens * (2 * heads + act))
+    return BF16 * (between + tokens * (2 * heads + gate + act))
 
 
 def layer_seconds(
@@ -190,7 +191,8 @@ def layer_rank_parameters(shape: ModelShape, layout: Layout, layer: int) -> floa
     whole = shape.layer_parameters(layer) - shape.attention_weights
     mlp = shape.mlp_weights(layer, per_token=False)
     norms_and_biases = whole - mlp
-    attention = shape.hidden * shape.head_dim * (2 * shape.heads / layout.tp + 2 * kv)
+    heads = shape.heads * (3 if shape.output_gate else 2)
+    attention = shape.hidden * shape.head_dim * (heads / layout.tp + 2 * kv)
     if shape.moe_layers[layer]:
         routed = shape.experts * shape.expert_mlp_weights
         rest = mlp - routed

@@ -63,6 +63,8 @@ def saved_per_layer(shape: ModelShape, layout: Layout, layer: int) -> float:
     between = 4 * outer * shape.hidden
     kv = max(shape.kv_heads / t, 1)
     heads = shape.head_dim * (shape.heads / t + 2 * kv) + shape.head_dim * shape.heads / t
+    if shape.output_gate:
+        heads += 2 * shape.head_dim * shape.heads / t  # the gate, and what it makes of the output
     if shape.moe_layers[layer]:
         between += 2 * outer * shape.hidden * shape.experts_per_token
     sums = FP32 * tokens * shape.heads / t  # attention's row sums

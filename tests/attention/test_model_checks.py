@@ -375,8 +375,8 @@ def test_pypi_apex_is_not_taken_for_nvidias(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["swiglu_gqa", "tied_gelu_layernorm", "qk_norm_wide_heads", "qkv_bias", "moe",
-     "moe_shared_every_2nd"],
+    ["swiglu_gqa", "tied_gelu_layernorm", "qk_norm_wide_heads", "qkv_bias", "output_gate", "moe",
+     "moe_shared_every_2nd", "moe_shared_gate"],
 )  # fmt: skip
 def test_planned_sizes_are_those_of_the_built_model(name):
     sizes = call("model_cases", "model_sizes", name)

@@ -34,17 +34,19 @@ def test_layers_add_up_to_the_model():
     assert flops == shape.flops_per_sequence(model.patterns)
 
 
+@pytest.mark.parametrize("gate", [False, True], ids=["", "output_gate"])
 @pytest.mark.parametrize("tp,pp,vpp", [(1, 1, 1), (4, 1, 1), (2, 4, 1), (2, 4, 3), (16, 2, 1)])
-def test_ranks_hold_the_model_once_and_norms_on_every_tp_rank(tp, pp, vpp):
-    shape = make_model().shape
+def test_ranks_hold_the_model_once_and_norms_on_every_tp_rank(tp, pp, vpp, gate):
+    shape = make_model(output_gate=gate).shape
     layout = Layout(gpus=tp * pp, tp=tp, pp=pp, vpp=vpp)
     held = tp * sum(memory.stage_parameters(shape, layout, s) for s in range(pp))
     assert held == shape.parameters() + (tp - 1) * 2048 * (2 * 24 + 1)
 
 
-def test_products_are_the_forward_flops():
+@pytest.mark.parametrize("gate", [False, True], ids=["", "output_gate"])
+def test_products_are_the_forward_flops(gate):
     """One third of the layer's true FLOPs without attention, whatever the layout."""
-    shape = make_model().shape
+    shape = make_model(output_gate=gate).shape
     for tp in (1, 2, 8):
         layout = Layout(gpus=tp, tp=tp, sequence_parallel=tp > 1)
         rank = sum(2 * m * n * k for m, n, k in layer_matmuls(shape, layout, 0))

@@ -256,12 +256,18 @@ SHAPES = {
     },
     "qk_norm_wide_heads": {"qk_layernorm": True, "kv_channels": 24},
     "qkv_bias": {"add_qkv_bias": True},
+    "output_gate": {"attention_output_gate": True, "add_qkv_bias": True},
     "moe": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 80},
     "moe_shared_every_2nd": {
         "num_experts": 4,
         "moe_router_topk": 2,
         "moe_layer_freq": 2,
         "moe_shared_expert_intermediate_size": 48,
+    },
+    "moe_shared_gate": {
+        "num_experts": 4,
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_shared_expert_gate": True,
     },
 }
 

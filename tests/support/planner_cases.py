@@ -29,12 +29,14 @@ PLAIN = {
     "qkv_bias": False,
     "norm_bias": False,
     "qk_norm": False,
+    "output_gate": False,
     "tied_embeddings": False,
     "position_embeddings": 0,
     "experts": 0,
     "experts_per_token": 0,
     "expert_ffn": 0,
     "shared_expert_ffn": 0,
+    "shared_expert_gate": False,
 }
 
 
