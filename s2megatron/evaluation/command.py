@@ -21,7 +21,7 @@ from s2megatron.evaluation.shards import parse_grid
 from s2megatron.evaluation.windows import Documents
 from s2megatron.evaluation.words import Encode
 
-_OF_RETRIEVAL = "documents control queries records style filler grid"
+_OF_RETRIEVAL = "documents control queries records style filler tokenizer grid seed"
 
 
 def run(options: argparse.Namespace, say: Say = print) -> Path:
@@ -33,6 +33,8 @@ def run(options: argparse.Namespace, say: Say = print) -> Path:
         refuse_unread(options, "windows packed", "the loss (--data)")
     if not tasks:
         refuse_unread(options, _OF_RETRIEVAL, "retrieval (--tasks)")
+    if tasks == ("single",):  # a document has one fact
+        refuse_unread(options, "queries records", "tasks of several facts (--tasks)")
     extra = tuple(map(parse_grid, options.grid))
     out = Path(options.out)
     encode, tokenizer = find_tokenizer(options.folder, options.tokenizer) if tasks else (None, None)

@@ -25,6 +25,10 @@ CASES = {
     "evaluate HF --out x --data d --tasks none --filler f": "--filler: is for retrieval (--tasks)",
     "evaluate HF --out x --data d --tasks none --grid 64:16": "--grid: is for retrieval (--tasks)",
     "evaluate HF --out x --data d --tasks none --records 9": "--records: is for retrieval",
+    "evaluate HF --out x --data d --tasks none --tokenizer bytes": "--tokenizer: is for retrieval",
+    "evaluate HF --out x --data d --tasks none --seed 7": "--seed: is for retrieval (--tasks)",
+    "evaluate HF --out x --tasks single --queries 8": "--queries: is for tasks of several facts",
+    "evaluate HF --out x --tasks single --records 30": "--records: is for tasks of several facts",
 }
 
 
