@@ -11,10 +11,18 @@ from s2megatron.planner.layout import Layout, Model, layer_kinds, layout_of
 from s2megatron.planner.memory import saved_per_layer
 from s2megatron.planner.search import search
 from s2megatron.planner.step import Plan, plan
+from s2megatron.planner.unplanned import unplanned
 
 
 def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tuple[Model, Layout]:
     """The model and the layout that a run file names, on so many GPUs. Raises ConfigError."""
+    return read_with_notes(config, overrides, gpus, local=local)[:2]
+
+
+def read_with_notes(
+    config: str, overrides: list[str], gpus: int, *, local: bool
+) -> tuple[Model, Layout, list[str]]:
+    """`read_run`, and a line on each option that a plan leaves out. Raises ConfigError."""
     from s2megatron.cluster import environment
     from s2megatron.training.backends import find_backends
     from s2megatron.training.megatron_options import keys_of
@@ -44,7 +52,7 @@ def read_run(config: str, overrides: list[str], gpus: int, *, local: bool) -> tu
         )
     keep = ready.run.sparsity.keep_attention_output
     layout = replace(layout, fused=not local, keep_attention_output=keep)
-    return Model(ready.shape, ready.patterns), layout
+    return Model(ready.shape, ready.patterns), layout, unplanned(ready.args)
 
 
 def check_fits_gpus(layout: Layout, model: Model) -> None:
@@ -75,10 +83,11 @@ def plan_run(
     machine = load_machine(gpu)
     if best is not None and best < 1:
         raise ConfigError(f"--search {best}: must be at least 1")
-    model, layout = read_run(config, overrides, gpus, local=local)
+    model, layout, notes = read_with_notes(config, overrides, gpus, local=local)
     head = [
         f"{gpus} x {machine.gpu}, {machine.gpus_per_node} per node",
         f"constants: {' '.join(machine.source.split())}",
+        *notes,
         "",
     ]
     if best:

@@ -312,6 +312,26 @@ def plan_of_a_batch_schedule() -> list:
     return run_command_line(cli.main, ["plan", _run_file(MOCK), "--gpus", "1", *batch])
 
 
+def plans_with(cases: str) -> dict:
+    """Each case's plan on two GPUs: [status, standard output, errors]. A case is words."""
+    import json
+
+    from s2megatron import cli
+
+    config = _run_file(MOCK)
+    return {
+        words: run_command_line(cli.main, ["plan", config, "--gpus", "2", *words.split()])
+        for words in json.loads(cases)
+    }
+
+
+def options_of_megatron() -> list[str]:
+    """The names of all its arguments."""
+    from s2megatron.training.megatron_options import megatron_parser
+
+    return sorted(action.dest for action in megatron_parser()._actions)
+
+
 def modules_of_plans() -> dict:
     """Whether a plan is of Transformer Engine's modules, by what the run file says of them."""
     from s2megatron.planner.report import read_run

@@ -6,6 +6,7 @@ from s2_kernels import dense, local_stride
 from s2megatron.accounting import ModelShape
 from s2megatron.machine import Attention, Link, Machine
 from s2megatron.planner.layout import Model
+from s2megatron.planner.unplanned import WITH_ANY_VALUE
 
 LLAMA_1_3B = {
     "layers": 24,
@@ -88,3 +89,14 @@ def run_arguments(**changed) -> SimpleNamespace:
         "gradient_accumulation_fusion": False, "bf16": True, "fp16": False,
     }  # fmt: skip
     return SimpleNamespace(**given | changed)
+
+
+def all_arguments(**changed) -> SimpleNamespace:
+    """`run_arguments`, and what a plan would leave out, off."""
+    off = dict.fromkeys(WITH_ANY_VALUE) | {
+        "optimizer": "adam", "accumulate_allreduce_grads_in_fp32": True,
+        "use_megatron_fsdp": False, "data_parallel_sharding_strategy": "optim_grads_params",
+        "num_distributed_optimizer_instances": 1, "expert_tensor_parallel_size": 2,
+        "num_experts": None, "moe_token_dispatcher_type": "allgather",
+    }  # fmt: skip
+    return SimpleNamespace(**vars(run_arguments()) | off | changed)
