@@ -27,8 +27,11 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path):
+def read_config(folder: Path, trust_remote_code: bool = False):
     """The transformers configuration of a folder.
+
+    Args:
+        trust_remote_code: run the code of a model that transformers does not know.
 
     Raises:
         ConfigError: transformers does not know the model, or refuses a field, which is named.
@@ -36,13 +39,13 @@ def read_config(folder: Path):
     file = folder / "config.json"
     fields = read_json(file)
     with _refused(fields, file):
-        return _load(folder)
+        return _load(folder, trust_remote_code)
 
 
-def _load(folder: Path):
+def _load(folder: Path, trust_remote_code: bool = False):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError
@@ -23,13 +23,30 @@ WITHOUT_TP = (
 )
 
 
+WHICH_FILES = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision",
+    "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+"""Options of from_pretrained that say which files a name stands for, and whose code is run."""
+
+
 def load_model(folder: str | Path, **from_pretrained):
     """As `s2megatron.hf.load`. Raises ConfigError."""
     inside = Path(folder) / (from_pretrained.get("subfolder") or "")
     local = Path(folder).is_dir()
     config = from_pretrained.pop("config", None)
     if config is None:
-        config = _local_config(inside) if local else AutoConfig.from_pretrained(folder)
+        # The weights are read with these options: the sparsity must be of the same files.
+        which = {name: from_pretrained[name] for name in WHICH_FILES if name in from_pretrained}
+        if local:
+            config = _local_config(inside, bool(which.get("trust_remote_code")))
+        else:
+            config = AutoConfig.from_pretrained(folder, **which)
+    elif not isinstance(config, PretrainedConfig):
+        raise ConfigError(
+            f"config={config!r}: must be a configuration, which transformers would read from the "
+            "model's own folder instead: give transformers.AutoConfig.from_pretrained(...)"
+        )
     if getattr(config, NAME, None) is not None:
         from_pretrained.setdefault("attn_implementation", NAME)
         if from_pretrained["attn_implementation"] == NAME:
@@ -52,13 +69,13 @@ def load_model(folder: str | Path, **from_pretrained):
     return (model, found) if told else model
 
 
-def _local_config(folder: Path):
+def _local_config(folder: Path, trust_remote_code: bool):
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder}: holds an adapter, and the s2 key is in its base model's config.json: load "
             "that one, then peft.PeftModel.from_pretrained(model, folder)"
         )
-    return read_config(folder)
+    return read_config(folder, trust_remote_code)
 
 
 @contextlib.contextmanager
