@@ -23,6 +23,7 @@ import functools
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
@@ -120,7 +121,8 @@ def generate(
         model: from `load`, with an `s2` key in its config.
         input_ids: int64 [b, s] on the model's device, all tokens so far.
         cache: of earlier turns, to go on with; default: a new one with room for `max_new_tokens`
-            (or `max_length`), one of which must be given, here or in the `generation_config`.
+            (or `max_length`), one of which must be given: here, in the `generation_config`, or in
+            the model's own.
         graph: run steps of one token as a CUDA graph; fuse: compile their small operations. Of a
             given cache its own settings count.
         options: of transformers' `generate` (attention_mask, max_new_tokens, do_sample, ...).
@@ -162,15 +164,22 @@ def generate(
 
 
 class _Asked:
-    """What `generate` is asked for: its options, else those of the GenerationConfig in force."""
+    """What `generate` is asked for, as transformers finds it: by its options, by the
+    `generation_config` that it is given, and for what this one leaves at its default by the
+    model's own."""
 
     def __init__(self, model, options: dict):
         self._options = options
-        self._config = options.get("generation_config") or model.generation_config
+        self._given = options.get("generation_config")
+        self._own = model.generation_config
 
     def for_(self, name: str):
-        given = self._options.get(name)
-        return getattr(self._config, name, None) if given is None else given
+        if name in self._options:
+            return self._options[name]
+        said = getattr(self._given, name, None)
+        if said is None or said == getattr(GenerationConfig(), name, None):
+            return getattr(self._own, name, None)
+        return said
 
     def length(self, prompt: int) -> int:
         """Of the text with its prompt, in tokens. Raises ConfigError where nothing says it."""

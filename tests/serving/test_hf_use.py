@@ -198,6 +198,26 @@ def test_a_generation_config_says_how_long(model, ids):
     assert "num_beams=2" in refusal(s2hf.generate, model, ids, generation_config=beams)
 
 
+def test_what_a_generation_config_leaves_open_is_the_models(model, ids, monkeypatch):
+    """As transformers fills it: how long, how many sequences, beams; an option of None clears."""
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=None)
+    asked = dict(generation_config=config, attention_mask=torch.ones_like(ids))
+    own = model.generation_config
+    monkeypatch.setattr(own, "pad_token_id", 0)
+    monkeypatch.setattr(own, "max_new_tokens", 5)
+    got = s2hf.generate(model, ids, **asked)
+    assert got.shape == (2, 75) and torch.equal(got, model.generate(ids, **asked))
+    longer = asked | dict(generation_config=transformers.GenerationConfig(max_new_tokens=7))
+    assert s2hf.generate(model, ids, **longer).shape == (2, 77)
+    told = refusal(s2hf.generate, model, ids, max_new_tokens=None, **asked, error=ConfigError)
+    assert "neither max_new_tokens nor max_length" in told
+    monkeypatch.setattr(own, "num_return_sequences", 2)
+    sampled = asked | dict(generation_config=transformers.GenerationConfig(do_sample=True))
+    assert s2hf.generate(model, ids, **sampled).shape == (4, 75)
+    monkeypatch.setattr(own, "num_beams", 3)
+    assert "num_beams=3" in refusal(s2hf.generate, model, ids, **asked)
+
+
 def test_what_generate_has_no_use_for_is_named(model, ids):
     cache = transformers.DynamicCache(config=model.config)
     for options, told in (
