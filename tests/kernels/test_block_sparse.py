@@ -3,11 +3,13 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import Case, _ls, assert_as_good_as_eager, make_inputs, run_with_grads
 
 from s2_kernels import block_sparse_attention, s2_attention
+from s2_kernels.block_sparse import api
 from s2_kernels.reference import masked_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +104,55 @@ def test_warns_once_of_blocks_picked_up_again():
         out = block_sparse_attention(q, k, v, mask.clone(), block_size=16)
     mask[0, 2, 0] = True  # the tables follow a mask that is changed in place
     assert not torch.equal(block_sparse_attention(q, k, v, mask, block_size=16), out)
+
+
+def make_qkv(s=32):
+    torch.manual_seed(s)
+    return [torch.randn(1, s, heads, 32, device=DEVICE) for heads in (4, 2, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:block_mask")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_behind_the_mask_is_followed(order):
+    """numpy changes a tensor that shares its memory without a count."""
+    q, k, v = make_qkv()
+    array = np.array(np.tril(np.ones((2, 2, 2), dtype=bool)), order=order)
+    mask = torch.from_numpy(array)
+    before = block_sparse_attention(q, k, v, mask, block_size=16)
+    assert torch.equal(block_sparse_attention(q, k, v, mask, block_size=16), before)
+    array[:, 1, 0] = False
+    after = block_sparse_attention(q, k, v, mask, block_size=16)
+    assert torch.equal(after, block_sparse_attention(q, k, v, mask.clone(), block_size=16))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.filterwarnings("ignore:block_mask")
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_a_mask_made_under_inference_mode(device):
+    """It has no count of changes at all."""
+    q, k, v = make_qkv()
+    with torch.inference_mode():
+        mask = torch.ones(2, 2, 2, dtype=torch.bool, device=device)
+        before = block_sparse_attention(q, k, v, mask, block_size=16)
+        mask[:, 1, 0] = False
+        after = block_sparse_attention(q, k, v, mask, block_size=16)
+    again = block_sparse_attention(q, k, v, mask, block_size=16)
+    want = block_sparse_attention(q, k, v, mask.clone(), block_size=16)
+    assert torch.equal(after, want) and torch.equal(again, want) and not torch.equal(after, before)
+
+
+@pytest.mark.filterwarnings("ignore:block_mask")
+def test_tables_are_built_once_for_a_mask_that_stays(monkeypatch):
+    built, stock = [], api._lists
+    monkeypatch.setattr(api, "_lists", lambda *x: built.append(x) or stock(*x))
+    q, k, v = make_qkv()
+    mask = any_mask(2, 2, 2)
+    for _ in range(3):
+        block_sparse_attention(q, k, v, mask, block_size=16)
+    assert len(built) == 2  # by query block and by KV block
+    mask.logical_not_()
+    block_sparse_attention(q, k, v, mask, block_size=16)
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -40,7 +41,7 @@ class BlockTables(NamedTuple):
     nk: int
 
 
-_tables = WeakTensorKeyDictionary()  # mask -> its version and tables, per device
+_tables = WeakTensorKeyDictionary()  # mask -> what it held, and its tables, per device
 _told: set[bytes] = set()
 
 
@@ -58,9 +59,13 @@ def block_sparse_attention(
 
     Query token i attends to KV token j if and only if j <= i and block_mask keeps their blocks.
     The tables are built at the first call with a mask, which waits for the GPU, and kept as long
-    as the mask tensor lives unchanged. Warns once per mask when it is not KV-efficient (a block is
-    dropped and picked up again, so that a KV cache can never free it) and when a query block sees
-    nothing.
+    as the mask tensor lives unchanged. A mask on the CPU is compared with what it held, at every
+    call; so is one made under `torch.inference_mode`, which waits for the GPU where it lies there.
+    Of any other on a GPU torch counts the changes, but for those made past it (`.data`, DLPack, a
+    kernel of one's own): hand over a clone after these.
+
+    Warns once per mask when it is not KV-efficient (a block is dropped and picked up again, so that
+    a KV cache can never free it) and when a query block sees nothing.
 
     Args:
         q: [b, s, h, d]. k: [b, t, g, d]. v: [b, t, g, dv]. As in `s2_attention`.
@@ -136,16 +141,35 @@ def _check(q, k, v, block_mask, block_size) -> None:
 
 def _tables_of(block_mask: torch.Tensor, device: torch.device) -> BlockTables:
     """The tables of a mask, from the cache while the mask is unchanged."""
-    version, per_device = _tables.get(block_mask, (None, None))
-    if version != block_mask._version:
+    held, per_device = _tables.get(block_mask, (None, None))
+    if held is None or not _still_holds(block_mask, held):
         per_device = {}
-        _tables[block_mask] = (block_mask._version, per_device)
+        _tables[block_mask] = (_held(block_mask), per_device)
     if device not in per_device:
         mask = block_mask.tril()
         _warn(mask)
         lists = (*_lists(mask, device), *_lists(mask.transpose(1, 2), device))
         per_device[device] = BlockTables(*lists, *block_mask.shape)
     return per_device[device]
+
+
+def _held(block_mask: torch.Tensor) -> int | torch.Tensor:
+    """What tells later whether a mask has changed: torch's count of its changes, or a copy.
+
+    numpy and whoever else shares memory on the CPU changes a mask uncounted, and torch counts none
+    of a tensor that was made under inference_mode.
+    """
+    if block_mask.device.type == "cpu" or block_mask.is_inference():
+        return block_mask.clone()
+    return block_mask._version
+
+
+def _still_holds(block_mask: torch.Tensor, held: int | torch.Tensor) -> bool:
+    if isinstance(held, int):
+        return block_mask._version == held
+    if block_mask.device.type == "cpu":  # numpy takes a third of torch.equal's time
+        return np.array_equal(block_mask.numpy(), held.numpy())
+    return torch.equal(block_mask, held)
 
 
 def _lists(mask, device) -> tuple[torch.Tensor, torch.Tensor]:
