@@ -84,7 +84,7 @@ def s2_attention(
     if plan is None:
         _check(q, k, v, pattern, q_offset, dims=4, near=near)
         if into is not None:
-            _check_place(into, (*q.shape[:-1], v.shape[-1]), q)
+            check_place(into, (*q.shape[:-1], v.shape[-1]), q)
         backend = _choose(backend, q, k, v)
     if into is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("into takes no part in autograd: leave it out, or call under no_grad()")
@@ -152,18 +152,18 @@ def s2_attention_backward(
         if x.shape != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shapes[name]}")
     for x, place in zip((q, k, v), into or (), strict=bool(into)):
-        _check_place(place, x.shape, x)
+        check_place(place, x.shape, x)
     backend = _choose(backend, q, k, v)
     if backend != "reference":
         refuse_other_modes("s2_attention_backward", q, k, v, out, lse, dout)
     scale = check_scale(softmax_scale, q)
     if backend == "reference":
         raise ValueError("backend='reference' has no backward pass of its own; choose 'blocked'")
-    if backend == "blocked":
-        made = blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset, near)
-        return tuple(x.copy_(y) for x, y in zip(into, made, strict=True)) if into else made
-    problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
     with torch.no_grad():
+        if backend == "blocked":
+            made = blocked_backward(q, k, v, out, lse, dout, None, pattern, scale, q_offset, near)
+            return tuple(x.copy_(y) for x, y in zip(into, made, strict=True)) if into else made
+        problem = _problem(pattern, scale, q_offset, deterministic, backend, near, spare)
         if into:
             ops.gradients_into(q, k, v, out, lse, dout, into, problem)
             return into
@@ -292,8 +292,8 @@ def _check(q, k, v, pattern, q_offset, dims, near=None) -> None:
         near.check(pattern, k.shape[1], q_offset)
 
 
-def _check_place(into, shape, like) -> None:
-    """Whether results of such a shape can be written into a tensor that the caller has."""
+def check_place(into, shape, like) -> None:
+    """Raises ValueError where results of such a shape cannot be written into a caller's tensor."""
     if into.shape != shape or into.dtype != like.dtype or into.device != like.device:
         raise ValueError(
             f"into has a tensor {tuple(into.shape)} of {into.dtype} on {into.device}: must be "

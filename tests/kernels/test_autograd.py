@@ -59,6 +59,21 @@ def test_forward_mode_is_refused(call, requires_grad):
             in_forward_mode(call, which, requires_grad)
 
 
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+@pytest.mark.parametrize("place", [False, True], ids=["new", "into"])
+def test_the_backward_pass_alone_has_no_graph(backend, place):
+    """Its inputs are what a module holds; their graph would keep every tile of theirs."""
+    inputs = tensors(requires_grad=True)
+    out, lse = s2_attention(*inputs, PATTERN, return_lse=True, backend=backend)
+    dout = torch.ones_like(out, requires_grad=True)
+    want = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    into = tuple(torch.empty_like(x, requires_grad=True) for x in inputs) if place else None
+    got = s2_attention_backward(*inputs, out, lse, dout, PATTERN, backend=backend, into=into)
+    for x, y in zip(got, want, strict=True):
+        assert x.grad_fn is None and x.requires_grad == place
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_transforms_are_refused(call):
     q, k, v = tensors()
