@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 WAY_OUT = "; the reference has it: backend='reference', or s2_kernels.reference.masked_attention"
 
 
-def refuse_other_modes(name: str, *tensors: torch.Tensor) -> None:
+def refuse_other_modes(name: str, *tensors: torch.Tensor, way_out: str = WAY_OUT) -> None:
     """Raises where forward-mode AD or a transform of torch.func asks for a derivative.
 
     Under torch.compile tensors do not say whether they carry a tangent: any dual level counts.
@@ -20,13 +20,13 @@ def refuse_other_modes(name: str, *tensors: torch.Tensor) -> None:
         RuntimeError: names the mode and the way out.
     """
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{name} takes part in no transform of torch.func{WAY_OUT}")
+        raise RuntimeError(f"{name} takes part in no transform of torch.func{way_out}")
     if forward_ad._current_level < 0:
         return
     if torch.compiler.is_compiling() or any(
         forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
-        raise RuntimeError(f"{name} has no derivative in forward mode{WAY_OUT}")
+        raise RuntimeError(f"{name} has no derivative in forward mode{way_out}")
 
 
 class _Once(torch.autograd.Function):

@@ -23,6 +23,7 @@ if NO_TRITON is None:
     _PLANS = Plans()
 
 BACKENDS = ("auto", "triton", "reference")
+NO_GRADIENT = ": no derivative goes through pages; s2_attention has one of dense keys and values"
 _WAY_OUT = "backend='reference' (PyTorch, any device) takes it"
 
 
@@ -43,8 +44,8 @@ def paged_attention(
 
     One token of each sequence is a step of decoding, a few are a draft to verify, many a chunk of
     a prompt (paged prefill). The keys and values of these tokens are in their pages already
-    (`write_pages`). No gradient. On a GPU the host reads nothing and the grid depends on shapes
-    alone, so that a CUDA graph can hold the call.
+    (`write_pages`). No gradient, on any device. On a GPU the host reads nothing and the grid
+    depends on shapes alone, so that a CUDA graph can hold the call.
 
     Args:
         q: [b, s, h, d]. Token j of sequence i stands at position lengths[i] - s + j; where that is
@@ -67,21 +68,20 @@ def paged_attention(
 
     Raises:
         ValueError: names the argument, the value and the way out.
+        RuntimeError: forward-mode AD, or torch.func.
     """
     if check:
         check_pages(k_pages, v_pages, page_table, lengths, pattern, q)
         check_queries(q, k_pages, pattern)
         check_backend(backend, q, k_pages, v_pages)
+        refuse_other_modes("paged_attention", q, k_pages, v_pages, way_out=NO_GRADIENT)
     scale = check_scale(softmax_scale, q)
-    if _on_triton(backend, q):
-        if check:
-            refuse_other_modes("paged_attention", q, k_pages, v_pages)
-        with torch.no_grad():
-            out, lse = _planned(
-                launch_decode, (q, k_pages, v_pages, page_table, lengths), pattern, scale
-            )
-    else:
-        out, lse = paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, scale)
+    operands = (q, k_pages, v_pages, page_table, lengths)
+    with torch.no_grad():
+        if _on_triton(backend, q) and q.shape[0] > 0:
+            out, lse = _planned(launch_decode, operands, pattern, scale)
+        else:
+            out, lse = paged_reference(*operands, pattern, scale)
     return (out, lse) if return_lse else out
 
 
@@ -115,6 +115,8 @@ def write_pages(
         check_pages(k_pages, v_pages, page_table, lengths, pattern, k)
         _check_new_tokens(k, v, k_pages, v_pages, page_table)
         check_backend(backend, k, k_pages, v_pages)
+    if k.shape[0] == 0:
+        return
     if _on_triton(backend, k):
         new = (_last_contiguous(k), _last_contiguous(v))
         pages = (k_pages, v_pages, page_table, lengths)
@@ -187,7 +189,7 @@ def check_pages(k_pages, v_pages, page_table, lengths, pattern, x) -> None:
             )
     if lengths.device.type == "cpu":
         most = page_table.shape[2] * pattern.block_size
-        if int(lengths.max()) > most:
+        if max(lengths.tolist(), default=0) > most:
             raise ValueError(
                 f"lengths={lengths.tolist()}: page_table has {page_table.shape[2]} blocks of "
                 f"{pattern.block_size} tokens for a sequence, {most} in all: give it more"
@@ -245,6 +247,7 @@ def paged_reference(q, k_pages, v_pages, page_table, lengths, pattern, softmax_s
     return out, lse
 
 
+@torch.no_grad()
 def write_reference(k, v, k_pages, v_pages, page_table, lengths, pattern, *, alive_only) -> None:
     """`write_pages` in PyTorch."""
     s, size = k.shape[1], pattern.block_size

@@ -18,8 +18,15 @@ from typing import NamedTuple
 import torch
 
 from s2_kernels.api import check_scale, s2_attention
+from s2_kernels.autograd import refuse_other_modes
 from s2_kernels.near import Near, forever_before
-from s2_kernels.paged import check_backend, check_pages, check_queries, paged_reference
+from s2_kernels.paged import (
+    NO_GRADIENT,
+    check_backend,
+    check_pages,
+    check_queries,
+    paged_reference,
+)
 from s2_kernels.pattern import FOREVER, LayerPattern
 
 SCRATCH_BYTES = 512 << 20
@@ -74,6 +81,7 @@ def paged_prefill(
 
     Raises:
         ValueError: names the argument, the value and the way out.
+        RuntimeError: forward-mode AD, or torch.func.
     """
     if check:
         some = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
@@ -81,12 +89,14 @@ def paged_prefill(
         check_queries(q, k_pages, pattern)
         check_backend(backend, q, k_pages, v_pages)
         _check_lengths(q, page_table, lengths, pattern.block_size)
+        refuse_other_modes("paged_prefill", q, k_pages, v_pages, way_out=NO_GRADIENT)
     scale = check_scale(softmax_scale, q)
     out = into if into is not None else q.new_empty((*q.shape[:3], v_pages.shape[-1]))
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         known = torch.tensor(lengths, dtype=torch.int32, device=q.device)
-        made, _ = paged_reference(q, k_pages, v_pages, page_table, known, pattern, scale)
-        return out.copy_(made)
+        with torch.no_grad():
+            made, _ = paged_reference(q, k_pages, v_pages, page_table, known, pattern, scale)
+            return out.copy_(made)
     for i, length in enumerate(lengths):
         one = slice(i, i + 1)
         _attend(q[one], k_pages, v_pages, page_table[i], pattern, length, scale, out[one])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from paged_cases import PagedCase, make_paged, truth_of
+from torch.autograd import forward_ad
 from triton.runtime import interpreter
 
 from s2_kernels import dense, local_stride, ranges, sliding_window
@@ -232,6 +233,35 @@ def test_a_captured_launch_has_counters_of_its_own(monkeypatch):
     assert memory() is not None  # and gives nobody else the memory of a graph's counters
     capturing[0] = True
     assert not any(set(place()[1]) & set(at) for at in addresses)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_no_gradient_goes_through_pages(backend):
+    """Neither of queries nor, by what is written, of the pool."""
+    x = make_paged(CASES[0], device=DEVICE)
+    pages = (x.k_pages, x.v_pages, x.page_table, x.lengths, LOCAL)
+    q = x.q.clone().requires_grad_()
+    out, lse = paged_attention(q, *pages, return_lse=True, backend=backend)
+    assert not out.requires_grad and not lse.requires_grad
+    new = torch.randn(*x.q.shape[:2], LOCAL.kv_heads, 32, device=DEVICE, requires_grad=True)
+    write_pages(new, new, *pages, backend=backend)
+    assert not x.k_pages.requires_grad and not x.v_pages.requires_grad
+    with pytest.raises(RuntimeError, match=r"no transform.*no derivative goes through pages"):
+        torch.func.grad(lambda y: paged_attention(y, *pages, backend=backend).sum())(x.q)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="in forward mode: no deriv"):
+        paged_attention(forward_ad.make_dual(x.q, x.q), *pages, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_no_sequences_give_no_output(backend):
+    x = make_paged(CASES[0], device=DEVICE)
+    pages = (x.k_pages, x.v_pages, x.page_table[:0], x.lengths[:0], LOCAL)
+    out, lse = paged_attention(x.q[:0], *pages, return_lse=True, backend=backend)
+    assert out.shape == (0, *x.q.shape[1:3], 32) and out.dtype == x.q.dtype
+    assert lse.shape == (0, *x.q.shape[2:0:-1]) and lse.dtype == torch.float32
+    before = x.k_pages.clone()
+    write_pages(x.k[:0, :1], x.v[:0, :1], *pages, backend=backend)
+    assert torch.equal(x.k_pages.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
 def refusal(**changes) -> str:

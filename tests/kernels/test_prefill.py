@@ -92,6 +92,19 @@ def test_a_sparse_chunk_copies_little():
     assert scratch_bytes(whole, row_bytes, 8192, 1 << 21) == row_bytes << 21  # a head's
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_no_gradient_goes_through_a_chunk(backend):
+    case = PagedCase(LOCAL, (64,), s=64)
+    x = make_paged(case, device=DEVICE)
+    pages = (x.k_pages, x.v_pages, x.page_table, LOCAL)
+    for place in (None, torch.empty_like(x.q)):
+        q = x.q.clone().requires_grad_()
+        out = paged_prefill(q, *pages, lengths=(64,), backend=backend, into=place)
+        assert not out.requires_grad
+    none = (x.k_pages, x.v_pages, x.page_table[:0], LOCAL)
+    assert paged_prefill(x.q[:0], *none, lengths=(), backend=backend).shape == (0, 64, 4, 32)
+
+
 def test_drafts_are_no_prefill():
     assert [takes_prefill(n, 64) for n in (1, 200, 256)] == [False, False, True]
     assert not takes_prefill(300, 256) and takes_prefill(512, 256)
