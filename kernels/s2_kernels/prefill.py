@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from s2_kernels.api import check_scale, s2_attention
+from s2_kernels.api import check_place, check_scale, s2_attention
 from s2_kernels.autograd import refuse_other_modes
 from s2_kernels.near import Near, forever_before
 from s2_kernels.paged import (
@@ -73,7 +73,8 @@ def paged_prefill(
         softmax_scale: above 0; default 1 / sqrt(d).
         backend: "triton" (the training kernels: Hopper's own where they take it, else portable),
             "reference" (PyTorch, any device), "auto": "triton" on a GPU.
-        into: [b, s, h, dv], where the result is written; default: a new tensor.
+        into: [b, s, h, dv] in q's dtype, where the result is written; its last dimension is
+            contiguous. Default: a new tensor.
         check: False leaves the checks out, for who calls again with what has been checked.
 
     Returns:
@@ -91,7 +92,10 @@ def paged_prefill(
         _check_lengths(q, page_table, lengths, pattern.block_size)
         refuse_other_modes("paged_prefill", q, k_pages, v_pages, way_out=NO_GRADIENT)
     scale = check_scale(softmax_scale, q)
-    out = into if into is not None else q.new_empty((*q.shape[:3], v_pages.shape[-1]))
+    shape = (*q.shape[:3], v_pages.shape[-1])
+    if into is not None:
+        check_place(into, shape, q)
+    out = into if into is not None else q.new_empty(shape)
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         known = torch.tensor(lengths, dtype=torch.int32, device=q.device)
         with torch.no_grad():

@@ -131,3 +131,18 @@ def test_what_does_not_fit_is_refused_by_name():
     assert "page_table has shape (2, 2, 8)" in refusal(page_table=table)
     assert "backend='blocked'" in refusal(backend="blocked")
     assert "softmax_scale=-1" in refusal(softmax_scale=-1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_place_that_does_not_fit_is_refused_before_it_is_written(backend, check):
+    """PyTorch would copy one sequence into many, and the kernel leave the others as they were."""
+    place = torch.full((3, 40, 4, 32), math.nan, device=DEVICE)
+    for into, words in (
+        (place, r"into has a tensor (3, 40, 4, 32)"),
+        (place[:1].half(), "must be (1, 40, 4, 32) of torch.float32"),
+        (place[:1, :, :1], "(1, 40, 1, 32)"),
+        (place[:1].mT.contiguous().mT, "last dimension must be contiguous"),
+    ):
+        assert words in refusal(into=into, backend=backend, check=check)
+    assert place.isnan().all()
