@@ -176,6 +176,8 @@ def run(options: argparse.Namespace, say: Say = print) -> dict:
     whole = about | choose(model, windows, bases, edges, say)
     write_json(out, whole)
     say(f"{out}: every loss. For the run file:\n  rotary_base: {whole['best']}")
+    if len(bases) > 1 and len(windows) < 2:
+        say("one window: nothing says how far apart two bases are (--windows, a larger dataset)")
     if close := not_apart(whole):
         say(f"not apart from it by two standard errors: {', '.join(f'{b:,}' for b in close)}")
     if len(bases) > 1 and whole["best"] == max(bases):

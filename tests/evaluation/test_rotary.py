@@ -78,6 +78,12 @@ def test_bases_of_ones_own_and_how_sure_the_difference_is(folder):
     assert worse["above best"]["error"] == pytest.approx(lost.std(ddof=1) / 3**0.5)
 
 
+@pytest.mark.parametrize("windows, told", [("1", True), ("2", False)])
+def test_one_window_tells_no_bases_apart(folder, capsys, windows, told):
+    assert command(folder, "--bases", "3e3,500", "--windows", windows) == 0
+    assert ("one window: nothing says" in capsys.readouterr().out) is told
+
+
 @pytest.mark.parametrize(
     "value, error, close", [(0.3, 0.2, [8000]), (0.5, 0.2, []), (0.3, None, [])]
 )
