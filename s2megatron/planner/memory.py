@@ -98,8 +98,7 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
     kinds = layer_kinds(model, layers)
     saved = {layer: saved_per_layer(shape, layout, layer) for layer, _ in kinds}
     tokens = layout.local_tokens(shape)
-    outer = tokens / layout.tp if layout.sequence_parallel else tokens
-    kept = sum(times * saved[layer] for layer, times in kinds)
+    kept = sum(times * kept_per_layer(model, layout, layer) for layer, times in kinds)
     # The layer's MLP has gone backward by then, and what it saved is free.
     exchange = max(
         buffer_bytes(model, layout, layer) - saved_by_mlp(shape, layout, layer)
@@ -107,8 +106,6 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
     )
     working = max(_working(shape, layout), exchange)
     if layout.recompute == "full":
-        kept = len(layers) * outer * shape.hidden * layout.width
-        kept += sum(times * kept_attention_output(model, layout, n) for n, times in kinds)
         working += max(saved.values())
     last = stage == layout.pp - 1
     logits = 0.0
@@ -124,6 +121,19 @@ def _stage(model: Model, layout: Layout, stage: int) -> Memory:
         activations=kept * in_flight(layout, stage) + working,
         logits=logits,
     )
+
+
+def kept_per_layer(model: Model, layout: Layout, layer: int) -> float:
+    """Bytes of a micro-batch that a layer holds between its passes, under the layout's recompute.
+
+    Full recompute keeps the layer's input and what `kept_attention_output` says.
+    """
+    shape = model.shape
+    if layout.recompute != "full":
+        return saved_per_layer(shape, layout, layer)
+    tokens = layout.local_tokens(shape)
+    outer = tokens / layout.tp if layout.sequence_parallel else tokens
+    return outer * shape.hidden * layout.width + kept_attention_output(model, layout, layer)
 
 
 def kept_attention_output(model: Model, layout: Layout, layer: int) -> float:

@@ -8,7 +8,7 @@ from s2megatron.errors import ConfigError
 from s2megatron.machine import Machine, load_machine
 from s2megatron.planner.context import received_bytes
 from s2megatron.planner.layout import Layout, Model, layer_kinds, layout_of
-from s2megatron.planner.memory import saved_per_layer
+from s2megatron.planner.memory import kept_per_layer
 from s2megatron.planner.search import search
 from s2megatron.planner.step import Plan, plan
 from s2megatron.planner.unplanned import unplanned
@@ -122,7 +122,8 @@ def lines(machine: Machine, model: Model, result: Plan, tokens: float) -> list[s
         f"{result.tokens:,} tokens a step",
         *_exchanges(machine, model, layout),
         "",
-        *_table(("layers", "attention", "parameters", "true FLOPs", "attention's", "keeps MiB"),
+        *_table(("layers", "attention", "parameters", "true FLOPs", "attention's",
+                 f"keeps MiB (recompute {layout.recompute})"),
                 _layer_rows(model, layout)),
         "",
         *_table(("memory per rank", "GiB"), held),
@@ -174,7 +175,7 @@ def _layer_rows(model: Model, layout: Layout) -> list[tuple[str, ...]]:
         rows.append((name, describe(pattern).split(", shifts")[0],
                      f"{shape.layer_parameters(layer):,}", f"{flops:.4e}",
                      f"{attention / flops:.1%}",
-                     f"{saved_per_layer(shape, layout, layer) / 2**20:.0f}"))  # fmt: skip
+                     f"{kept_per_layer(model, layout, layer) / 2**20:.0f}"))  # fmt: skip
         first = layer + 1
     rows.append(("logits", "", "", f"{shape.output_flops():.4e}", "", ""))
     total = shape.flops_per_sequence(model.patterns)

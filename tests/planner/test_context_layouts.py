@@ -4,12 +4,12 @@ import re
 from dataclasses import replace
 
 import pytest
-from planner_cases import eight_groups, make_model, run_arguments
+from planner_cases import SIMPLE, eight_groups, make_model, run_arguments
 
 from s2megatron.context_split import ContextSplit
 from s2megatron.errors import ConfigError
 from s2megatron.machine import load_machine
-from s2megatron.planner import context
+from s2megatron.planner import context, memory
 from s2megatron.planner.layout import GATHER, RING, ULYSSES, Layout, Model, candidates, layout_of
 from s2megatron.planner.report import lines
 from s2megatron.planner.search import search
@@ -128,6 +128,25 @@ def test_the_report_says_what_each_kind_of_layer_exchanges():
     assert "in 4 groups of heads, the first waited for" in text
     alone = Layout(gpus=1)
     assert "CP" not in "\n".join(lines(machine, model, plan(machine, model, alone), 1e12))
+
+
+def test_the_report_says_what_layers_keep_under_the_planned_recompute():
+    """The table had what no recompute keeps, whatever was planned."""
+    model = eight_groups(16, 128 * K)
+    tokens = 128 * K / 2**20
+    full, output = tokens * 2048 * 2, tokens * 32 * (2 * 128 + 4)
+    for sizes, kept in (
+        ({"recompute": "full"}, [full + output, full]),
+        ({"recompute": "full", "keep_attention_output": False}, [full, full]),
+        ({}, [memory.saved_per_layer(model.shape, Layout(gpus=1), n) / 2**20 for n in (0, 1)]),
+    ):
+        layout = Layout(gpus=1, **sizes)
+        text = lines(load_machine("h100"), model, plan(SIMPLE, model, layout), 1e12)
+        (head,) = [n for n, line in enumerate(text) if line.startswith("layers ")]
+        assert text[head].endswith(f"keeps MiB (recompute {layout.recompute})")
+        assert [line.split()[-1] for line in text[head + 1 : head + 3]] == [
+            f"{x:.0f}" for x in kept
+        ]
 
 
 def test_bytes_of_a_token_on_one_tp_rank():
