@@ -267,6 +267,9 @@ def _show(options) -> None:
         _check_picture("--plot", options.plot)
     to_argv(run.megatron)  # says which option Megatron has not
     megatron, split = canonical(run.megatron), None
+    for name in ("context_parallel_size", "tensor_model_parallel_size"):
+        if megatron.get(name) is not None:
+            _check_size(name, megatron[name])
     if (megatron.get("context_parallel_size") or 1) > 1:
         check_required(megatron)
         split = ContextSplit.from_options(megatron)
@@ -309,14 +312,20 @@ def _sizes(megatron: dict) -> dict[str, int]:
     for name in names:
         if name not in megatron:
             raise ConfigError(f"megatron.{name}: is missing; it belongs to the model's shape")
-        if not isinstance(megatron.get(name), int) or isinstance(megatron[name], bool):
-            raise ConfigError(f"megatron.{name}: {megatron.get(name)!r}: must be a number")
+        _check_size(name, megatron[name])
     heads = megatron["num_attention_heads"]
     return {
         "num_layers": megatron["num_layers"],
         "heads": heads,
         "kv_heads": megatron[names[-1]] if len(names) == 4 else heads,
     }
+
+
+def _check_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"megatron.{name}: {value!r}: must be a number")
+    if value < 1:
+        raise ConfigError(f"megatron.{name}: {value}: must be at least 1")
 
 
 def _numbers(option: str, text: str | None, allowed: range) -> list[int] | None:

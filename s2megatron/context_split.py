@@ -17,7 +17,7 @@ from s2_kernels.exchange import (
     zigzag,
 )
 from s2_kernels.pattern import FOREVER
-from s2megatron.errors import ConfigError
+from s2megatron.errors import ConfigError, as_config_error
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,13 @@ def _of_rank(pattern: LayerPattern, n_blocks: int, chunks: Chunks) -> Blocks:
 
 @functools.lru_cache(maxsize=4096)
 def tp_shards(pattern: LayerPattern, tp: int) -> frozenset[LayerPattern]:
-    """The different patterns of the TP ranks."""
-    return frozenset(pattern.shard(rank, tp) for rank in range(tp))
+    """The different patterns of the TP ranks.
+
+    Raises:
+        ConfigError: heads do not divide over the ranks.
+    """
+    with as_config_error(f"megatron.tensor_model_parallel_size={tp}"):
+        return frozenset(pattern.shard(rank, tp) for rank in range(tp))
 
 
 @dataclass(frozen=True, kw_only=True)

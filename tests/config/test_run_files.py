@@ -106,6 +106,22 @@ def test_show_checks_where_a_picture_goes_first(tmp_path, name, said):
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"seq_length": 0}, "seq_length: 0: must be at least 1"),
+     ({"context_parallel_size": -2}, "context_parallel_size: -2: must be at least 1"),
+     ({"context_parallel_size": 2, "tensor_model_parallel_size": 3},
+      "tensor_model_parallel_size=3: heads=")],
+    ids=["no tokens", "negative CP", "TP that does not split the heads"],
+)  # fmt: skip
+def test_show_names_the_size_that_is_wrong(tmp_path, changed, said):
+    """They were a ZeroDivisionError, a size of 1 and a bare ValueError."""
+    tree = TINY | {"megatron": TINY["megatron"] | {"sequence_parallel": False} | changed}
+    config = write_run_file(tmp_path / "run.yaml", tree)
+    status, out, err = run_command_line(main, ["show", str(config)])
+    assert status == 2 and f"megatron.{said}" in err and not out
+
+
 def test_run_file_with_a_sparsity_alone(tmp_path):
     config = write_run_file(tmp_path / "run.yaml", {"sparsity": {"default": {"kind": "dense"}}})
     status, _, err = run_command_line(main, ["show", str(config)])
