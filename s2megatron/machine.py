@@ -9,14 +9,19 @@ others.
 import itertools
 import math
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from s2_kernels import LayerPattern
 from s2megatron import strict_yaml
 from s2megatron.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).with_name("gpus")
+
+
+Rates = Annotated[dict[PositiveInt, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+"""TFLOP/s by a size; `interpolate` reads between."""
 
 
 class _Checked(BaseModel):
@@ -26,8 +31,8 @@ class _Checked(BaseModel):
 class Attention(_Checked):
     """Useful TFLOP/s of one attention at head size 128, kept pairs only, by tokens."""
 
-    forward: dict[int, float]
-    backward: dict[int, float]
+    forward: Rates
+    backward: Rates
 
 
 class Link(_Checked):
@@ -71,7 +76,7 @@ class Machine(_Checked):
     In all that are shipped the links between nodes are guesses; in h100 and b200 all links."""
     memory_gib: float = Field(gt=0)
     gpus_per_node: int = Field(ge=1)
-    matmul_tflops: dict[int, float]
+    matmul_tflops: Rates
     """By the edge n of an n x n x n product, bf16."""
     sustained: float = Field(1.0, gt=0, le=1)
     """Share of the rates of matrix products and attention, each measured alone, that holds through

@@ -260,6 +260,17 @@ def test_machines_by_name_by_file_and_wrong(tmp_path):
         load_machine(str(tmp_path / "bad.yaml"))
 
 
+@pytest.mark.parametrize("table", [{}, {1024: 0}, {1024: -1}, {0: 100}], ids=str)
+def test_a_table_of_rates_that_cannot_be_is_refused(tmp_path, table):
+    """An empty one was an IndexError once a plan was made."""
+    good = SIMPLE.model_dump()
+    attention = good["s2_attention"] | {"backward": table}
+    for name, part in (("matmul_tflops", table), ("s2_attention", attention)):
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(good | {name: part}))
+        with pytest.raises(ConfigError, match=rf"bad\.yaml: {name}.*s2megatron calibrate"):
+            load_machine(str(tmp_path / "bad.yaml"))
+
+
 def test_a_run_file_for_a_machine_is_told_in_one_line(tmp_path):
     """Megatron-free: the machine is read before the run file."""
     (tmp_path / "some.yaml").write_text("gpu: x\nmemory: 3\n")
