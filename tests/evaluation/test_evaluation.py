@@ -319,11 +319,11 @@ def test_no_model_no_tokenizer_another_vocabulary(folders, dataset, tmp_path):
     make_model("llama", folder, vocab_size=100, max_position_embeddings=1024)
     status, _, errors = evaluate_command(folder, tmp_path / "out", "--lengths", 512)
     assert status == 2 and "--tokenizer: makes token" in errors
-    options = ("--tasks", "none", "--data", dataset, "--lengths", 200)
-    status, _, errors = evaluate_command(folder, tmp_path / "out", *options)
+    loss = ["evaluate", str(folder), "--out", str(tmp_path / "out"), "--tasks", "none"]
+    status, _, errors = run_command_line(main, [*loss, "--data", str(dataset), "--lengths", "200"])
     assert status == 2 and "it was made with another tokenizer" in errors
-    options = ("--tasks", "none", "--data", dataset, "--lengths", 1024)
-    status, _, errors = evaluate_command(folders["plain"], tmp_path / "out", *options)
+    loss = ["evaluate", str(folders["plain"]), "--out", str(tmp_path / "out"), "--tasks", "none"]
+    status, _, errors = run_command_line(main, [*loss, "--data", str(dataset), "--lengths", "1024"])
     assert status == 2 and "none holds a window of 1024" in errors and "--packed" in errors
 
 
