@@ -8,6 +8,7 @@ from s2_kernels.record import read_record
 from s2megatron.convert.architectures import choose_architecture, from_megatron
 from s2megatron.convert.reader import CheckpointReader
 from s2megatron.convert.tensors import MLP_NORM
+from s2megatron.convert.tokenizer import size_by_option
 from s2megatron.errors import ConfigError, as_config_error
 from s2megatron.layer_table import layer_table
 
@@ -98,7 +99,7 @@ def _layout(args) -> str:
 def _vocabulary(reader: CheckpointReader) -> str:
     args, entry = reader.args, reader.tensors.get("embedding.word_embeddings.weight")
     rows = f"{entry.size[0]} rows" if entry else "no embedding"
-    known = getattr(args, "vocab_size", None)
+    known = size_by_option(args)
     tied = "" if args.untie_embeddings_and_output_weights else ", tied to the output"
     named = f"{args.tokenizer_type}" + (f" {args.tokenizer_model}" if args.tokenizer_model else "")
     return f"{rows}, {f'{known} tokens' if known else 'tokens not recorded'}{tied}; {named}"

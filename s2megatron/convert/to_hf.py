@@ -22,6 +22,7 @@ from s2megatron.convert.tokenizer import (
     find_files,
     reads_otherwise,
     run_tokenizer,
+    size_by_option,
     write_byte_tokenizer,
 )
 from s2megatron.convert.writing import check_output, check_space, whole_folder
@@ -167,31 +168,50 @@ def _source_folder(reader: CheckpointReader, like: str | Path | None) -> Path | 
 
 
 def _true_vocab(reader, tokenizer, source_config, asked_for, notes: list[str]) -> int:
-    """Tokens without padding, from the first that knows.
+    """Tokens without padding: the most that is said of them, so that no token loses its row.
 
-    A model's own vocab_size goes before the tokenizer's, which may have fewer tokens.
+    The args' vocab_size says it only where the tokenizer is made from it. A model may have more
+    tokens than its tokenizer.
     """
     embedding = TensorRule(("embedding.word_embeddings.weight",), (), ())
     padded = reader.place(embedding).shape[0]
     known = [
-        ("--vocab-size", asked_for),
-        ("vocab_size in its args", getattr(reader.args, "vocab_size", None)),
+        ("vocab_size in its args", size_by_option(reader.args)),
         ("vocab_size in config.json", getattr(source_config, "vocab_size", None)),
         ("its tokenizer's size", tokenizer.size),
     ]
-    for origin, size in known:
-        if size is not None:
-            if not 0 < size <= padded:
-                raise ConfigError(
-                    f"checkpoint {reader.folder}: {origin} is {size}, and the embedding has "
-                    f"{padded} rows; give the tokenizer's size with --vocab-size"
-                )
-            return size
-    notes.append(
-        f"vocabulary: nothing says how many of the {padded} embedding rows are padding, so all "
-        "are written; --vocab-size trims them"
-    )
-    return padded
+    if asked_for is not None:
+        known = [("--vocab-size", asked_for)]
+    known = {origin: size for origin, size in known if size is not None}
+    if not known:
+        notes.append(
+            f"vocabulary: nothing says how many of the {padded} embedding rows are padding, so all "
+            f"are written{_unread_size(reader.args, padded)}; --vocab-size trims them"
+        )
+        return padded
+    origin, size = next(iter(known.items()))
+    if not 0 < size <= padded:
+        raise ConfigError(
+            f"checkpoint {reader.folder}: {origin} is {size}, and the embedding has {padded} rows; "
+            "give the tokenizer's size with --vocab-size"
+        )
+    rows = min(padded, max(known.values()))
+    unread = "" if asked_for is not None else _unread_size(reader.args, rows)
+    if unread or rows > size:
+        said = ", ".join(f"{origin} is {size}" for origin, size in known.items())
+        notes.append(
+            f"vocabulary: {rows} of the {padded} embedding rows are written ({said}{unread}); "
+            "--vocab-size N writes N of them"
+        )
+    return rows
+
+
+def _unread_size(args, rows: int) -> str:
+    """Words on another vocab_size in a checkpoint's args, which its tokenizer was not made from."""
+    size = getattr(args, "vocab_size", None)
+    if size in (None, rows) or size_by_option(args) is not None:
+        return ""
+    return f"; the vocab_size in its args, {size}, is not read by a {args.tokenizer_type}"
 
 
 def _sizes(rules, places, model, cast) -> list[tuple[str, int]]:

@@ -5,7 +5,12 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from s2megatron.data.tokenizers import BYTE_VOCAB, END_OF_TEXT, load_hugging_face
+from s2megatron.data.tokenizers import (
+    BYTE_VOCAB,
+    END_OF_TEXT,
+    SIZED_BY_OPTION,
+    load_hugging_face,
+)
 
 _VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -67,7 +72,7 @@ class RunTokenizer:
 def run_tokenizer(args) -> RunTokenizer:
     """From Megatron's arguments; empty where it lies on another machine or on the hub."""
     kind, model = getattr(args, "tokenizer_type", None), getattr(args, "tokenizer_model", None)
-    size = getattr(args, "vocab_size", None)
+    size = size_by_option(args)
     if kind == "NullTokenizer" and size:
         end = getattr(args, "null_tokenizer_eod_id", None)
         is_bytes = getattr(args, "s2_tokenizer", None) == "bytes" and size == BYTE_VOCAB
@@ -78,7 +83,8 @@ def run_tokenizer(args) -> RunTokenizer:
         except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
             return RunTokenizer(size, trouble=f"{type(error).__name__}: {error}")
         ids = (found.bos_token_id, found.eos_token_id, found.pad_token_id)
-        return RunTokenizer(len(found), *ids, find_files(Path(model)), loaded=found)
+        size = max(len(found), 1 + max(found.get_vocab().values(), default=-1))  # ids may have gaps
+        return RunTokenizer(size, *ids, find_files(Path(model)), loaded=found)
     if kind == "GPTSentencePieceTokenizer" and model and Path(model).is_file():
         import sentencepiece
 
@@ -89,6 +95,14 @@ def run_tokenizer(args) -> RunTokenizer:
         ids = (i if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()))
         return RunTokenizer(pieces.vocab_size(), *ids, sentencepiece=Path(model))
     return RunTokenizer(size)
+
+
+def size_by_option(args) -> int | None:
+    """megatron.vocab_size where the tokenizer is made from it; elsewhere Megatron ignores it."""
+    kind, size = getattr(args, "tokenizer_type", None), getattr(args, "vocab_size", None)
+    if size is None or kind not in SIZED_BY_OPTION:
+        return None
+    return size + 1 if kind == "NullMultimodalTokenizer" else size  # the end of a text is one more
 
 
 def find_files(folder: Path) -> dict[str, Path]:

@@ -17,6 +17,9 @@ BYTE_VOCAB = 257
 
 END_OF_TEXT = "<|endoftext|>"
 
+SIZED_BY_OPTION = ("NullTokenizer", "NullMultimodalTokenizer", "TikTokenizer")
+"""Megatron's tokenizer types that read its vocab_size (0.19: build_tokenizer); others ignore it."""
+
 # Words with the blank or sign before them, digits in threes, signs, ends of lines, blanks: the
 # split of GPT-4's tokenizer.
 _WORDS = (

@@ -1,12 +1,14 @@
 """The run file's `data:` section as Megatron options, its files checked before anything starts."""
 
 import math
+import os
 import shlex
 import struct
+import sys
 from pathlib import Path
 
 from s2megatron.config import DataConfig
-from s2megatron.data.tokenizers import BYTE_VOCAB
+from s2megatron.data.tokenizers import BYTE_VOCAB, SIZED_BY_OPTION
 from s2megatron.errors import ConfigError
 from s2megatron.paths import user_path
 
@@ -49,7 +51,29 @@ def resolve(data: DataConfig, options: dict) -> dict:
     added |= _tokenizer(data.tokenizer)
     _refuse_other_tokenizer(data, added, options)
     given = {k: v for k, v in options.items() if v is not None or k not in added}
-    return added | given
+    return _without_unread_size(added | given, options.get("vocab_size"))
+
+
+def _without_unread_size(found: dict, given: int | None) -> dict:
+    """Without a vocab_size that Megatron does not read, which would go into the checkpoint.
+
+    Whoever reads the checkpoint would take it for the vocabulary's size.
+
+    Args:
+        found: all options.
+        given: what the run file has.
+    """
+    kind = found.get("tokenizer_type")
+    if kind is None or kind in SIZED_BY_OPTION:
+        return found
+    if given is not None and os.environ.get("RANK", "0") == "0":
+        print(
+            f"s2megatron: megatron.vocab_size: {given} is not read: {kind} has a size of its own; "
+            "leave it out (null)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {name: value for name, value in found.items() if name != "vocab_size"}
 
 
 def _refuse_other_data(data: DataConfig, added: dict, options: dict) -> None:

@@ -195,7 +195,7 @@ def test_two_sections_that_do_not_agree(dataset, megatron, data, words):
 
 
 def test_sections_that_agree(dataset):
-    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "d", "vocab_size": 512}
+    own = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "d"}
     assert options(own, mock=True).items() >= own.items()  # no data.tokenizer is named
     assert options(own, mock=True, tokenizer="megatron").items() >= own.items()
     assert options(own, mock=True, tokenizer="huggingface:d").items() >= own.items()
@@ -203,6 +203,22 @@ def test_sections_that_agree(dataset):
     found = options(nothing, train=dataset, cache="c", tokenizer="huggingface:d")
     assert found["tokenizer_type"] == "HuggingFaceTokenizer"
     assert found["train_data_path"] == [dataset] and found["data_cache_path"] == "c"
+
+
+def test_vocab_size_goes_to_who_reads_it(capsys):
+    """It went into the checkpoint of a run that ignored it, and `convert to-hf` believed it."""
+    hugging_face = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "d"}
+    for data in ({}, {"tokenizer": "megatron"}, {"tokenizer": "huggingface:d"}):
+        assert "vocab_size" not in options(hugging_face, mock=True, **data)
+    assert capsys.readouterr().err == ""  # nobody gave one
+    assert "vocab_size" not in options(hugging_face | {"vocab_size": 512}, mock=True)
+    told = "megatron.vocab_size: 512 is not read: HuggingFaceTokenizer has a size of its own"
+    assert told in capsys.readouterr().err
+    for kind in ("NullTokenizer", "TikTokenizer"):
+        given = {"tokenizer_type": kind, "vocab_size": 512}
+        assert options(given, mock=True, tokenizer="megatron").items() >= given.items()
+    assert options(mock=True)["vocab_size"] == 257
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("path", (ROOT / "configs").glob("*.yaml"), ids=lambda path: path.stem)
@@ -214,7 +230,7 @@ def test_own_tokenizer_in_a_shipped_run_file(path):
         run = load_config(path, [*said, "data.train=[]", "data.valid=[]", "data.mock=true"])
         found = resolve(run.data, run.megatron)
         assert found["tokenizer_type"] == "HuggingFaceTokenizer"
-        assert found["tokenizer_model"] == "DIR"
+        assert found["tokenizer_model"] == "DIR" and "vocab_size" not in found
 
 
 @pytest.mark.parametrize("damage", ["header", "cut", "other"])

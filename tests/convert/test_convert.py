@@ -231,6 +231,38 @@ def test_tokenizer_and_config_of_a_run_from_scratch(home, tmp_path, monkeypatch)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "asked").vocab_size == 99
 
 
+def test_no_token_loses_its_row(home, tmp_path, monkeypatch):
+    """The args' vocab_size, which their tokenizer does not read or which a run file left small."""
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(101)}))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "own")
+    args = CheckpointReader(home / "llama" / "s2-tp1").args
+    args.vocab_size, args.tokenizer_type = 32, "HuggingFaceTokenizer"
+    monkeypatch.setattr(CheckpointReader, "args", args)
+    own, kept = str(tmp_path / "own"), home / "llama" / "hf"  # 101 and 128 tokens
+    cases = {
+        "tokenizer": (own, {}, 101, "in its args, 32, is not read by a HuggingFaceTokenizer"),
+        "unknown": ("elsewhere", {}, 128, "in its args, 32, is not read by a HuggingFaceTokenizer"),
+        "source": (own, {"like": kept}, 128, "in its args, 32, is not read by"),
+        "asked": (own, {"vocab_size": 90}, 90, None),
+        "null": (None, {"like": kept}, 128, "in its args is 32, vocab_size in config.json is 128"),
+    }
+    for name, (model, options, rows, told) in cases.items():
+        args.tokenizer_type = "HuggingFaceTokenizer" if model else "NullTokenizer"
+        args.tokenizer_model = model
+        report = to_hugging_face(home / "llama" / "s2-tp1", tmp_path / name, **options)
+        weights = all_tensors(tmp_path / name)
+        embedding, head = (weights[x] for x in ("model.embed_tokens.weight", "lm_head.weight"))
+        assert len(embedding) == len(head) == rows, name
+        assert transformers.AutoConfig.from_pretrained(tmp_path / name).vocab_size == rows
+        notes = [note for note in report.notes if note.startswith("vocabulary")]
+        assert told in notes[0] if told else not notes, notes
+    assert "128 rows, 32 tokens" in inspect(home / "llama" / "s2-tp1")
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", own
+    assert "128 rows, tokens not recorded" in inspect(home / "llama" / "s2-tp1")
+
+
 def test_what_differs_from_the_source_is_told(home, converted, tmp_path):
     """A source whose config says something else: the checkpoint's word is written."""
     other = shutil.copytree(home / "llama" / "hf", tmp_path / "other")
