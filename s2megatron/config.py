@@ -134,9 +134,16 @@ class LayerEntry(LayerConfig):
     "every 4 from 1" (1, 5, ...), "all"."""
 
     def numbers(self, num_layers: int) -> set[int]:
-        """The layers named, each in 1..num_layers. Raises ValueError."""
+        """The layers named, each in 1..num_layers. Raises ValueError where there is none."""
         items = self.layers if isinstance(self.layers, list) else [self.layers]
-        chosen = {n for item in items for n in _layer_numbers(item, num_layers)}
+        named = {item: _layer_numbers(item, num_layers) for item in items}
+        if not items or not all(named.values()):
+            item = next((item for item in items if not named[item]), items)
+            raise ValueError(
+                f"layers: {item!r} names none of the {num_layers} layers (megatron.num_layers); "
+                "name some, or leave it out"
+            )
+        chosen = {n for numbers in named.values() for n in numbers}
         outside = sorted(n for n in chosen if not 1 <= n <= num_layers)
         if outside:
             raise ValueError(

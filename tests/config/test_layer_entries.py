@@ -106,6 +106,30 @@ def test_layer_0_is_told():
 
 
 @pytest.mark.parametrize(
+    ("layers", "told"),
+    [("every 12", "'every 12'"), ("every 4 from 30", "'every 4 from 30'"), ([], "[]"),
+     ([1, "every 12"], "'every 12'")],
+)  # fmt: skip
+def test_an_entry_that_names_no_layer(layers, told):
+    """The model would be without what it asks for."""
+    sparsity = {"default": LOCAL, "layers": [{"layers": 1}, {"layers": layers, "kind": "dense"}]}
+    tree = {"sparsity": sparsity}
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree).sparsity.resolve(num_layers=8, **HEADS)
+    assert str(error.value) == (
+        f"sparsity.layers[1]: layers: {told} names none of the 8 layers (megatron.num_layers); "
+        "name some, or leave it out"
+    )
+    if layers:
+        assert len(parse_config(tree).sparsity.resolve(num_layers=30, **HEADS)) == 30
+
+
+def test_no_entries_at_all():
+    sparse = parse_config({"sparsity": {"default": LOCAL, "layers": []}}).sparsity
+    assert sparse.resolve(num_layers=2, **HEADS) == (local_stride(**HEADS, **LOCAL),) * 2
+
+
+@pytest.mark.parametrize(
     ("layers", "dense_ones"),
     [("every 1", [1, 2, 3, 4]), ("every 1 from 3", [3, 4]), ("every 2", [2, 4]),
      ("every 2 from 1", [1, 3]), ("2-3", [2, 3]), ("all", [1, 2, 3, 4])],
