@@ -217,7 +217,8 @@ def _whole(data: bytes, encoding: str | None) -> str:
 def _decoded(data: bytes, encoding: str | None, *, first: bool) -> str:
     if encoding is None or "\n".encode(encoding) != b"\n":
         encoding = "utf-8"
-    return data.decode("utf-8-sig" if first and encoding == "utf-8" else encoding)
+    marked = first and codecs.lookup(encoding).name == "utf-8"  # however it is spelt
+    return data.decode("utf-8-sig" if marked else encoding)
 
 
 def _not_in(error: UnicodeDecodeError) -> str:

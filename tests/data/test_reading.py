@@ -109,6 +109,13 @@ def test_a_named_encoding(file, encoding):
     assert read(file("a.jsonl", lines.encode(encoding)), encoding=encoding) == wanted
 
 
+@pytest.mark.parametrize("encoding", [None, "utf-8", "utf8", "UTF-8", "utf_8", "U8"])
+def test_the_mark_at_the_start_of_utf_8_is_no_text(file, encoding):
+    assert read(file("a.txt", "\ufefftäxt".encode()), encoding=encoding) == ["täxt"]
+    lines = '\ufeff{"text": "öne"}\n{"text": "\ufefftwo"}\n'.encode()
+    assert read(file("a.jsonl", lines), encoding=encoding) == ["öne", "\ufefftwo"]
+
+
 def test_an_unknown_encoding():
     for name in ("utf8x", "base64"):
         with pytest.raises(ConfigError, match="--encoding"):
