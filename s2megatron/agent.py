@@ -54,6 +54,7 @@ from s2megatron.cluster.orphans import adopt_orphans, end_children
 from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
 from s2megatron.config import RunConfig, load_config
 from s2megatron.errors import ConfigError
+from s2megatron.paths import user_path
 from s2megatron.training.checkpoint_folder import TRACKER, resume_point
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
@@ -101,7 +102,7 @@ def _read_run(arguments: list[str]) -> tuple[RunConfig, bytes]:
     parser.add_argument("--config", required=True, help="run file (YAML)")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
-    return load_config(given.config, given.overrides), Path(given.config).read_bytes()
+    return load_config(given.config, given.overrides), Path(user_path(given.config)).read_bytes()
 
 
 def _nodes(options) -> Nodes:

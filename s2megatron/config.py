@@ -270,6 +270,13 @@ class OutputConfig(_Checked):
         return value and user_path(value)
 
 
+def _at_home(value: Any) -> Any:
+    """A text, or the texts of a list, with `~` as a home folder."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return user_path(value) if isinstance(value, str) else value
+
+
 class RunConfig(_Checked):
     """One run file."""
 
@@ -281,10 +288,7 @@ class RunConfig(_Checked):
     @field_validator("megatron")
     @classmethod
     def _home(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: user_path(value) if isinstance(value, str) else value
-            for name, value in options.items()
-        }
+        return {name: _at_home(value) for name, value in options.items()}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -17,7 +17,7 @@ from fake_checkpoints import checkpoint
 from launches import ROOT, TINY, write_run_file
 from ports import free_port
 
-from s2megatron.agent import STOP_SIGNALS
+from s2megatron.agent import STOP_SIGNALS, _read_run
 from s2megatron.agent import main as agent_main
 from s2megatron.cluster import environment, rollcall
 from s2megatron.cluster.rollcall import Nodes, Watch, call_roll, open_store
@@ -139,6 +139,13 @@ def test_reason_of_the_node_that_failed_comes_before_a_guess(watched):
     (first, _, _), (other, _, _) = watched
     other._store.compare_set("ended", "", "node 1 (host1): rank 3 failed: out of memory")
     assert "out of memory" in first.who_is_lost()
+
+
+def test_agent_reads_a_run_file_below_the_home_folder(tmp_path, monkeypatch):
+    write_run_file(tmp_path / "run.yaml", TINY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["--config", "~/run.yaml"]
+    assert _read_run(arguments)[1] == (tmp_path / "run.yaml").read_bytes()
 
 
 @pytest.fixture

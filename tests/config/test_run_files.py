@@ -136,6 +136,8 @@ def test_paths_below_the_home_folder(tmp_path, monkeypatch):
     run = load(tmp_path, text, "megatron.save=~/z")
     assert run.megatron == {"load": "/home/me/x", "lr": 1, "save": "/home/me/z"}
     assert run.output.folder == "/home/me/y"
+    run = load(tmp_path, text, 'megatron.train_data_path=["1", "~/a", "b~"]')
+    assert run.megatron["train_data_path"] == ["1", "/home/me/a", "b~"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_config("~/run.yaml").megatron["lr"] == 1
 
