@@ -5,6 +5,7 @@ tracker `latest_checkpointed_iteration.txt`. A folder that has no `.metadata` is
 never picked up.
 """
 
+import contextlib
 import re
 import shutil
 import threading
@@ -169,11 +170,22 @@ class CheckpointPruner:
     """Deletes all but the newest `keep` complete checkpoints; used on one rank.
 
     A checkpoint counts once the tracker names it, so an asynchronous save in progress never pushes
-    out the last good one. Deletion renames first, in one step, and runs in the background.
+    out the last good one. Half-written folders do not count; those older than the oldest one kept
+    go as well. Deletion renames first, in one step, and runs in the background.
+
+    Args:
+        retain_interval: Megatron's save_retain_interval, whose multiples stay beside the newest.
     """
 
-    def __init__(self, folder: Path, keep: int, save_interval: int | None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        save_interval: int | None,
+        retain_interval: int | None = None,
+    ):
         self.folder, self.keep, self.save_interval = folder, keep, save_interval
+        self.retain_interval = retain_interval
         self._seen: int | None = None
         self._deleting: list[threading.Thread] = []
         for leftover in folder.glob(f"{_GOING}*"):
@@ -191,11 +203,20 @@ class CheckpointPruner:
             return
         self._seen = newest
         done = [number for number in iterations(self.folder) if number <= newest]
-        for number in done[: -self.keep]:
+        complete = [n for n in done if not missing_parts(iteration_dir(self.folder, n))]
+        if not complete:
+            return
+        oldest_kept = complete[-self.keep :][0]
+        for number in done:
+            if number >= oldest_kept:
+                break
+            if self.retain_interval and number % self.retain_interval == 0 and number in complete:
+                continue
             old = iteration_dir(self.folder, number)
             going = self.folder / f"{_GOING}{old.name}"
-            old.rename(going)
-            self._delete(going)
+            with contextlib.suppress(FileNotFoundError):  # Megatron deletes between the retained
+                old.rename(going)
+                self._delete(going)
 
     def close(self) -> None:
         """Prunes once more, and waits for the deletions."""

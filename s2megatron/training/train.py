@@ -49,7 +49,10 @@ def _take_output(ready: Prepared) -> tuple[RunLock, CheckpointPruner]:
     for note in [lock.note, *place.notes, *aside]:
         if note:
             print(f"s2megatron: {note}", flush=True)
-    pruner = CheckpointPruner(place.checkpoints, ready.run.output.keep, ready.args.save_interval)
+    args = ready.args
+    pruner = CheckpointPruner(
+        place.checkpoints, ready.run.output.keep, args.save_interval, args.save_retain_interval
+    )
     return lock, pruner
 
 

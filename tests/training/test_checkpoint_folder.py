@@ -1,6 +1,7 @@
 """Folders of checkpoints without a run: what is complete, what is damaged, what is deleted."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from s2megatron.training.checkpoint_folder import (
     tracked,
     way_back,
 )
+from s2megatron.training.train import _take_output
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,35 @@ def test_the_keeper_counts_only_what_the_tracker_names(folder):
     pruner.prune()
     assert names(folder) == [30]
     pruner.close()
+
+
+def test_the_keeper_counts_only_what_is_complete(folder):
+    """Seen: 10 and 20 deleted at keep=3, because of two saves that were cut off."""
+    for half in (5, 25, 28):
+        iteration_dir(folder, half).mkdir()
+    CheckpointPruner(folder, keep=3, save_interval=10).close()
+    assert names(folder) == [10, 20, 25, 28, 30]
+    CheckpointPruner(folder, keep=1, save_interval=10).close()
+    assert names(folder) == [30]
+
+
+def test_the_keeper_leaves_what_megatron_is_to_retain(folder):
+    """Seen: deleted without a word. A half-written folder is nothing to retain."""
+    iteration_dir(folder, 0).mkdir()
+    CheckpointPruner(folder, keep=1, save_interval=10, retain_interval=20).close()
+    assert names(folder) == [20, 30]
+
+
+def test_the_retained_interval_reaches_the_keeper(folder):
+    args = SimpleNamespace(save_interval=10, save_retain_interval=20)
+    section = OutputConfig(folder=str(folder.parent), keep=1)
+    place = output.resolve(section, {})
+    lock, pruner = _take_output(
+        SimpleNamespace(output=place, args=args, run=SimpleNamespace(output=section))
+    )
+    pruner.close()
+    lock.release()
+    assert names(folder) == [20, 30]
 
 
 @pytest.mark.parametrize("text", ["", "garbage", None])
