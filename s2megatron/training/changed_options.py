@@ -70,10 +70,15 @@ def _expert_layers(frequency: int | list[int], layers: int) -> list[int]:
     return [int(layer % frequency == 0) for layer in range(layers)]
 
 
+def _batch(args) -> tuple[str, ...]:
+    """Nothing where the batch grows: global_batch_size is micro_batch_size x DP there."""
+    return () if getattr(args, "step_batch_size_schedule", None) else ("global_batch_size",)
+
+
 def _schedule(args) -> Facts:
     """What the learning-rate and weight-decay schedules are made of; counted in samples."""
     by_samples = getattr(args, "train_samples", None) is not None
-    length = ("train_samples",) if by_samples else ("train_iters", "global_batch_size")
+    length = ("train_samples",) if by_samples else ("train_iters", *_batch(args))
     facts = _plain(
         "lr",
         "min_lr",
@@ -168,6 +173,8 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
         return Comparison(shape, [], [], _told(saved, now, *_SAYS[MODEL].split()))
     schedule = _differences(_schedule, saved, now)
     seen = {change.name for change in schedule}
+    if not (_batch(saved) and _batch(now)):
+        seen.add("megatron.global_batch_size")
     told = _told(saved, now, *(name for name in TOLD if f"megatron.{name}" not in seen))
     told += [
         f"dataset {prefix}: was made anew, other documents from here on"

@@ -55,7 +55,8 @@ def _read_by_nobody(args) -> list[tuple[str, Any, str]]:
          "is another file of Megatron's options; write them under megatron: in the run file"),
         ("rampup_batch_size", args.rampup_batch_size,
          f"{unread}; write step_batch_size_schedule ('0:256 2B:512': from so many tokens on, that "
-         "batch) in place of it and of global_batch_size"),
+         "batch) in place of it and of global_batch_size, and train_samples and lr_*_samples in "
+         "place of train_iters and lr_*_iters"),
         ("use_flash_attn", args.use_flash_attn,
          f"{unread}; attention_backend chooses the kernel of dense layers"),
         ("apply_residual_connection_post_layernorm", args.apply_residual_connection_post_layernorm,

@@ -20,7 +20,12 @@ from s2megatron.layer_table import layer_table
 from s2megatron.training import data_options, output
 from s2megatron.training.backends import Backends, default_options, find_backends
 from s2megatron.training.machine_checks import check_machine
-from s2megatron.training.schedule import check_interleaving, check_rates, check_schedule
+from s2megatron.training.schedule import (
+    check_batch_steps,
+    check_interleaving,
+    check_rates,
+    check_schedule,
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def _check_parsed(parsed) -> None:
     check_read_options(parsed, megatron_parser().get_default)
     check_first_step(parsed)
     check_rates(parsed)
+    check_batch_steps(parsed)
 
 
 def _validated_by_megatron(argv: list[str], options: dict):

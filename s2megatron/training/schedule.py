@@ -27,6 +27,27 @@ def check_rates(args) -> None:
             )
 
 
+def check_batch_steps(args) -> None:
+    """A batch that grows goes with lengths in samples: Megatron multiplies those in iterations.
+
+    It takes micro_batch_size x DP for the batch of all of them, and so has another decay, another
+    warm-up and too few samples.
+
+    Args:
+        args: not validated yet.
+
+    Raises:
+        ConfigError: the first length in iterations, with its name in samples.
+    """
+    for name in ("train_iters", "lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
+        if args.step_batch_size_schedule and getattr(args, name):
+            raise ConfigError(
+                f"megatron.{name}: {getattr(args, name)} beside step_batch_size_schedule, "
+                f"{args.step_batch_size_schedule!r}: an iteration has no fixed number of samples "
+                f"then; give {name.replace('_iters', '_samples')} in its place"
+            )
+
+
 def check_schedule(args) -> None:
     """What the scheduler asks of Megatron's arguments, as far as the run file alone can tell.
 

@@ -183,6 +183,15 @@ def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):
     assert refusal(found, tmp_path, now) == "" and found.told == []
 
 
+@pytest.mark.parametrize("lengths", [{}, {"train_iters": None, "train_samples": 40}], ids=str)
+def test_batch_that_grows_has_no_size_to_compare(tmp_path, lengths):
+    """Seen: refused at another number of GPUs, because micro_batch_size x DP was another."""
+    saved = Namespace(**OPTIONS | lengths | {"step_batch_size_schedule": "0:2 1K:4"})
+    now = Namespace(**vars(saved) | {"global_batch_size": 4})
+    found = compare(saved, now, optimizer=True)
+    assert refusal(found, tmp_path, now) == "" and found.told == []
+
+
 def test_weights_alone_need_only_their_shape(tmp_path):
     saved, now = Namespace(**OPTIONS), Namespace(**OPTIONS | {"lr": 1.0, "seed": 7, "bf16": True})
     found = compare(saved, now, optimizer=False)

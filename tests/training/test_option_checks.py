@@ -15,9 +15,18 @@ STAGES = (
     "megatron.pipeline_model_parallel_size=2 megatron.num_layers_per_virtual_pipeline_stage=1 "
     "megatron.global_batch_size"
 )
+STEPS = "megatron.global_batch_size=null megatron.step_batch_size_schedule=0:2"
+SAMPLES = (
+    f"{STEPS} megatron.train_iters=null megatron.lr_warmup_iters=0 megatron.train_samples=40 "
+    "megatron.lr_warmup_samples=4"
+)
 LEARNED = "megatron.position_embedding_type=learned_absolute"
 REFUSED = {
     "megatron.rampup_batch_size=[2,2,8]": "rampup_batch_size: [2, 2, 8]: Megatron 0.19 does not re",
+    STEPS: "train_iters: 20 beside step_batch_size_schedule, '0:2': an iteration has no fixed ",
+    f"{SAMPLES} megatron.lr_decay_iters=9": "lr_decay_iters: 9 beside step_batch_size_schedule",
+    f"{SAMPLES} megatron.lr_warmup_iters=2": "lr_warmup_iters: 2 beside step_batch_size_schedule",
+    f"{SAMPLES} megatron.lr_wsd_decay_iters=2": "lr_wsd_decay_iters: 2 beside step_batch_size_sch",
     "megatron.use_flash_attn=true": "use_flash_attn: True: Megatron 0.19 does not read it",
     "megatron.apply_residual_connection_post_layernorm=true": "apply_residual_connection_post_lay",
     "megatron.window_attn_skip_freq=2": "window_attn_skip_freq: 2: give the windows of layers in",
@@ -47,6 +56,7 @@ REFUSED = {
     "megatron.phase_transition_iterations=2": "phase_transition_iterations: '2': Megatron counts p",
 }
 TAKEN = [
+    SAMPLES,
     "megatron.group_query_attention=false megatron.num_query_groups=4",
     f"{STAGES}=4 megatron.eval_iters=1",
     f"{STAGES}=5 megatron.microbatch_group_size_per_vp_stage=3",
