@@ -51,6 +51,7 @@ NO_FP8_ATTENTION = (
     "S2 attention computes in the precision of q, k and v, and sparse layers would ignore it; "
     "leave it out"
 )
+ONE_ROW = "Megatron's pipeline hands on [seq, batch] and packed batches have one row"
 NO_LOCAL_BACKEND = "'local' would replace S2 attention with dense attention; leave it out"
 
 
@@ -134,13 +135,13 @@ def check_any_run(args) -> None:
     Raises:
         ConfigError: the first option refused.
     """
-    packed = args.dataloader_inter_document_masking
+    pipelined = args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1
     local = args.transformer_impl != "transformer_engine"
     _refuse(args, [
-        ("dataloader_inter_document_masking",
-         packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1,
-         "Megatron's pipeline hands on [seq, batch] and packed batches have one row; set "
-         "micro_batch_size to 1"),
+        ("dataloader_inter_document_masking", pipelined and args.micro_batch_size != 1,
+         f"{ONE_ROW}; set micro_batch_size to 1"),
+        ("eval_micro_batch_size", pipelined and args.eval_micro_batch_size not in (None, 1),
+         f"{ONE_ROW} (dataloader_inter_document_masking); set eval_micro_batch_size to 1"),
         ("reset_attention_mask", args.reset_attention_mask,
          "no mask but the causal one is applied; dataloader_inter_document_masking keeps documents "
          "apart"),

@@ -76,8 +76,8 @@ def test_graphs_that_capture_attention(impl, modules):
 RUN = dict(
     tensor_model_parallel_size=1, num_attention_heads=4, num_query_groups=2,
     group_query_attention=True, dataloader_inter_document_masking=False, context_parallel_size=1,
-    pipeline_model_parallel_size=1, micro_batch_size=1, mtp_num_layers=None,
-    multi_latent_attention=False, qk_clip=False, log_max_attention_logit=False,
+    pipeline_model_parallel_size=1, micro_batch_size=1, eval_micro_batch_size=None,
+    mtp_num_layers=None, multi_latent_attention=False, qk_clip=False, log_max_attention_logit=False,
     attention_backend=AttnBackend.auto, sft=False, reset_attention_mask=False,
     create_attention_mask_in_dataloader=False, fp8=None, fp8_recipe="delayed", save=None,
     fp4=None, transformer_impl="transformer_engine", te_precision_config_file=None,
@@ -95,6 +95,10 @@ REFUSED_OF_RUN = {
         {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
         {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2,
          "micro_batch_size": 2},
+    ],
+    "eval_micro_batch_size": [
+        {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2,
+         "eval_micro_batch_size": 2},
     ],
     "mtp_num_layers": [{"mtp_num_layers": 1}],
     "multi_latent_attention": [{"multi_latent_attention": True}],
@@ -139,6 +143,8 @@ def test_a_plain_run_passes(monkeypatch):
     packed = {"dataloader_inter_document_masking": True}
     check_run(**packed, micro_batch_size=4)
     check_run(**packed, pipeline_model_parallel_size=2)
+    check_run(**packed, pipeline_model_parallel_size=2, eval_micro_batch_size=1)
+    check_run(**packed, eval_micro_batch_size=2)
     check_run(sequence_parallel=True, tensor_model_parallel_size=2)
     check_run(tensor_model_parallel_size=4)  # ranks share KV heads
     check_run(tensor_model_parallel_size=4, group_query_attention=False, num_query_groups=3)
