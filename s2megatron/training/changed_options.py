@@ -70,6 +70,15 @@ def _expert_layers(frequency: int | list[int], layers: int) -> list[int]:
     return [int(layer % frequency == 0) for layer in range(layers)]
 
 
+NOT_IN_SCHEDULER = (
+    "lr_warmup_init",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
+    "lr_wsd_decay_style",
+)
+"""Of the schedule: not in the scheduler's own state, so taken from the checkpoint's options."""
+
+
 def _batch(args) -> tuple[str, ...]:
     """Nothing where the batch grows: global_batch_size is micro_batch_size x DP there."""
     return () if getattr(args, "step_batch_size_schedule", None) else ("global_batch_size",)
@@ -87,6 +96,8 @@ def _schedule(args) -> Facts:
         "lr_warmup_iters",
         "lr_warmup_samples",
         "lr_warmup_fraction",
+        *NOT_IN_SCHEDULER,
+        "step_batch_size_schedule",
         "start_weight_decay",
         "end_weight_decay",
         "weight_decay_incr_style",
@@ -97,11 +108,19 @@ def _schedule(args) -> Facts:
         # Megatron fills it in from the length of the run, which is compared already.
         own = getattr(args, decay)
         facts[f"megatron.{decay}"] = None if own == getattr(args, whole) else own
+    if getattr(args, "decoupled_lr", None) is not None:
+        facts |= _plain("decoupled_lr", "decoupled_min_lr")(args)
     return facts
 
 
-_OPTIMIZER = _plain("optimizer", "bf16", "fp16", "use_distributed_optimizer")
-"""What decides which state an optimizer keeps."""
+def _optimizer(args) -> Facts:
+    """What decides which state an optimizer keeps."""
+    facts = _plain("optimizer", "bf16", "fp16", "use_distributed_optimizer")(args)
+    if hasattr(args, "decoupled_lr"):
+        own = args.decoupled_lr is not None
+        facts["parameter groups of their own for embeddings (megatron.decoupled_lr)"] = own
+    return facts
+
 
 MODEL = "the same weights make another model"
 _SAYS: dict[str, str] = {
@@ -116,9 +135,9 @@ _SAYS: dict[str, str] = {
     "rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow no_rope_freq layernorm_epsilon layernorm_zero_centered_gamma "
     "qk_l2_norm squared_relu openai_gelu quick_geglu glu_linear_offset activation_func_clamp_value "
-    "moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_pre_softmax "
-    "moe_router_score_function moe_router_topk_scaling_factor moe_apply_probs_on_input "
-    "moe_expert_capacity_factor moe_token_drop_policy",
+    "moe_router_load_balancing_type moe_router_topk moe_router_num_groups moe_router_group_topk "
+    "moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor "
+    "moe_apply_probs_on_input moe_expert_capacity_factor moe_token_drop_policy",
     "other data from here on": "mock_data data_path train_data_path data_args_path "
     "per_split_data_args_path split",
     "from here on tokens see other tokens, or other positions": "reset_position_ids "
@@ -182,7 +201,7 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
         if getattr(saved, "s2_data", {}).get(prefix, digest) != digest
     ]
     told += _other_lists(saved, now)
-    return Comparison(shape, _differences(_OPTIMIZER, saved, now), schedule, told)
+    return Comparison(shape, _differences(_optimizer, saved, now), schedule, told)
 
 
 def _other_lists(saved, now) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.futures import Future
 
-from s2megatron.training.changed_options import Comparison
+from s2megatron.training.changed_options import NOT_IN_SCHEDULER, Change, Comparison
 
-_GROUP_RATES = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min_lr")}
-"""What a parameter group of Megatron's optimizers holds of the options, by its own name."""
+_BATCH = ("megatron.global_batch_size", "megatron.step_batch_size_schedule")
+"""Part of the schedule, which counts samples, and never the checkpoint's: ranks have it already."""
 
 
 def settle_schedule(comparison: Comparison, saved: Namespace, now: Namespace) -> list[str]:
@@ -36,10 +36,16 @@ def settle_schedule(comparison: Comparison, saved: Namespace, now: Namespace) ->
     if now.override_opt_param_scheduler:
         _rewrite_rates(saved, now)
         return [f"{change}: the new one from here on" for change in comparison.schedule]
-    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr"):
+    rates = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+    for name in (*rates, *NOT_IN_SCHEDULER):
         if hasattr(saved, name):
             setattr(now, name, getattr(saved, name))
-    return [f"{change}: the checkpoint's schedule goes on" for change in comparison.schedule]
+    return [_kept(change) for change in comparison.schedule]
+
+
+def _kept(change: Change) -> str:
+    batch = ", with the new batch" if change.name in _BATCH else ""
+    return f"{change}: the checkpoint's schedule goes on{batch}"
 
 
 def _rewrite_rates(saved: Namespace, now: Namespace) -> None:
@@ -60,19 +66,37 @@ def _rewrite_rates(saved: Namespace, now: Namespace) -> None:
 
 def _replace_rates(state: Any, saved: Namespace, now: Namespace) -> None:
     """In every `param_groups` under `state["optimizer"]`, however deep: Megatron chains them."""
+    before, after = _group_rates(saved), _group_rates(now)
     todo = [state.get("optimizer")] if isinstance(state, dict) else []
     while todo:
         node = todo.pop()
         if not isinstance(node, dict):
             continue
         for group in node.get("param_groups", ()):
-            for key, names in _GROUP_RATES.items():
-                for name in names:
-                    old = getattr(saved, name, None)
-                    if old is not None and group.get(key) == old:
-                        group[key] = getattr(now, name)
-                        break
+            _replace_in_group(group, before, after)
         todo += [child for key, child in node.items() if key != "param_groups"]
+
+
+def _group_rates(args: Namespace) -> list[dict[str, float]]:
+    """What parameter groups hold of the options, by their own names: most, then embeddings."""
+    rates = [{"max_lr": args.lr, "min_lr": args.min_lr}]
+    if (own := getattr(args, "decoupled_lr", None)) is not None:
+        least = args.decoupled_min_lr
+        rates.append({"max_lr": own, "min_lr": args.min_lr if least is None else least})
+    return rates
+
+
+def _replace_in_group(group: dict, before: list[dict], after: list[dict]) -> None:
+    """A group with both rates of one kind gets both; one with a rate of its own keeps that."""
+    for old, new in zip(before, after, strict=False):
+        if all(group.get(key) == value for key, value in old.items()):
+            group.update(new)
+            return
+    for key in before[0]:
+        for old, new in zip(before, after, strict=False):
+            if group.get(key) == old[key]:
+                group[key] = new[key]
+                break
 
 
 def save_what_was_loaded_never_again(iteration: int | None) -> None:

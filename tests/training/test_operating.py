@@ -113,7 +113,9 @@ OPTIONS = {
     "lr_decay_iters": None, "lr_warmup_iters": 2, "lr_decay_style": "cosine",
     "global_batch_size": 2, "micro_batch_size": 1, "start_weight_decay": 0.01,
     "optimizer": "adam", "bf16": False, "fp16": False, "use_distributed_optimizer": False,
-    "tensor_model_parallel_size": 1,
+    "tensor_model_parallel_size": 1, "decoupled_lr": None, "decoupled_min_lr": None,
+    "lr_wsd_decay_iters": 2, "lr_warmup_init": 0.0, "step_batch_size_schedule": None,
+    "moe_router_load_balancing_type": "aux_loss",
     "save_interval": 5, "train_data_path": ["a"],
     "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
 }  # fmt: skip
@@ -140,6 +142,9 @@ def changed(**now):
         ("lr_warmup_iters", 4, "override_opt_param_scheduler=true"),
         ("global_batch_size", 4, "override_opt_param_scheduler=true"),
         ("start_weight_decay", 0.1, "override_opt_param_scheduler=true"),
+        ("lr_wsd_decay_iters", 6, "override_opt_param_scheduler=true"),
+        ("lr_warmup_init", 0.001, "override_opt_param_scheduler=true"),
+        ("step_batch_size_schedule", "0:2 1K:4", "override_opt_param_scheduler=true"),
     ],
 )
 def test_option_that_must_stay_is_refused_with_both_values(tmp_path, name, value, way_out):
@@ -159,6 +164,7 @@ def test_option_that_must_stay_is_refused_with_both_values(tmp_path, name, value
         ("padded_vocab_size", 512),
         ("seq_length", 256),
         ("rotary_base", 500000),
+        ("moe_router_load_balancing_type", "sinkhorn"),
         ("train_data_path", ["b"]),
     ],
 )

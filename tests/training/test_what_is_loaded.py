@@ -10,6 +10,7 @@ from launches import TINY, write_run_file
 from s2megatron.errors import ConfigError
 from s2megatron.training.changed_options import compare, refusal
 from s2megatron.training.checkpoint_folder import write_tracker
+from s2megatron.training.load_fixes import _replace_rates, settle_schedule
 from s2megatron.training.resume import check_load
 from s2megatron.training.resume_layout import check_layout
 
@@ -124,3 +125,77 @@ def test_list_of_datasets_that_names_others_is_told():
     assert compare(saved, saved, optimizer=True).told == []
     (told,) = compare(saved, now, optimizer=True).told
     assert told == "megatron.data_args_path: list.txt names other datasets (b, c) from here on"
+
+
+RATES = {
+    "lr": 0.003, "min_lr": 0.0003, "decoupled_lr": 0.002, "decoupled_min_lr": 0.0002,
+    "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
+}  # fmt: skip
+
+
+def rates(**changes) -> Namespace:
+    return Namespace(**RATES | changes)
+
+
+@pytest.mark.parametrize("name", ["decoupled_lr", "decoupled_min_lr"])
+def test_embeddings_learning_rate_is_part_of_the_schedule(tmp_path, name):
+    """Megatron's KeyError of a parameter group came once the model was built."""
+    now = rates(**{name: 0.001})
+    found = compare(rates(), now, optimizer=True)
+    said = refusal(found, tmp_path, now)
+    assert f"megatron.{name}: {RATES[name]} in the checkpoint, 0.001 now" in said
+    assert said.count(" in the checkpoint, ") == 1 and "override_opt_param_scheduler=true" in said
+    now.use_checkpoint_opt_param_scheduler = True
+    assert refusal(found, tmp_path, now) == ""
+    (line,) = settle_schedule(found, rates(), now)
+    assert line.endswith("the checkpoint's schedule goes on") and getattr(now, name) == RATES[name]
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_embeddings_learning_rate_that_comes_or_goes_is_another_optimizer(tmp_path, comes):
+    """Even with the override: it splits Megatron's parameter groups."""
+    none = {"decoupled_lr": None, "decoupled_min_lr": None}
+    saved, now = (rates(**none), rates()) if comes else (rates(), rates(**none))
+    now.override_opt_param_scheduler = True
+    said = refusal(compare(saved, now, optimizer=True), tmp_path, now)
+    assert f"(megatron.decoupled_lr): {not comes} in the checkpoint, {comes} now" in said
+    assert "megatron.finetune=true" in said and "another schedule" not in said
+
+
+def test_new_rates_of_embeddings_reach_their_parameter_groups():
+    """Also where they share a rate with all others: a group is known by both of its own."""
+    saved, now = rates(decoupled_min_lr=None), rates(decoupled_lr=0.001, decoupled_min_lr=0.0001)
+    groups = [
+        {"max_lr": 0.003, "min_lr": 0.0003},
+        {"max_lr": 0.002, "min_lr": 0.0003},
+        {"max_lr": 0.5, "min_lr": 0.0003},  # an override of its own
+    ]
+    _replace_rates({"optimizer": {"param_groups": groups}}, saved, now)
+    assert groups[:2] == [{"max_lr": 0.003, "min_lr": 0.0003}, {"max_lr": 0.001, "min_lr": 0.0001}]
+    assert groups[2]["max_lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "name, saved, now",
+    [
+        ("lr_warmup_init", 0.0, 0.001),
+        ("lr_wsd_decay_iters", 2, 6),
+        ("lr_wsd_decay_samples", 20, None),
+        ("lr_wsd_decay_style", "exponential", "linear"),
+    ],
+)
+def test_what_the_scheduler_does_not_keep_comes_from_the_checkpoints_options(name, saved, now):
+    before, after = rates(**{name: saved}), rates(**{name: now})
+    found = compare(before, after, optimizer=True)
+    assert [change.name for change in found.schedule] == [f"megatron.{name}"]
+    after.use_checkpoint_opt_param_scheduler = True
+    settle_schedule(found, before, after)
+    assert getattr(after, name) == saved
+
+
+def test_batch_is_never_the_checkpoints():
+    saved, now = rates(step_batch_size_schedule="0:2"), rates(step_batch_size_schedule="0:4")
+    found = compare(saved, now, optimizer=True)
+    (line,) = settle_schedule(found, saved, now)
+    assert line.endswith("the checkpoint's schedule goes on, with the new batch")
+    assert now.step_batch_size_schedule == "0:4"
