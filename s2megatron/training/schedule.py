@@ -52,12 +52,14 @@ def check_schedule(args) -> None:
     """What the scheduler asks of Megatron's arguments, as far as the run file alone can tell.
 
     Args:
-        args: validated, of a run that will train.
+        args: validated; a run that only evaluates (skip_train) gets the length it does not need.
 
     Raises:
         ConfigError: the first thing that does not fit, with the values and the way out.
     """
     if args.skip_train:
+        if not args.train_iters and not args.train_samples:
+            args.train_iters = 1  # Megatron multiplies it, and trains none
         return
     if not args.train_iters and not args.train_samples:
         raise ConfigError("megatron.train_iters: is missing (or train_samples): how long to train")

@@ -10,6 +10,7 @@ from in_process import call
 from s2megatron.errors import ConfigError
 from s2megatron.training.backends import Backends
 from s2megatron.training.machine_checks import check_machine
+from s2megatron.training.schedule import check_schedule
 
 STAGES = (
     "megatron.pipeline_model_parallel_size=2 megatron.num_layers_per_virtual_pipeline_stage=1 "
@@ -83,6 +84,15 @@ def test_option_that_would_make_another_run_is_refused(said, case):
 @pytest.mark.parametrize("case", TAKEN)
 def test_what_is_read_is_taken(said, case):
     assert said[case][0] == 0, said[case][2]
+
+
+@pytest.mark.parametrize("length", [{}, {"train_iters": 7}, {"train_samples": 9}], ids=str)
+def test_run_that_only_evaluates_needs_no_length(length):
+    """Megatron's TypeError came after the model was built: None * global_batch_size."""
+    none = {"train_iters": None, "train_samples": None}
+    args = SimpleNamespace(skip_train=True, **none | length)
+    check_schedule(args)
+    assert vars(args) == {"skip_train": True} | none | (length or {"train_iters": 1})
 
 
 NOTHING = Backends(cuda=False, transformer_engine=None, te_fails=False, fused_adam=None,
