@@ -72,13 +72,30 @@ class RunLock:
     def _take(self) -> None:
         if self._create():
             return
+        judged = _identity(self.path)
         reason = self._why_stale()
-        if not reason:
+        if not reason or not self._remove(judged) or not self._create():
             raise ConfigError(self._held())
         self.note = f"took over {self.path}: {reason}"
-        self.path.unlink(missing_ok=True)
-        if not self._create():
-            raise ConfigError(self._held())
+
+    def _remove(self, judged: tuple[int, int] | None) -> bool:
+        """Whether the lock that was judged is out of the way; another start's stays where it is.
+
+        Of two starts that judge one stale lock the slower would delete the quicker one's new lock.
+        So it is renamed first, which only one of them can do, and looked at before it is deleted.
+        """
+        if _identity(self.path) != judged:
+            return False
+        aside = self.path.with_name(f"{NAME}.stale.{self._me['host']}.{self._me['pid']}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:  # another start renamed it, or it was released
+            return True
+        if _identity(aside) != judged:  # another start's new lock, made since the look above
+            aside.rename(self.path)
+            return False
+        aside.unlink()
+        return True
 
     def _create(self) -> bool:
         try:
@@ -148,6 +165,15 @@ class RunLock:
         while not self._released.wait(SIGN_OF_LIFE_S):
             with contextlib.suppress(OSError):  # a full disk or a slow file server: try again
                 os.utime(self.path)
+
+
+def _identity(lock: Path) -> tuple[int, int] | None:
+    """Its inode and its last sign of life: a number is used again, and never at the same time."""
+    try:
+        status = lock.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _is_alive(pid: int) -> bool:

@@ -162,3 +162,44 @@ def test_two_that_take_over_at_once(file, monkeypatch):
     monkeypatch.setattr(RunLock, "_why_stale", lambda self: "it is old")
     assert "is in use by another run" in refusal(file)
     assert file.exists()
+
+
+@pytest.mark.parametrize("moment", ["before the look", "after the look"])
+def test_quicker_start_keeps_its_lock(file, monkeypatch, moment):
+    """Seen in 20 of 30 tries: the slower of two starts deleted the new lock of the quicker one."""
+    leave(file, age=run_lock.SILENT_S + 30)
+
+    def takes_over_first():
+        file.unlink()
+        leave(file, pid=4711)
+
+    if moment == "before the look":
+        judge = RunLock._why_stale
+        monkeypatch.setattr(
+            RunLock, "_why_stale", lambda self: (judge(self), takes_over_first())[0]
+        )
+    else:
+        rename = run_lock.Path.rename
+
+        def late(path, target):
+            if path == file:
+                takes_over_first()
+            return rename(path, target)
+
+        monkeypatch.setattr(run_lock.Path, "rename", late)
+    assert "is in use by another run: process 4711" in refusal(file)
+    assert [path.name for path in file.parent.iterdir()] == ["run.lock"]
+    assert json.loads(file.read_text())["pid"] == 4711
+
+
+def test_stale_lock_that_goes_meanwhile_is_taken(file, monkeypatch):
+    """By the other's rename, say: which of the two makes the new one holds it."""
+    leave(file, age=run_lock.SILENT_S + 30)
+    rename = run_lock.Path.rename
+
+    def late(path, target):
+        file.unlink()
+        return rename(path, target)
+
+    monkeypatch.setattr(run_lock.Path, "rename", late)
+    assert takes_over(file).startswith("no sign of life")
