@@ -134,7 +134,7 @@ _SAYS: dict[str, str] = {
     "rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor "
     "rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow no_rope_freq layernorm_epsilon layernorm_zero_centered_gamma "
-    "qk_l2_norm squared_relu openai_gelu quick_geglu glu_linear_offset activation_func_clamp_value "
+    "qk_l2_norm squared_relu quick_geglu glu_linear_offset activation_func_clamp_value "
     "moe_router_load_balancing_type moe_router_topk moe_router_num_groups moe_router_group_topk "
     "moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor "
     "moe_apply_probs_on_input moe_expert_capacity_factor moe_token_drop_policy",

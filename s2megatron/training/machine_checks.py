@@ -60,6 +60,8 @@ def _missing(backends: Backends, args) -> list[tuple[str, Any, str]]:
          f"it is for NVIDIA's own clusters: {leave}"),
         ("tp_comm_overlap", args.tp_comm_overlap and te, leave),
         ("cpu_offloading_num_layers", args.cpu_offloading_num_layers and te, leave),
+        ("moe_latent_size", args.num_experts and args.moe_latent_size and te,
+         f"install it (docs/install.md), or {leave}"),
         (f"recompute_modules={sorted(modules)}", recomputes and te, "name other modules"),
         ("use_precision_aware_optimizer",
          args.use_precision_aware_optimizer and not offloads and te, leave),

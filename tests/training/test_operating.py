@@ -115,7 +115,7 @@ OPTIONS = {
     "optimizer": "adam", "bf16": False, "fp16": False, "use_distributed_optimizer": False,
     "tensor_model_parallel_size": 1, "decoupled_lr": None, "decoupled_min_lr": None,
     "lr_wsd_decay_iters": 2, "lr_warmup_init": 0.0, "step_batch_size_schedule": None,
-    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_load_balancing_type": "aux_loss", "openai_gelu": True,
     "save_interval": 5, "train_data_path": ["a"],
     "override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False,
 }  # fmt: skip
@@ -182,6 +182,7 @@ def test_option_that_changes_what_comes_next_is_told(tmp_path, name, value):
         ("tensor_model_parallel_size", 2),
         ("micro_batch_size", 2),
         ("lr_decay_iters", 20),
+        ("openai_gelu", False),  # it never chose the activation
     ],
 )
 def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):

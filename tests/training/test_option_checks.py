@@ -30,6 +30,8 @@ REFUSED = {
     f"{SAMPLES} megatron.lr_wsd_decay_iters=2": "lr_wsd_decay_iters: 2 beside step_batch_size_sch",
     "megatron.use_flash_attn=true": "use_flash_attn: True: Megatron 0.19 does not read it",
     "megatron.apply_residual_connection_post_layernorm=true": "apply_residual_connection_post_lay",
+    "megatron.swiglu=false megatron.openai_gelu=true": "openai_gelu: True: Megatron 0.19 does not",
+    "megatron.head_lr_mult=10": "head_lr_mult: 10.0: Megatron 0.19 does not read it; leave it out",
     "megatron.window_attn_skip_freq=2": "window_attn_skip_freq: 2: give the windows of layers in",
     "megatron.inprocess_restart=true": "inprocess_restart: True: this launcher does not restart",
     "megatron.rerun_mode=report_stats": "rerun_mode: 'report_stats': Megatron 0.19 offers this va",
@@ -105,6 +107,7 @@ NEEDS = {
     "adlr_autoresume": (True, "the package userlib"),
     "tp_comm_overlap": (True, "Transformer Engine"),
     "cpu_offloading_num_layers": (1, "Transformer Engine"),
+    "moe_latent_size": (32, "Transformer Engine"),
     "recompute_modules": (["core_attn", "layernorm"], "Transformer Engine"),
     "use_precision_aware_optimizer": (True, "Transformer Engine"),
     "distributed_backend": ("nccl", "a GPU"),
@@ -125,7 +128,7 @@ def test_what_an_option_needs_is_looked_for_before_the_start(monkeypatch, name):
         te_rng_tracker=False, nccl_ub=False, optimizer_cuda_graph=False,
         optimizer_cpu_offload=False, recompute_granularity="selective", use_pytorch_profiler=False,
     )  # fmt: skip
-    args.num_distributed_optimizer_instances = 1
+    args.num_distributed_optimizer_instances, args.num_experts = 1, 8
     check_machine(NOTHING, args)
     setattr(args, name, value)
     with pytest.raises(ConfigError, match=f"^megatron.{name}.*: needs {missing}, which is not"):
