@@ -76,6 +76,21 @@ def _read_by_nobody(args) -> list[tuple[str, Any, str]]:
     ]  # fmt: skip
 
 
+SIZES = (
+    "num_layers hidden_size num_attention_heads seq_length ffn_hidden_size kv_channels "
+    "num_query_groups max_position_embeddings micro_batch_size global_batch_size"
+)
+"""Options of which each has to be 1 or more; Megatron divides by most of them."""
+
+
+def check_sizes(args) -> None:
+    """Raises ConfigError for the first size below 1; `args` are not validated yet."""
+    for name in SIZES.split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"megatron.{name}: {value}: must be at least 1")
+
+
 def check_first_step(args) -> None:
     """Refuses what Megatron would answer with an error in its first step, or with wrong numbers.
 

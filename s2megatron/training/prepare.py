@@ -127,8 +127,13 @@ def _check_parsed(parsed) -> None:
     """What is refused before Megatron's own validation words things differently."""
     from s2megatron.attention.checks import check_run_options
     from s2megatron.training.megatron_options import megatron_parser
-    from s2megatron.training.option_checks import check_first_step, check_read_options
+    from s2megatron.training.option_checks import (
+        check_first_step,
+        check_read_options,
+        check_sizes,
+    )
 
+    check_sizes(parsed)
     check_run_options(parsed)
     check_read_options(parsed, megatron_parser().get_default)
     check_first_step(parsed)
