@@ -9,9 +9,11 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from s2_kernels.record import ARCHITECTURE_PREFIX
 from s2megatron.convert.hf_config import read_config
 from s2megatron.errors import ConfigError
 from s2megatron.serving.model import NAME, recorded_patterns
@@ -54,6 +56,8 @@ def load_model(folder: str | Path, **from_pretrained):
             for name in ("tp_plan", "distributed_config"):
                 if from_pretrained.get(name) is not None:
                     raise ConfigError(f"{name}={from_pretrained[name]!r}: {WITHOUT_TP}")
+    elif "attn_implementation" not in from_pretrained:
+        _refuse_lost_record(config, folder)
     told = from_pretrained.pop("output_loading_info", False)
     with _refused(inside) if local else contextlib.nullcontext():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -67,6 +71,19 @@ def load_model(folder: str | Path, **from_pretrained):
         )
     save_under_own_name(model)
     return (model, found) if told else model
+
+
+def _refuse_lost_record(config, folder: str | Path) -> None:
+    """Raises ConfigError where only the class's name says that the model was trained with S2."""
+    for name in config.architectures or ():
+        if name.startswith(ARCHITECTURE_PREFIX) and hasattr(
+            transformers, name.removeprefix(ARCHITECTURE_PREFIX)
+        ):
+            raise ConfigError(
+                f"{folder}: config.json has architectures: {name} and no 's2' key: nothing says "
+                "which tokens are attended to; convert the checkpoint again (s2megatron convert "
+                "to-hf), or give attn_implementation='sdpa' to compute it dense"
+            )
 
 
 def _local_config(folder: Path, trust_remote_code: bool):

@@ -34,7 +34,8 @@ def hub(folder, tmp_path):
         if name == "main":
             fields = json.loads((snapshot / "config.json").read_text())
             del fields["s2"]
-            (snapshot / "config.json").write_text(json.dumps(fields))
+            dense = {"architectures": ["LlamaForCausalLM"]}
+            (snapshot / "config.json").write_text(json.dumps(fields | dense))
     return dict(cache_dir=tmp_path / "hub", local_files_only=True)
 
 
@@ -104,3 +105,19 @@ def test_a_configuration_is_no_path(folder):
     """transformers leaves a path out and reads the folder's own, dense and without a word."""
     with pytest.raises(ConfigError, match=r"config=.*give transformers\.AutoConfig"):
         s2hf.load(folder, config=str(folder))
+
+
+@pytest.mark.parametrize("name", ["S2LlamaForCausalLM", "LlamaForCausalLM"])
+def test_a_record_that_was_lost_is_missed(folder, tmp_path, name):
+    """As when a tool rewrote config.json: the class's name alone says what it was trained with."""
+    lost = tmp_path / "lost"
+    shutil.copytree(folder, lost)
+    fields = json.loads((lost / "config.json").read_text())
+    del fields["s2"]
+    (lost / "config.json").write_text(json.dumps(fields | {"architectures": [name]}))
+    if name.startswith("S2"):
+        with pytest.raises(ConfigError, match=r"S2LlamaForCausalLM and no 's2' key.*convert"):
+            s2hf.load(lost)
+        assert s2hf.load(lost, attn_implementation="sdpa").config._attn_implementation == "sdpa"
+    else:
+        assert s2hf.load(lost).config._attn_implementation != "s2"
