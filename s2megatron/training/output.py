@@ -82,7 +82,7 @@ def resolve(output: OutputConfig, chosen: dict, choose: Choice = by_name) -> Out
                 f"megatron.{name}: {chosen[name]!r} beside output.folder, which decides where "
                 "checkpoints go: leave one of them out"
             )
-    if chosen.get("ckpt_format", "torch_dist") != "torch_dist":
+    if chosen.get("ckpt_format") not in (None, "torch_dist"):
         raise ConfigError(
             f"megatron.ckpt_format: {chosen['ckpt_format']!r} beside output.folder: only "
             "'torch_dist' is saved in the background and resumed at any layout; leave it out"
@@ -97,7 +97,7 @@ def resolve(output: OutputConfig, chosen: dict, choose: Choice = by_name) -> Out
         # On SIGTERM any rank asks all ranks to save after this iteration and to leave.
         "exit_signal_handler": True,
         "async_save": True,
-    } | chosen
+    } | {name: value for name, value in chosen.items() if (name, value) != ("ckpt_format", None)}
     if options["async_save"]:
         options.setdefault("use_persistent_ckpt_worker", True)  # Megatron drops async_save without
     iteration, notes = choose(checkpoints, output.verify)

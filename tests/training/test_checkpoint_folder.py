@@ -217,6 +217,12 @@ def resolve(folder, **chosen) -> output.Output:
     return output.resolve(OutputConfig(folder=str(folder)), chosen)
 
 
+def test_format_that_is_left_to_the_default_is_taken(tmp_path):
+    assert resolve(tmp_path, ckpt_format=None).options["ckpt_format"] == "torch_dist"
+    with pytest.raises(ConfigError, match=r"'torch_dcp' beside output\.folder"):
+        resolve(tmp_path, ckpt_format="torch_dcp")
+
+
 def test_options_of_an_output_folder(tmp_path):
     options = resolve(tmp_path).options
     checkpoints = str(tmp_path / "checkpoints")
