@@ -113,6 +113,12 @@ def check_resumable(args, fused_adam: str | None) -> None:
             "megatron.ckpt_format=torch is a format that is not read here, so that this run's "
             "checkpoints could not be resumed; use 'torch_dist'"
         )
+    if args.save and args.optimizer == "soap" and not args.no_save_optim:
+        raise ConfigError(
+            "megatron.optimizer=soap in a run that saves: Megatron cannot save its state (the "
+            "preconditioners have another shape than the weights) and would end at the first save; "
+            "choose adam, or set no_save_optim=true, with which nothing can be resumed"
+        )
     if not args.save or not args.use_distributed_optimizer:
         return
     local = args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable

@@ -220,6 +220,7 @@ def run_options(**options) -> SimpleNamespace:
     return SimpleNamespace(**{
         "save": "checkpoints", "load": None, "use_distributed_optimizer": True, "optimizer": "adam",
         "ckpt_format": "torch_dist", "non_persistent_ckpt_type": None, "no_load_optim": None,
+        "no_save_optim": None,
         "dist_ckpt_optim_fully_reshardable": True, "finetune": False,
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,
@@ -245,6 +246,16 @@ def test_what_could_not_be_resumed_does_not_start(options, words):
             check_resumable(plain, None)
     else:
         check_resumable(plain, None)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_optimizer_whose_state_cannot_be_saved_does_not_start(distributed):
+    """Seen: "Optimizer shape ((128, 128) does not match model shape ((128, 64))" at the save."""
+    soap = {"optimizer": "soap", "use_distributed_optimizer": distributed}
+    with pytest.raises(ConfigError, match=r"optimizer=soap in a run that saves: .* choose adam"):
+        check_resumable(run_options(**soap), None)
+    check_resumable(run_options(**soap, save=None), None)
+    check_resumable(run_options(**soap, no_save_optim=True), None)
 
 
 def test_what_can_be_resumed_starts():
