@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import pickle
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
 from torch.futures import Future
 
 from s2megatron.training.changed_options import NOT_IN_SCHEDULER, Change, Comparison
+from s2megatron.training.checkpoint_folder import tracked
 
 _BATCH = ("megatron.global_batch_size", "megatron.step_batch_size_schedule")
 """Part of the schedule, which counts samples, and never the checkpoint's: ranks have it already."""
@@ -97,6 +99,19 @@ def _replace_in_group(group: dict, before: list[dict], after: list[dict]) -> Non
             if group.get(key) == old[key]:
                 group[key] = new[key]
                 break
+
+
+def gone_on_from(args: Namespace) -> int | None:
+    """The iteration in its own folder that a run goes on from; None for a run that begins.
+
+    Args:
+        args: Megatron's arguments of a run without output.folder.
+    """
+    if not args.load or not args.save or args.finetune or args.non_persistent_ckpt_type:
+        return None
+    if Path(args.load).resolve() != Path(args.save).resolve():
+        return None
+    return tracked(Path(args.load)) if args.ckpt_step is None else args.ckpt_step
 
 
 def save_what_was_loaded_never_again(iteration: int | None) -> None:

@@ -14,7 +14,11 @@ from s2megatron.training.checkpoint_choice import Ranks, choose_checkpoint
 from s2megatron.training.checkpoint_content import checksums_at_the_end_of_a_save
 from s2megatron.training.checkpoint_errors import explain
 from s2megatron.training.checkpoint_folder import CheckpointPruner
-from s2megatron.training.load_fixes import name_damaged_files, save_what_was_loaded_never_again
+from s2megatron.training.load_fixes import (
+    gone_on_from,
+    name_damaged_files,
+    save_what_was_loaded_never_again,
+)
 from s2megatron.training.prepare import (
     Prepared,
     check_start,
@@ -127,7 +131,8 @@ def train(config: str, overrides: Sequence[str]) -> None:
         get_megatron_ddp_config(ready.args)
     name_damaged_files()
     checksums_at_the_end_of_a_save()
-    save_what_was_loaded_never_again(ready.output.iteration if ready.output else None)
+    place = ready.output
+    save_what_was_loaded_never_again(place.iteration if place else gone_on_from(ready.args))
     args = ready.args
     lock, pruner = None, None
     if args.rank == 0:

@@ -10,7 +10,7 @@ from launches import TINY, write_run_file
 from s2megatron.errors import ConfigError
 from s2megatron.training.changed_options import compare, refusal
 from s2megatron.training.checkpoint_folder import write_tracker
-from s2megatron.training.load_fixes import _replace_rates, settle_schedule
+from s2megatron.training.load_fixes import _replace_rates, gone_on_from, settle_schedule
 from s2megatron.training.resume import check_load
 from s2megatron.training.resume_layout import check_layout
 
@@ -68,6 +68,20 @@ def test_both_routes_look_before_they_start(home):
     config = write_run_file(home / "run.yaml", tree)
     launcher, stock = call("operating_cases", "load_that_is_not_there", str(config))
     assert launcher == stock and launcher.startswith(f"megatron.load: {home}/typo holds no checkp")
+
+
+def test_run_goes_on_from_its_own_folder_alone(tmp_path):
+    """Also without output.folder, where megatron.load is megatron.save."""
+    own = {"load": f"{tmp_path}/a/../run", "save": f"{tmp_path}/run"}
+    (tmp_path / "a").mkdir()
+    assert gone_on_from(asked(**own)) is None  # a first start
+    checkpoint(tmp_path / "run", 6)
+    write_tracker(tmp_path / "run", 6)
+    assert gone_on_from(asked(**own)) == 6
+    assert gone_on_from(asked(**own, ckpt_step=4)) == 4
+    others = [own | {"finetune": True}, {"save": own["save"]}, {"load": own["load"]},
+              own | {"save": f"{tmp_path}/new"}]  # fmt: skip
+    assert [gone_on_from(asked(**other)) for other in others] == [None] * 4
 
 
 TOLD = {
