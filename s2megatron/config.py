@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from s2_kernels import pattern as patterns
 from s2_kernels.pattern import LayerPattern
 from s2megatron import strict_yaml
+from s2megatron.context_split import check_exchange_groups
 from s2megatron.errors import ConfigError, did_you_mean
 from s2megatron.paths import user_path
 from s2megatron.strict_yaml import one_spelling
@@ -315,9 +316,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(tree: dict) -> RunConfig:
     """A run file's content, already read. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(one_spelling(tree))
+        run = RunConfig.model_validate(one_spelling(tree))
     except ValidationError as errors:
         raise ConfigError("\n".join(_explain(e) for e in errors.errors())) from None
+    check_exchange_groups(run.sparsity.exchange_groups, run.megatron)
+    return run
 
 
 def _override(tree: dict, text: str) -> None:

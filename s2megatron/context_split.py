@@ -273,6 +273,32 @@ def check_context_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"megatron.{name}={options.get(name)!s}: {way_out}")
 
 
+def check_exchange_groups(groups: int | None, options: Mapping[str, Any]) -> None:
+    """Do `sparsity.exchange_groups` divide a rank's KV heads? Without ranks nothing reads them.
+
+    Args:
+        options: a run file's `megatron:` section. What is no whole number is Megatron's to refuse.
+
+    Raises:
+        ConfigError: names the numbers that do.
+    """
+    grouped = options.get("group_query_attention")
+    heads = (
+        (options.get("num_query_groups") or 1) if grouped else options.get("num_attention_heads")
+    )
+    ranks, tensor = (options.get(f"{x}_parallel_size") or 1 for x in ("context", "tensor_model"))
+    if groups is None or any(type(n) is not int or n < 1 for n in (heads, ranks, tensor)):
+        return
+    heads = max(1, heads // tensor)
+    if ranks > 1 and heads % groups:
+        raise ConfigError(
+            f"sparsity.exchange_groups: {groups}: must divide the {heads} KV heads of a rank (with "
+            f"tensor_model_parallel_size={tensor}); choose "
+            f"{_some([n for n in range(1, heads + 1) if heads % n == 0])}, or leave it out, and it "
+            "is chosen"
+        )
+
+
 def check_stock_loss(options: Mapping[str, Any]) -> None:
     """Refuses a loss that Megatron's own script gets wrong under context parallelism.
 

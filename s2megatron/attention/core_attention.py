@@ -114,6 +114,8 @@ class _CausalCoreAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.pattern = pattern.shard(groups.tp.rank(), groups.tp.size())
+        if groups.cp.size() == 1:
+            exchange_groups = None  # nothing is exchanged, so any number will do
         self.context = ContextAttention(
             self.pattern, softmax_scale, groups.cp, exchange_groups=exchange_groups
         )

@@ -1,12 +1,16 @@
 """How many groups of heads an exchange is cut into."""
 
+from types import SimpleNamespace
+
 import pytest
+from megatron.core.transformer.enums import AttnMaskType
 from planner_cases import eight_groups
 
 from s2_kernels import dense, local_stride
 from s2_kernels.exchange import zigzag
 from s2megatron.attention import overlap
 from s2megatron.attention.context_parallel import ContextAttention
+from s2megatron.attention.core_attention import S2CoreAttention
 from s2megatron.attention.overlap import choose_groups
 from s2megatron.machine import load_machine
 from s2megatron.planner.context import context_traffic
@@ -62,3 +66,19 @@ def test_groups_divide_the_kv_heads():
             ValueError, match=rf"exchange_groups={groups}: must divide the 3 KV heads"
         ):
             ContextAttention(three, None, None, exchange_groups=groups)
+
+
+def test_one_rank_exchanges_nothing():
+    """Groups that do not divide its heads are nothing to refuse: no one reads them."""
+    three = local_stride(heads=6, kv_heads=3, local_blocks=16, stride=16)
+    config = SimpleNamespace(attention_dropout=0.0, recompute_granularity=None)
+
+    def layer(ranks: int) -> S2CoreAttention:
+        tp, cp = (SimpleNamespace(rank=lambda: 0, size=lambda n=n: n) for n in (1, ranks))
+        groups = SimpleNamespace(tp=tp, cp=cp)
+        return S2CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups,
+                               pattern=three, exchange_groups=2)  # fmt: skip
+
+    assert layer(1).context.exchange_groups is None
+    with pytest.raises(ValueError, match="exchange_groups=2: must divide the 3 KV heads"):
+        layer(2)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from s2_kernels import dense, local_stride
+from s2megatron.config import parse_config
 from s2megatron.context_split import ContextSplit, check_length, check_stock_loss
 from s2megatron.errors import ConfigError
 from s2megatron.layer_table import layer_table
@@ -26,6 +27,36 @@ def test_bytes_of_a_layer():
     apart = ContextSplit.from_options(OPTIONS | {"tensor_model_parallel_size": 4})
     assert apart.received(S2)[0] == pytest.approx(split.received(S2)[0] / 4, rel=0.05)
     assert ContextSplit.from_options(OPTIONS | {"context_parallel_size": 1}).received(S2) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "options", "told"),
+    [
+        (3, {}, {}, "3: must divide the 2 KV heads of a rank"),
+        (4, {}, {}, "4: must divide the 2 KV heads of a rank"),
+        (2, {}, {"tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2); choose 1,"),
+        (2, {}, {"tensor_model_parallel_size": 4}, "2: must divide the 1 KV heads of a rank"),
+        (3, {"group_query_attention": False}, {}, "the 4 KV heads of a rank (with tensor_model_para"
+         "llel_size=1); choose 1, 2, 4, or leave it out"),
+        (4, {"group_query_attention": False}, {}, None),
+        (2, {}, {}, None),
+        (None, {}, {}, None),
+        (3, {}, {"context_parallel_size": 1}, None),  # nothing reads it
+        (3, {}, {"context_parallel_size": None}, None),
+        (3, {}, {"context_parallel_size": "two"}, None),  # Megatron's to refuse
+    ],
+)  # fmt: skip
+def test_exchange_groups_divide_the_kv_heads_of_a_rank(groups, heads, options, told):
+    given = {"num_attention_heads": 4, "num_query_groups": 2, "group_query_attention": True}
+    megatron = given | heads | {"context_parallel_size": 2} | options
+    sparsity = {"default": {"kind": "dense"}} | ({"exchange_groups": groups} if groups else {})
+    tree = {"sparsity": sparsity, "megatron": megatron}
+    if told is None:
+        assert parse_config(tree).sparsity.exchange_groups == groups
+        return
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree)
+    assert told in str(error.value) and str(error.value).startswith("sparsity.exchange_groups: ")
 
 
 def test_sizes_are_read_off_the_options():
