@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from s2megatron.data.tokenizers import SIZED_BY_OPTION
+
 Facts = dict[str, Any]
 """Values by the name that a run file gives them."""
 
@@ -194,6 +196,9 @@ def compare(saved, now, *, optimizer: bool) -> Comparison:
     seen = {change.name for change in schedule}
     if not (_batch(saved) and _batch(now)):
         seen.add("megatron.global_batch_size")
+    if getattr(now, "tokenizer_type", None) not in (None, *SIZED_BY_OPTION):
+        # Nobody reads it then; checkpoints from before 2026-11-28 may have one.
+        seen.add("megatron.vocab_size")
     told = _told(saved, now, *(name for name in TOLD if f"megatron.{name}" not in seen))
     told += [
         f"dataset {prefix}: was made anew, other documents from here on"

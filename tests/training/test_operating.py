@@ -190,6 +190,14 @@ def test_option_that_may_change_is_not_mentioned(tmp_path, name, value):
     assert refusal(found, tmp_path, now) == "" and found.told == []
 
 
+@pytest.mark.parametrize("kind, told", [("HuggingFaceTokenizer", 0), ("NullTokenizer", 1)])
+def test_a_vocab_size_that_nobody_reads_is_not_compared(kind, told):
+    """Checkpoints were saved with a run file's, beside a tokenizer with a size of its own."""
+    saved = Namespace(**OPTIONS | {"tokenizer_type": kind, "vocab_size": 300})
+    now = Namespace(**vars(saved) | {"vocab_size": None})
+    assert len(compare(saved, now, optimizer=True).told) == told
+
+
 @pytest.mark.parametrize("lengths", [{}, {"train_iters": None, "train_samples": 40}], ids=str)
 def test_batch_that_grows_has_no_size_to_compare(tmp_path, lengths):
     """Seen: refused at another number of GPUs, because micro_batch_size x DP was another."""
