@@ -135,16 +135,10 @@ class LayerEntry(LayerConfig):
     "every 4 from 1" (1, 5, ...), "all"."""
 
     def numbers(self, num_layers: int) -> set[int]:
-        """The layers named, each in 1..num_layers. Raises ValueError where there is none."""
-        items = self.layers if isinstance(self.layers, list) else [self.layers]
-        named = {item: _layer_numbers(item, num_layers) for item in items}
-        if not items or not all(named.values()):
-            item = next((item for item in items if not named[item]), items)
-            raise ValueError(
-                f"layers: {item!r} names none of the {num_layers} layers (megatron.num_layers); "
-                "name some, or leave it out"
-            )
-        chosen = {n for numbers in named.values() for n in numbers}
+        """The layers named, each in 1..num_layers. Raises ValueError."""
+        if not self._items:
+            raise ValueError("layers: [] names no layer; name some, or leave the entry out")
+        chosen = {n for item in self._items for n in _layer_numbers(item, num_layers)}
         outside = sorted(n for n in chosen if not 1 <= n <= num_layers)
         if outside:
             raise ValueError(
@@ -152,6 +146,14 @@ class LayerEntry(LayerConfig):
                 f"{num_layers} (megatron.num_layers)"
             )
         return chosen
+
+    @property
+    def _items(self) -> list[int | str]:
+        return self.layers if isinstance(self.layers, list) else [self.layers]
+
+    def in_vain(self, num_layers: int) -> list[int | str]:
+        """What names no layer of so few: "every 12" of a model that was made small to try it."""
+        return [item for item in self._items if not _layer_numbers(item, num_layers)]
 
 
 def _layer_numbers(item: int | str, num_layers: int) -> Sequence[int]:
@@ -191,6 +193,15 @@ class SparsityConfig(_Checked):
     exchange_groups: int | None = Field(default=None, ge=1)
     """Under context parallelism: into how many groups a rank's KV heads are cut, so that one
     group's blocks travel while another computes. Default: as bytes and operations ask for."""
+
+    def in_vain(self, num_layers: int) -> list[str]:
+        """A line on each thing that entries say of layers which a model of so many has not."""
+        return [
+            f"sparsity.layers[{i}]: {item!r} names none of the {num_layers} layers: no layer has "
+            "what it asks for"
+            for i, entry in enumerate(self.layers)
+            for item in entry.in_vain(num_layers)
+        ]
 
     def resolve(self, *, num_layers: int, heads: int, kv_heads: int) -> tuple[LayerPattern, ...]:
         """One pattern per layer, in order, for global head counts. Raises ConfigError."""

@@ -175,7 +175,9 @@ def check_start(ready: Prepared) -> list[str]:
     evaluation = settle_evaluation(args, ready.sources, asked=ready.asked)
     check_interleaving(args)
     saving = [] if args.save else ["none are saved: name output.folder to keep what is trained"]
+    in_vain = ready.run.sparsity.in_vain(args.num_layers)
     return [
+        *(f"{'attention':<16} {line}" for line in in_vain),
         *(f"{'evaluation':<16} {line}" for line in evaluation),
         *(f"{'checkpoints':<16} {line}" for line in (*loading, *saving)),
     ]

@@ -106,22 +106,28 @@ def test_layer_0_is_told():
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
-    [("every 12", "'every 12'"), ("every 4 from 30", "'every 4 from 30'"), ([], "[]"),
-     ([1, "every 12"], "'every 12'")],
+    ("layers", "in_vain"),
+    [("every 12", ["every 12"]), ("every 4 from 30", ["every 4 from 30"]),
+     ([1, "every 12"], ["every 12"]), ("every 8", []), ([1, "5-8"], [])],
 )  # fmt: skip
-def test_an_entry_that_names_no_layer(layers, told):
-    """The model would be without what it asks for."""
+def test_what_names_no_layer_is_told(layers, in_vain):
+    """A model that was made small to try it is without what the entry asks for."""
     sparsity = {"default": LOCAL, "layers": [{"layers": 1}, {"layers": layers, "kind": "dense"}]}
-    tree = {"sparsity": sparsity}
+    found = parse_config({"sparsity": sparsity}).sparsity
+    assert len(found.resolve(num_layers=8, **HEADS)) == 8
+    assert found.in_vain(8) == [
+        f"sparsity.layers[1]: {item!r} names none of the 8 layers: no layer has what it asks for"
+        for item in in_vain
+    ]
+    assert found.in_vain(30) == []
+
+
+def test_an_entry_without_layers_is_refused():
     with pytest.raises(ConfigError) as error:
-        parse_config(tree).sparsity.resolve(num_layers=8, **HEADS)
+        pattern(LOCAL, {"layers": [], "kind": "dense"})
     assert str(error.value) == (
-        f"sparsity.layers[1]: layers: {told} names none of the 8 layers (megatron.num_layers); "
-        "name some, or leave it out"
+        "sparsity.layers[0]: layers: [] names no layer; name some, or leave the entry out"
     )
-    if layers:
-        assert len(parse_config(tree).sparsity.resolve(num_layers=30, **HEADS)) == 30
 
 
 def test_no_entries_at_all():

@@ -308,7 +308,9 @@ def plan_of_a_batch_schedule() -> list:
     """[status, standard output, errors] of the command."""
     from s2megatron import cli
 
-    batch = ["megatron.global_batch_size=null", "megatron.step_batch_size_schedule=0:2 1280:8"]
+    batch = ["megatron.global_batch_size=null", "megatron.step_batch_size_schedule=0:2 1280:8",
+             "megatron.train_iters=null", "megatron.train_samples=4096",
+             "megatron.lr_warmup_iters=0"]  # fmt: skip
     return run_command_line(cli.main, ["plan", _run_file(MOCK), "--gpus", "1", *batch])
 
 

@@ -196,7 +196,7 @@ NO_CAPTURE = dict(
     num_distributed_optimizer_instances=1, tp_comm_overlap=False, cpu_offloading_num_layers=0,
     recompute_modules=None, recompute_granularity=None, use_precision_aware_optimizer=False,
     optimizer_cpu_offload=False, distributed_backend="gloo", record_memory_history=False,
-    profile=False, use_pytorch_profiler=False,
+    profile=False, use_pytorch_profiler=False, num_experts=None, moe_latent_size=None,
 )  # fmt: skip
 
 
