@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels import hopper
 from s2_kernels.configs import FUSED
 from s2_kernels.decode_lists import (
     count_tiles,
@@ -264,14 +265,15 @@ def s2_decode_kernel(
     if PDL:  # launched while the kernel before still runs; what it wrote is read from here on
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    o_unit = tl.arange(0, U)
     n_listed = count_tiles(
-        p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ""
+        p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, N_BANDS, ""
     )
     split, total, i_unit, end_unit, start, low, high = share_of(
-        i_program, n_listed, n_units, START, U
+        i_program, n_listed, o_unit, n_units, START
     )
     if p_ends is not None and i_program == 0:
-        keep_ends(p_ends, n_listed, split, n_units, START, U)
+        keep_ends(p_ends, n_listed, o_unit, split, n_units, START)
     o_m = tl.arange(0, M)
     for u in tl.range(i_unit, end_unit):
         i_kv = u % kv_heads
@@ -407,16 +409,26 @@ def launch_decode(
     *,
     config: DecodeConfig | None = None,
     programs: int | None = None,
+    after_write: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [b, s, h, dv] and lse [b, h, s] float32; inputs as in the module, checked by the caller.
 
     Args:
-        config: tiles; default: `decode_config`.
+        config: tiles of the kernel here. Default: the one for Hopper, where it takes the inputs
+            (hopper/decode.py), else `decode_config`.
         programs: how many share the work (default: as many as run at a time).
+        after_write: as in `paged_attention`; read by the kernel for Hopper.
     """
     b, s, h, _ = q.shape
     out = q.new_empty((b, s, h, v_pages.shape[-1]))
     lse = q.new_empty((b, h, s), dtype=torch.float32)
+    one = b * pattern.kv_heads <= MOST_UNITS
+    if one and config is None and hopper.takes_decode(q, k_pages, v_pages, pattern):
+        from s2_kernels.hopper.decode import launch_hopper_decode  # imports Gluon
+
+        inputs = (q, k_pages, v_pages, page_table, lengths, pattern, softmax_scale)
+        launch_hopper_decode(*inputs, out, lse, programs=programs, after_write=after_write)
+        return out, lse
     group = h // pattern.kv_heads
     m, tokens = tile_of(s, group)
     # So many query tokens at once that no launch has more than MOST_UNITS units.

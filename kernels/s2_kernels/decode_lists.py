@@ -107,11 +107,10 @@ def piece_of(n_tiles, piece, split):
 
 @triton.jit
 def count_tiles(
-    p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS: tl.constexpr, N: tl.constexpr,
-    B: tl.constexpr, U: tl.constexpr, N_BANDS: tl.constexpr, CACHE: tl.constexpr,
+    p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of every unit, counted at once: int32 [U], 0 behind the last unit."""
-    o_unit = tl.arange(0, U)
+    """The tiles of every unit o_unit [U], counted at once: int32 [U], 0 behind the last unit."""
     m_unit = o_unit < n_units
     p_length = p_lengths + o_unit // (n_tiles_q * kv_heads)
     length = tl.load(p_length, mask=m_unit, other=0, cache_modifier=CACHE)
@@ -122,8 +121,10 @@ def count_tiles(
 
 
 @triton.jit
-def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr):
+def share_of(i_program, n_listed, o_unit, n_units, START: tl.constexpr):
     """A program's part of all units' tiles n_listed [U], two ways, the one that ends earlier.
+
+    o_unit: 0 to U - 1, of how many n_units are units.
 
     Cut by units, each in `split` even pieces, or `group` whole units a program: no program begins
     in the middle of its work with another unit. Where lengths differ too much for that, the lists
@@ -148,8 +149,7 @@ def share_of(i_program, n_listed, n_units, START: tl.constexpr, U: tl.constexpr)
         low = i_program % split
     else:
         split = 0
-        o_unit = tl.arange(0, U)
-        ends, n_weighed, total = flat_ends(n_listed, n_units, START, U)
+        ends, n_weighed, total = flat_ends(n_listed, o_unit, n_units, START)
         low = first_tile(i_program, total, n_programs)
         high = first_tile(i_program + 1, total, n_programs)
         i_unit = tl.minimum(tl.sum((ends <= low).to(tl.int32), 0), n_units)
@@ -177,19 +177,18 @@ def has_begin(split, start, low, high):
 
 
 @triton.jit
-def flat_ends(n_listed, n_units, START: tl.constexpr, U: tl.constexpr):
+def flat_ends(n_listed, o_unit, n_units, START: tl.constexpr):
     """Where each unit ends on the flat list, what it takes of the list, and the list's length."""
-    n_weighed = n_listed + tl.where(tl.arange(0, U) < n_units, START, 0)
+    n_weighed = n_listed + tl.where(o_unit < n_units, START, 0)
     return tl.cumsum(n_weighed, 0), n_weighed, tl.sum(n_weighed, 0)
 
 
 @triton.jit
-def keep_ends(p_ends, n_listed, split, n_units, START: tl.constexpr, U: tl.constexpr):
+def keep_ends(p_ends, n_listed, o_unit, split, n_units, START: tl.constexpr):
     """For `s2_merge_kernel`: `split`, then each unit's tiles, or its end on the flat list."""
     ends = n_listed
     if split == 0:
-        ends, _, _ = flat_ends(n_listed, n_units, START, U)
-    o_unit = tl.arange(0, U)
+        ends, _, _ = flat_ends(n_listed, o_unit, n_units, START)
     tl.store(p_ends, split)
     tl.store(p_ends + 1 + o_unit, ends, mask=o_unit < n_units)
 

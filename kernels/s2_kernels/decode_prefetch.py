@@ -46,11 +46,12 @@ def prefetch_share(
     What is read here may be about to change, so it is a guess, checked against the sizes of table
     and pool; whatever comes, a cache holds what is in memory. `.cg`: nothing of it stays in L1.
     """
+    o_unit = tl.arange(0, U)
     n_listed = count_tiles(
-        p_lengths, p_table, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, U, N_BANDS, ".cg"
+        p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, N_BANDS, ".cg"
     )
     i_program = tl.program_id(0)
-    split, _, u, end_unit, start, low, high = share_of(i_program, n_listed, n_units, START, U)
+    split, _, u, end_unit, start, low, high = share_of(i_program, n_listed, o_unit, n_units, START)
     if u < end_unit:
         i_seq, i_kv = u // (n_tiles_q * kv_heads), u % kv_heads
         length = tl.load(p_lengths + i_seq, cache_modifier=".cg")

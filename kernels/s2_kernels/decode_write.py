@@ -41,9 +41,9 @@ def s2_write_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (groups of ROWS rows that s tokens can touch, KV heads, sequences)."""
-    if PDL:  # attention may start to ask for its pages
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # in this order: what starts now may count on all that was before this kernel
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i_kv, i_seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     begin = length - s

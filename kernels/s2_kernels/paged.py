@@ -38,6 +38,7 @@ def paged_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    after_write: bool = False,
     check: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of the last tokens of each sequence to its live pages.
@@ -59,8 +60,10 @@ def paged_attention(
         pattern: lifetimes for exactly these h and g heads.
         softmax_scale: above 0; default 1 / sqrt(d).
         return_lse: also return lse [b, h, s], the natural log of the softmax denominator, float32.
-        backend: "triton" (head sizes 32 to 256 in multiples of 16), "reference" (PyTorch, any
-            device), "auto": "triton" on a GPU.
+        backend: "triton" (head sizes 32 to 256 in multiples of 16; on a Hopper, for few tokens,
+            the kernel made for it), "reference" (PyTorch, any device), "auto": "triton" on a GPU.
+        after_write: the last kernel launched on this stream is that of `write_pages`, for the same
+            tokens. Older pages, q, lengths and page_table are then read while it may still run.
         check: False leaves the checks out, for who calls again with what has been checked.
 
     Returns:
@@ -79,7 +82,7 @@ def paged_attention(
     operands = (q, k_pages, v_pages, page_table, lengths)
     with torch.no_grad():
         if _on_triton(backend, q) and q.shape[0] > 0:
-            out, lse = _planned(launch_decode, operands, pattern, scale)
+            out, lse = _planned(launch_decode, operands, pattern, scale, after_write=after_write)
         else:
             out, lse = paged_reference(*operands, pattern, scale)
     return (out, lse) if return_lse else out

@@ -192,7 +192,8 @@ class S2Impl(AttentionImpl):
                     known = dict(lengths=(run.length,), softmax_scale=self.scale)
                     paged_prefill(q, *pages[:3], pool.pattern, into=into, check=False, **known)
                     continue
-                out = paged_attention(q, *pages, softmax_scale=self.scale, check=False)
+                known = dict(softmax_scale=self.scale, after_write=True)
+                out = paged_attention(q, *pages, check=False, **known)
                 output[tokens, heads] = out.flatten(0, 1)
         return output
 

@@ -332,7 +332,7 @@ class PagedCache(Cache):
         if takes_prefill(q.shape[1], self.pool.size) and max(self._first) <= end - q.shape[1]:
             known = [end - first for first in self._first]  # on the host; nothing is padding
             return paged_prefill(q, *pages, pattern, lengths=known, **options)
-        return paged_attention(q, *pages, lengths, pattern, **options)
+        return paged_attention(q, *pages, lengths, pattern, after_write=True, **options)
 
     def _write(self, layer, k, v, lengths, *, alive_only: bool, check: bool = True) -> None:
         self.pool.flush()

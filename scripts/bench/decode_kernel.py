@@ -8,6 +8,9 @@ several pools (so that no page is still in the L2 cache), the live bytes, and th
 take at the copy bandwidth. Dense is torch's SDPA over contiguous keys, and this kernel with a dense
 pattern; the page says which one was the fastest.
 
+"hopper" among the configurations is the kernel of s2_kernels/hopper/decode.py, which serves takes
+where it can; the others, by name, are of s2_kernels/decode.py.
+
 Calls follow each other at once, so that a call may start while the one before it merges. "After
 write" is a call behind `s2_write_kernel`, as in a layer, less the write alone. --split tells where
 a call's time goes, kernel by kernel, with nothing overlapped. --configs times configurations by
@@ -31,14 +34,16 @@ import triton.language as tl
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from s2_kernels import decode, dense, local_stride, ranges
+from s2_kernels import decode, dense, hopper, local_stride, ranges
 from s2_kernels.cache import alive_blocks, alive_pages
 from s2_kernels.decode import DecodeConfig, decode_config, launch_decode
 from s2_kernels.decode_write import launch_write
 from s2_kernels.paged import paged_reference
 from s2megatron import provenance
 
+HOPPER = "hopper"
 CONFIGS = [
+    "n64w4s3x2c4a8one",
     "n64w4s4x2c4", "n64w4s4x2c4one", "n64w4s4x2c4a8", "n64w4s4x2c4a8one", "n64w4s4x2c12",
     "n64w4s3x3c4r168", "n64w4s4x4c4", "n64w4s4x2c4p4", "n64w4s4x2c4p2",
     "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
@@ -49,8 +54,13 @@ TUNED = {(16, 1): 12, (16, 16): 12, (16, 8): 9, (8, 1): 12, (16, 64): 7, (16, 20
 """The same, and how many configurations are tried."""
 
 
-def parse_config(text: str) -> DecodeConfig:
-    """Reads what `str` writes: n64w4s4x2c4, then p4, r168, a8, one or nopdl where it differs."""
+def parse_config(text: str) -> DecodeConfig | None:
+    """Reads what `str` writes: n64w4s4x2c4, then p4, r168, a8, one or nopdl where it differs.
+
+    None for the kernel for Hopper.
+    """
+    if text == HOPPER:
+        return None
     found = re.fullmatch(
         r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(?:a(\d+))?(one)?(nopdl)?", text
     )
@@ -93,7 +103,7 @@ def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
     """The largest error of a few cases against float64, and what must not change any bit.
 
     Args:
-        config: default: what each case takes by itself.
+        config: default: what each case takes by itself, a kernel for Hopper where that goes.
         most: of the cases.
     """
     lines = []
@@ -130,10 +140,13 @@ def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
         lse_error = (lse.double() - exact_lse)[real].abs().max().item()
         again, _ = launch_decode(q, k, v, table, lens, pattern, scale)
         rows, _ = decode.tile_of(s, pattern.heads // pattern.kv_heads)
-        other = config or decode_config(d, d, rows, pattern.block_size, dtype, q.device)
-        other = dataclasses.replace(other, one_launch=not other.one_launch)
-        merged, merged_lse = launch_decode(q, k, v, table, lens, pattern, scale, config=other)
-        one = torch.equal(out, merged) and torch.equal(lse, merged_lse)
+        usual = config or decode_config(d, d, rows, pattern.block_size, dtype, q.device)
+        both = [
+            launch_decode(q, k, v, table, lens, pattern, scale,
+                          config=dataclasses.replace(usual, one_launch=one))
+            for one in (False, True)
+        ]  # fmt: skip
+        one = all(map(torch.equal, *both))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured, _ = launch_decode(q, k, v, table, lens, pattern, scale)
@@ -142,11 +155,15 @@ def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
         same = torch.equal(out, again) and torch.equal(out, captured)
         verdict = "ok" if error < 0.02 and lse_error < 1e-3 and same and one else "WRONG"
         lines.append(
-            f"{verdict} d{d} B{pattern.block_size} {dtype} s{s} lengths {lengths}: "
-            f"error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}, "
+            f"{verdict} {config or kernel_of(q, k, v, pattern)} d{d} B{pattern.block_size} "
+            f"{dtype} s{s} lengths {lengths}: error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}, "
             f"merged by one launch or two: {one}"
         )
     return lines
+
+
+def kernel_of(q, k, v, pattern) -> str:
+    return HOPPER if hopper.takes_decode(q, k, v, pattern) else "portable"
 
 
 def graph_time(calls, rounds=7) -> float:
@@ -195,12 +212,21 @@ def copy_kernel(p_from, p_to, N: tl.constexpr):
     tl.store(p_to + offsets, tl.load(p_from + offsets))
 
 
-def calls_of(pattern, batch, tokens, d, dtype, config, pools, programs=None):
+def calls_of(pattern, batch, tokens, d, dtype, config, pools, programs=None, after_write=False):
     lens = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, 1, pattern.heads, d, device="cuda").to(dtype)
     return [
         lambda k=k, v=v, t=t: launch_decode(
-            q, k, v, t, lens, pattern, 1 / math.sqrt(d), config=config, programs=programs
+            q,
+            k,
+            v,
+            t,
+            lens,
+            pattern,
+            1 / math.sqrt(d),
+            config=config,
+            programs=programs,
+            after_write=after_write,
         )
         for k, v, t, _ in pools
     ]
@@ -273,8 +299,11 @@ class Table:
                     pattern, batch, self.tokens, self.d, self.dtype, config, pools, programs
                 )
                 self.add(stride, batch, name, size, graph_time(calls))
+                calls = calls_of(
+                    pattern, batch, self.tokens, self.d, self.dtype, config, pools, programs, True
+                )
                 if stride == 16:
-                    self.time_after_write(batch, name, size, pattern, calls, pools)
+                    self.time_after_write(batch, name, size, calls, pools)
             except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
                 print(f"{name}: {type(error).__name__} {str(error)[:90]}")
         if stride == 1:
@@ -283,7 +312,8 @@ class Table:
             for name, us in dense_sdpa(batch, self.tokens, 32, 8, self.d, self.dtype).items():
                 self.add(stride, batch, name, size, us)
 
-    def time_after_write(self, batch, name, size, pattern, calls, pools) -> None:
+    def time_after_write(self, batch, name, size, calls, pools) -> None:
+        pattern = pattern_of(16)
         lens = torch.full((batch,), self.tokens, dtype=torch.int32, device="cuda")
         new = torch.randn(batch, 1, 8, self.d, device="cuda").to(self.dtype)
         writes = [
@@ -328,12 +358,14 @@ def main():
     a = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     default = str(decode_config(128, 128, 16, 64, torch.bfloat16, torch.device("cuda")))
+    if torch.cuda.get_device_capability()[0] == 9:
+        default = HOPPER
     configs = [default, *(c for c in CONFIGS if c != default)] if a.tune else [default]
     configs = a.configs or configs
     lines = check(most=4 if a.configs else 99)
     for name in configs if a.configs else configs[1:]:
-        if "@" not in name:
-            lines += [f"{name}: {line}" for line in check(parse_config(name), 2)]
+        if "@" not in name and name != HOPPER:
+            lines += check(parse_config(name), 2)
     print("\n".join(lines), flush=True)
     if a.check_only:
         return

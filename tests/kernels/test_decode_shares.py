@@ -31,9 +31,9 @@ def shares_kernel(
     o_unit = tl.arange(0, U)
     n_listed = tl.load(p_listed + o_unit, mask=o_unit < n_units, other=0)
     i = tl.program_id(0)
-    split, total, i_unit, end_unit, start, low, high = share_of(i, n_listed, n_units, START, U)
+    split, total, i_unit, end_unit, start, low, high = share_of(i, n_listed, o_unit, n_units, START)
     if i == 0:
-        keep_ends(p_ends, n_listed, split, n_units, START, U)
+        keep_ends(p_ends, n_listed, o_unit, split, n_units, START)
     for u in tl.range(i_unit, end_unit):
         n_tiles = tl.load(p_listed + u)
         own_low, own_high = own_tiles(n_tiles, split, start, low, high, START)

@@ -12,12 +12,15 @@ replaced by what it computes (gluon_language.inline_asm).
 """
 
 import contextlib
+import functools
 import heapq
+import itertools
 import queue
 import random
 import threading
 import time
 import types
+from collections.abc import Callable
 
 import torch
 from gluon_language import (
@@ -45,10 +48,17 @@ here = threading.local()
 class Launch:
     """A launch that runs: its loads, and whether something went wrong."""
 
-    def __init__(self):
+    def __init__(self, before: Callable[[], None]):
         self.changed = threading.Condition()
         self.error: BaseException | None = None
         self.loads = queue.Queue()
+        self.before, self.waiting_ends = before, threading.Lock()
+
+    def wait_for_the_one_before(self):
+        """griddepcontrol.wait: what the kernel before writes is there once a program goes on."""
+        with self.waiting_ends:
+            self.before()
+            self.before = nothing
 
     def fail(self, error: BaseException):
         with self.changed:
@@ -192,13 +202,16 @@ class mbarrier:
             barrier.add(1, 0)
 
     @staticmethod
-    def expect(barrier, nbytes):
-        barrier.add(1, nbytes)
+    def expect(barrier, nbytes, pred=True):
+        if pred:
+            barrier.add(1, nbytes)
 
 
 class tma:
     @staticmethod
-    def async_load(desc, coord, barrier, buffer):
+    def async_load(desc, coord, barrier, buffer, pred=True):
+        if not pred:
+            return
         part, inside = desc.part(coord)
         buffer.data.fill_(float("nan"))
 
@@ -282,8 +295,13 @@ def warp_specialize(partitions, warps, registers):
 
 language = types.SimpleNamespace(
     **FUNCTIONS,
-    program_id=lambda axis: Int(here.program),
-    num_programs=lambda axis: Int(here.programs),
+    program_id=lambda axis: Int(here.program[axis]),
+    num_programs=lambda axis: Int(here.programs[axis]),
+    extra=types.SimpleNamespace(
+        cuda=types.SimpleNamespace(
+            gdc_wait=lambda: here.launch.wait_for_the_one_before(), gdc_launch_dependents=ignored
+        )
+    ),
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize,
 )
@@ -333,16 +351,23 @@ def argument(x):
     return Int(x) if isinstance(x, int) else x
 
 
-def run(self, *arguments, grid, warmup, num_warps, maxnreg, enable_fp_fusion, **constants):
+def nothing():
+    pass
+
+
+def run(
+    self, *arguments, before=nothing, grid, warmup, num_warps, enable_fp_fusion, maxnreg=None,
+    launch_pdl=False, **constants,
+):  # fmt: skip
     """In place of GluonJITFunction.run: all programs at the same time."""
-    launch, function = Launch(), translated(self)
+    launch, function = Launch(before), translated(self)
     constants = {k: v.value if isinstance(v, constexpr) else v for k, v in constants.items()}
     arguments = [argument(x) for x in arguments]
     loads = threading.Thread(target=launch.run_loads, daemon=True)
     loads.start()
     programs = [
-        start(launch, i, grid[0], i, lambda: function(*arguments, **constants), ())
-        for i in range(grid[0])
+        start(launch, program, grid, i, lambda: function(*arguments, **constants), ())
+        for i, program in enumerate(itertools.product(*map(range, grid)))
     ]
     for thread in programs:
         thread.join()
@@ -353,11 +378,16 @@ def run(self, *arguments, grid, warmup, num_warps, maxnreg, enable_fp_fusion, **
 
 
 @contextlib.contextmanager
-def emulated():
-    """Within the context, launches of Gluon kernels run on the CPU."""
-    before = GluonJITFunction.run
-    GluonJITFunction.run = run
+def emulated(before: Callable[[], None] = nothing):
+    """Within the context, launches of Gluon kernels run on the CPU.
+
+    Args:
+        before: what the kernel before does, and is known to have done once a program has waited for
+            it (programmatic dependent launch).
+    """
+    original = GluonJITFunction.run
+    GluonJITFunction.run = functools.partialmethod(run, before=before)
     try:
         yield
     finally:
-        GluonJITFunction.run = before
+        GluonJITFunction.run = original

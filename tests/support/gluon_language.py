@@ -117,7 +117,7 @@ class Pointer:
         return torch.where(mask, at, 0), mask
 
 
-def load(pointer, mask=None, other=None):
+def load(pointer, mask=None, other=None, cache_modifier=None):
     if isinstance(pointer.offset, int) and mask is None:
         return Int(pointer.memory[pointer.offset].item())
     at, mask = pointer.places(mask)
@@ -149,7 +149,8 @@ def _of(scalar, on_tiles):
         if not tiles:
             result = scalar(*arguments)
             return Int(result) if isinstance(result, int) else result
-        dtype = tiles[-1].dtype
+        numbers = [x.dtype for x in tiles if x.dtype != torch.bool]
+        dtype = numbers[-1] if numbers else torch.int32  # `where` between whole numbers
         return tile(on_tiles(*(x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=dtype)
                                for x in arguments)))  # fmt: skip
 
@@ -204,6 +205,8 @@ FUNCTIONS = dict(
     log2=torch.log2,
     sum=_reduced(torch.sum),
     max=_reduced(torch.amax),
+    cumsum=lambda x, axis: tile(torch.cumsum(x, axis, dtype=x.dtype)),
+    cdiv=lambda a, b: (a + b - 1) // b,
     arange=lambda start, end, layout: tile(torch.arange(start, end, dtype=torch.int32)),
     full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype.torch)),
     zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype.torch)),

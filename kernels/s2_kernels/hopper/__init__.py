@@ -15,6 +15,8 @@ from s2_kernels.pattern import LayerPattern
 
 HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
 
+MOST_ROWS = 16
+"""Rows of a unit of decoding, query heads of a group times new tokens, that its kernel takes."""
 FEWEST_QUERIES = 128
 """Queries of a longer sequence below which the portable kernels run: a query tile would be mostly
 empty, and a work list would be made for every token that is decoded."""
@@ -98,6 +100,39 @@ def takes(
         )
     if reason and q.is_cuda and capability(q.device)[0] == 9:
         announce(which, reason)
+    return reason is None
+
+
+def why_not_decode(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pattern: LayerPattern
+) -> str | None:
+    """What keeps the decode kernel for Hopper from these inputs; None where it takes them."""
+    if not HAS_GLUON:
+        return "this Triton has no Gluon for Hopper (3.6 has)"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype} (bfloat16 and float16 only)"
+    if pattern.block_size < 64:
+        return f"block_size {pattern.block_size} (64, 128 and 256 only)"
+    sizes = q.shape[-1], v_pages.shape[-1]
+    if min(sizes) < 48 or max(sizes) > 256:
+        return f"head sizes {sizes[0]} and {sizes[1]} (48 to 256 only)"
+    if not (takes_descriptor(k_pages) and takes_descriptor(v_pages)):
+        return "pages whose strides or addresses TMA does not take (multiples of 16 bytes only)"
+    return None
+
+
+def takes_decode(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pattern: LayerPattern
+) -> bool:
+    """Whether decoding runs here: on a Hopper, of few tokens, and nothing keeps it from it."""
+    if not q.is_cuda or capability(q.device)[0] != 9:
+        return False
+    rows = (1 << (q.shape[1] - 1).bit_length()) * (q.shape[2] // pattern.kv_heads)
+    if rows > MOST_ROWS:
+        return False
+    reason = why_not_decode(q, k_pages, v_pages, pattern)
+    if reason:
+        announce("decode", reason)
     return reason is None
 
 
