@@ -156,8 +156,8 @@ def check(config: DecodeConfig | None = None, most: int = 99) -> list[str]:
         verdict = "ok" if error < 0.02 and lse_error < 1e-3 and same and one else "WRONG"
         lines.append(
             f"{verdict} {config or kernel_of(q, k, v, pattern)} d{d} B{pattern.block_size} "
-            f"{dtype} s{s} lengths {lengths}: error {error:.1e}, lse {lse_error:.1e}, same bits again and captured: {same}, "
-            f"merged by one launch or two: {one}"
+            f"{dtype} s{s} lengths {lengths}: error {error:.1e}, lse {lse_error:.1e}, "
+            f"same bits again and captured: {same}, merged by one launch or two: {one}"
         )
     return lines
 

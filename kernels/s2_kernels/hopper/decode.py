@@ -56,15 +56,15 @@ STAGES = 3
 """Tiles of K, and of V, that are on their way or being computed from."""
 START = 4
 """What the begin of a unit costs, in tiles."""
-MERGED = 2048
-"""Numbers of each row's parts that are added up at a time: 64 a thread, which do not spill."""
+MERGED = 4096
+"""Numbers of each row's parts that are added up at a time: 128 a thread, which do not spill."""
 
 
 class Ring(NamedTuple):
     """Places for tiles of K, or of V, and the barriers that their loads complete.
 
-    A tuple of buffers [64, d], not one buffer: else the compiler, which does not know that places
-    differ, has all warps wait between one load and the next.
+    A tuple of buffers [1, 64, d], not one buffer: else the compiler, which does not know that
+    places differ, has all warps wait between one load and the next.
     """
 
     bufs: tuple
@@ -99,6 +99,17 @@ class Output(NamedTuple):
 
 
 @gluon.jit
+def zero():
+    """0, which the compiler does not know: what it counts from stays in the loop.
+
+    Else the descriptors of all products of a round would be kept in registers, more than there are.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def block_of(unit, tile, B: gl.constexpr, N_BANDS: gl.constexpr):
     return listed_block(unit.segments, tile // (B // 64), N_BANDS)
 
@@ -124,6 +135,7 @@ def expect(desc, ring, tile, high):
     """Has a round's barriers wait for the tiles from `tile` on; for those past `high`, nothing."""
     for i in gl.static_range(len(ring.ready)):
         mbarrier.expect(ring.ready[i], desc.block_type.nbytes, pred=tile + i < high)
+    for i in gl.static_range(1, len(ring.ready)):
         mbarrier.arrive(ring.ready[i], pred=tile + i >= high)
 
 
@@ -133,7 +145,7 @@ def ask(desc, ring, pages, tile, low, high, B: gl.constexpr):
     for i in gl.static_range(len(pages)):
         row = (tile + i) % (B // 64) * 64
         there = (tile + i >= low) & (tile + i < high)
-        buf = ring.bufs[i].reshape([1, 64, ring.bufs[i].shape[1]])
+        buf = ring.bufs[i].index(0).reshape(ring.bufs[i].shape)
         async_load(desc, [pages[i], row, 0], ring.ready[i], buf, there)
 
 
@@ -213,7 +225,7 @@ def attend(
     """out [M, BLOCK_DV], normalised, and lse [M] over tiles low..high-1; the next round's phase."""
     N: gl.constexpr = len(k.bufs)
     M: gl.constexpr = q_buf.shape[0]
-    BLOCK_DV: gl.constexpr = v.bufs[0].shape[1]
+    BLOCK_DV: gl.constexpr = v.bufs[0].shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     nothing = gl.full([64, M], float("-inf"), gl.float32, layout)
     b_acc = gl.zeros([BLOCK_DV, M], gl.float32, layout)
@@ -222,7 +234,7 @@ def attend(
     # Rows of the last tile that the sequence has; 64 or more where it is not the unit's last one.
     n_left = unit.last + 1 - first_position(unit, high - 1, B, N_BANDS)
     for tile in range(low, high, N):
-        after = tile + N
+        after, first = tile + N, zero()
         pages = pages_of(unit, after, high, N, B, N_BANDS)
         all_scores, b_top = (), nothing
         for i in gl.static_range(N):
@@ -230,7 +242,7 @@ def attend(
             if tile + i < high:
                 mbarrier.wait(k.ready[i], phase)
                 b_s = scores(
-                    q_buf, k.bufs[i], unit, tile + i, s, scale_log2, B, N_BANDS, GROUP, ONE_TOKEN,
+                    q_buf, k.bufs[i].index(first), unit, tile + i, s, scale_log2, B, N_BANDS, GROUP, ONE_TOKEN,
                     layout,
                 )  # fmt: skip
             all_scores += (b_s,)
@@ -255,9 +267,10 @@ def attend(
         for i in gl.static_range(N):
             if tile + i < high:
                 mbarrier.wait(v.ready[i], phase)
+                v_buf = v.bufs[i].index(first)
                 if (tile + i == high - 1) & (n_left < 64):
-                    clear_rows(v.bufs[i], n_left)
-                b_acc = warpgroup_mma(v.bufs[i].permute([1, 0]), p_bufs[i].permute([1, 0]), b_acc)
+                    clear_rows(v_buf, n_left)
+                b_acc = warpgroup_mma(v_buf.permute([1, 0]), p_bufs[i].permute([1, 0]), b_acc)
         if after < high:
             expect(descs[1], v, after, high)
         thread_barrier()  # all have read V
@@ -403,11 +416,13 @@ def s2_hopper_decode_kernel(
     p_bufs, k_bufs, v_bufs, k_ready, v_ready = (), (), (), (), ()
     for _ in gl.static_range(STAGES):
         p_bufs += (gl.allocate_shared_memory(dtype, [M, 64], p_layout),)
-        k_bufs += (gl.allocate_shared_memory(dtype, [64, BLOCK_D], k_layout),)
-        v_bufs += (gl.allocate_shared_memory(dtype, [64, BLOCK_DV], v_layout),)
+        k_bufs += (gl.allocate_shared_memory(dtype, [1, 64, BLOCK_D], k_layout),)
+        v_bufs += (gl.allocate_shared_memory(dtype, [1, 64, BLOCK_DV], v_layout),)
         k_ready += (make_barriers(1, 1).index(0),)
         v_ready += (make_barriers(1, 1).index(0),)
     k, v = Ring(k_bufs, k_ready), Ring(v_bufs, v_ready)
+    if EVEN:  # what no kernel writes can be read before the one before has ended
+        rule = load_rule(p_table, gl.program_id(1) % KV_HEADS, N_BANDS)
     if PDL:
         if not WRITTEN:
             tl.extra.cuda.gdc_wait()
@@ -420,7 +435,8 @@ def s2_hopper_decode_kernel(
         i_unit = gl.program_id(1)
         end_unit, i_program = i_unit + 1, i_unit * split + piece
     else:
-        o_unit = gl.arange(0, U, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        # All of them in each warp, so that no warp waits for others.
+        o_unit = gl.arange(0, U, layout=gl.BlockedLayout([min(U // 32, 8)], [32], [4], [0]))
         n_listed = count_tiles(
             p_lengths, p_table, o_unit, s, KV_HEADS, 1, n_units, RM // GROUP, 64, B, N_BANDS, ""
         )
@@ -431,7 +447,8 @@ def s2_hopper_decode_kernel(
     for u in range(i_unit, end_unit):
         i_kv, i_seq = u % KV_HEADS, (u // KV_HEADS).to(gl.int64)
         length = gl.load(p_lengths + i_seq)
-        rule = load_rule(p_table, i_kv, N_BANDS)
+        if not EVEN:
+            rule = load_rule(p_table, i_kv, N_BANDS)
         first, last = positions_of(0, length, s, RM // GROUP)
         segments = live_segments(rule, first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, 64, B, N_BANDS)
