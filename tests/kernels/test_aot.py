@@ -26,6 +26,7 @@ VARIANTS = {
     "s2_merge_kernel": 5,
     "s2_write_kernel": 5,
     "s2_move_blocks_kernel": 20,
+    "s2_hopper_decode_kernel": 15,
     **HOPPER_VARIANTS,
 }
 SHARED = {
@@ -67,7 +68,15 @@ def test_hopper_main_loops(report, kernel):
 def test_a_part_is_counted_when_all_threads_have_written_it(report):
     """Decoding in one launch: a barrier, then an atomic that releases and acquires."""
     counts = [tuple(one) for found in report["counts"] for one in found]
-    assert counts == [("bar.sync", "atom.global.gpu.acq_rel.add.u32")] * 5
+    assert counts == [("bar.sync", "atom.global.gpu.acq_rel.add.u32")] * (5 + 15)
+
+
+def test_two_programs_that_decode_fit_a_multiprocessor(report):
+    """Of Hopper's 228 KiB, 1 KiB a program is the system's; 65,536 registers."""
+    found = [x for x in report["usage"] if x["kernel"] == "s2_hopper_decode_kernel"]
+    for x in found:
+        if "d256" not in x["case"]:
+            assert x["shared"] + 1024 <= 114 * 1024 and x["registers"] * 256 <= 65536, x
 
 
 def test_a_second_length_compiles_nothing(report):

@@ -56,8 +56,8 @@ STAGES = 3
 """Tiles of K, and of V, that are on their way or being computed from."""
 START = 4
 """What the begin of a unit costs, in tiles."""
-MERGED = 4096
-"""Numbers of each row's parts that are added up at a time: 128 a thread, which do not spill."""
+MERGED, MERGED_WIDE = 32, 8
+"""Parts that are added up at a time, up to a head size of 128 and above: what does not spill."""
 
 
 class Ring(NamedTuple):
@@ -242,8 +242,8 @@ def attend(
             if tile + i < high:
                 mbarrier.wait(k.ready[i], phase)
                 b_s = scores(
-                    q_buf, k.bufs[i].index(first), unit, tile + i, s, scale_log2, B, N_BANDS, GROUP, ONE_TOKEN,
-                    layout,
+                    q_buf, k.bufs[i].index(first), unit, tile + i, s, scale_log2, B, N_BANDS,
+                    GROUP, ONE_TOKEN, layout,
                 )  # fmt: skip
             all_scores += (b_s,)
             b_top = gl.maximum(b_top, b_s)
@@ -587,7 +587,7 @@ def launch_hopper_decode(
         EVEN=even,
         STAGES=STAGES,
         START=START,
-        PARTS=min(MERGED // pad(dv), parts),
+        PARTS=min(MERGED if pad(dv) <= 128 else MERGED_WIDE, parts),
         WRITTEN=after_write and pdl,
         PDL=pdl,
         num_warps=4,
