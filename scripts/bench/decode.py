@@ -250,6 +250,7 @@ def plot(result: dict, file: Path) -> None:
         for provider in PROVIDERS:
             rows = [r for r in result["rows"]
                     if (r["batch"], r["provider"]) == (batch, provider) and r["ms"]]  # fmt: skip
+            rows.sort(key=lambda row: row["tokens"])  # --lengths may come in any order
             if rows:
                 tokens = [row["tokens"] for row in rows]
                 (drawn,) = axis.plot(tokens, [r["ms"] for r in rows], "o-", label=provider)

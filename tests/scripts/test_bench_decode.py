@@ -39,6 +39,19 @@ def test_a_row_for_every_provider(tmp_path, one_thread):
     assert "| 2,048 | 2 | s2 graph |" in page and (tmp_path / "tried.png").stat().st_size > 1000
 
 
+def test_lengths_are_drawn_in_order(monkeypatch, tmp_path):
+    import matplotlib.axes
+
+    drawn, original = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda axis, x, *rest, **options: (
+        drawn.append(x), original(axis, x, *rest, **options))[1])  # fmt: skip
+    rows = [
+        dict(tokens=n, batch=1, provider="s2", ms=1.0, floor_ms=1.0) for n in (4096, 1024, 2048)
+    ]
+    bench.plot(dict(rows=rows), tmp_path / "drawn.png")
+    assert drawn == [[1024, 2048, 4096]] * 2
+
+
 def test_what_does_not_fit_is_a_row_too():
     row = dict(tokens=8192, batch=64, provider="dense sdpa", kv_bytes=1 << 37, floor_ms=40.0)
     assert "| does not fit | 40.00 | 128.00 |" in bench.line(
@@ -57,6 +70,7 @@ def test_what_does_not_fit_is_a_row_too():
 )
 def test_configurations_have_names(config):
     assert decode_kernel.parse_config(str(config)) == config
+    assert decode_kernel.parse_config("hopper") is None
 
 
 def test_pools_of_the_kernels_benchmark_hold_what_is_alive(monkeypatch):
