@@ -29,8 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 AHEAD = ("s2megatron.layer_spec", "s2megatron.training.gpt_loop", "s2megatron.training.train",
          "s2megatron.cli", "torch.utils.tensorboard",
-         "megatron.core.tokenizers.text")  # fmt: skip
-"""The last one a run imports late, whatever its tokenizer: with transformers, a second's work."""
+         "megatron.core.tokenizers.text", "in_process")  # fmt: skip
+"""Tokenizers, which a run imports late, whatever its own: with transformers, a second's work.
+in_process brings matplotlib, by way of launches: a third of a second."""
 GRACE = 10
 """Seconds that the other ranks of a run have when one has failed."""
 
@@ -109,6 +110,7 @@ def main(path: str) -> None:
     for name in AHEAD:
         importlib.import_module(name)
     _read_sources_of_options_once()
+    _share_one_gloo_device()
     gc.enable()
     gc.freeze()  # collections in the children need not look at what came with the imports
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished runs need no burial
@@ -139,6 +141,25 @@ def _read_sources_of_options_once() -> None:
 
     ArgumentGroupFactory._get_field_docstrings = read_once
     importlib.import_module("s2megatron.training.megatron_options").megatron_parser()
+
+
+def _share_one_gloo_device() -> None:
+    """A process's groups get one transport thread, where each has one of its own otherwise.
+
+    Such a thread wakes 100 times a second. A process that builds model after model had 700 of them
+    at its end, which took more of its time than the models.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    make = ProcessGroupGloo.__init__
+    device = functools.cache(ProcessGroupGloo.create_default_device)  # made after the fork
+
+    def make_on_the_device(self, store, rank, size, timeout):
+        options = ProcessGroupGloo._Options()
+        options._devices, options._threads, options._timeout = [device()], 2, timeout
+        make(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = make_on_the_device
 
 
 def _be_launcher(connection: socket.socket) -> None:
