@@ -73,11 +73,14 @@ def now() -> str:
 def commit(root: Path) -> str:
     """The checkout's commit, abbreviated; $COMMIT where git does not say it, else "unknown".
 
-    A machine that was sent the files alone has no git, or no history: $COMMIT names it there.
+    A machine that was sent the files alone has no git, no history, or that of other files than
+    these: $COMMIT names it there. Without it, a commit whose files were changed ends in -dirty.
     """
-    git = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         found = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         found = ""
-    return found or os.environ.get("COMMIT", UNKNOWN)
+    if found and not found.endswith("-dirty"):
+        return found
+    return os.environ.get("COMMIT") or found or UNKNOWN

@@ -1,12 +1,12 @@
 """S2 attention in plain PyTorch on any device: time and memory follow the kept blocks.
 
-One query block at a time: its kept KV blocks are, per band, a strided slice of the blocks of K
-and V (a *view*, no index table), so each step is one small dense attention with its softmax
-complete. The backward pass recomputes the probabilities from the saved lse, as FlashAttention does.
-Accumulation is in float32 (float64 for float64 inputs).
+One *run* of query blocks at a time, of up to ROWS rows: the KV blocks that any of them keeps are,
+per band, a strided slice of the blocks of K and V (a *view*, no index table), so each step is one
+small dense attention with its softmax complete. The backward pass recomputes the probabilities from
+the saved lse, as FlashAttention does. Accumulation is in float32 (float64 for float64 inputs).
 
 Shapes: b batch, s query tokens, t KV tokens, h query heads, g KV heads, r = h / g heads per group,
-d head size, B block size, n kept tokens of a query block.
+d head size, B block size, n kept tokens of a run.
 """
 
 import math
@@ -17,15 +17,26 @@ import torch
 from s2_kernels.near import count_keys
 from s2_kernels.pattern import HeadRule, LayerPattern
 
+ROWS = 128
+"""Of a run. Small blocks one by one would be all overhead: 512 tokens in blocks of 16 take 3 times
+as long on a CPU. A run of L blocks keeps L - 1 blocks more than one of them does."""
 
-def kept_slices(rule: HeadRule, query_block: int, n_blocks: int) -> list[slice]:
-    """The KV blocks that a query block attends to, as one slice per band, from far to near."""
+
+def kept_slices(
+    rule: HeadRule, query_block: int, n_blocks: int, last: int | None = None
+) -> list[slice]:
+    """The KV blocks that a query block attends to, as one slice per band, from far to near.
+
+    What any block of a run attends to, where `last` is given, the run's last block: blocks only
+    die, so that is what the first one does, and what comes after it.
+    """
+    last = query_block if last is None else last
     slices = []
     nearer = 0  # ages below this belong to a narrower band
     for reach, stride in rule.bands:
         oldest = max(0, query_block - reach + 1)
         start = oldest + -(oldest + rule.shift) % stride
-        stop = min(query_block - nearer + 1, n_blocks)
+        stop = min((query_block if nearer else last) - nearer + 1, n_blocks)
         if start < stop:
             slices.append(slice(start, stop, stride))
         nearer = reach
@@ -33,7 +44,7 @@ def kept_slices(rule: HeadRule, query_block: int, n_blocks: int) -> list[slice]:
 
 
 class _Tiles:
-    """Walks over (KV head, query block) and hands out the tiles of that step."""
+    """Walks over (KV head, run of query blocks) and hands out the tiles of that step."""
 
     def __init__(self, pattern: LayerPattern, s: int, k: torch.Tensor, q_offset: int, near):
         self.pattern, self.s, self.q_offset, self.near = pattern, s, q_offset, near
@@ -53,26 +64,37 @@ class _Tiles:
     def __iter__(self) -> Iterator[tuple[int, slice, list[slice], torch.Tensor | None]]:
         """Yields KV head, query rows, slices of K's blocks, and the mask [rows, n] where needed."""
         first, last = self.q_offset // self.block, (self.q_offset + self.s - 1) // self.block
+        length = max(1, ROWS // self.block)
         for head, rule in enumerate(self.pattern.rules):
-            for i in range(first, last + 1):
+            life = rule.lifetimes(self.n_blocks).to(self.ids.device)
+            # Runs begin at multiples of their length, wherever the queries begin.
+            for begin in range(first // length * length, last + 1, length):
+                i, j = max(begin, first), min(begin + length - 1, last)
                 rows = slice(
                     max(i * self.block - self.q_offset, 0),
-                    min((i + 1) * self.block - self.q_offset, self.s),
+                    min((j + 1) * self.block - self.q_offset, self.s),
                 )
-                kept = kept_slices(rule, i, self.n_blocks)
+                kept = kept_slices(rule, i, self.n_blocks, j)
                 if kept:
-                    mask = self._mask(i, rows, kept)
+                    mask = self._mask(i, j, rows, kept, life)
                     if self.near is not None:
                         kept = self.near.row_slices(rule, kept)
                     yield head, rows, kept, mask
 
-    def _mask(self, i: int, rows: slice, kept: list[slice]) -> torch.Tensor | None:
+    def _mask(
+        self, i: int, j: int, rows: slice, kept: list[slice], life: torch.Tensor
+    ) -> torch.Tensor | None:
         last_kept = range(*kept[-1].indices(self.n_blocks))[-1]
-        if last_kept < i and (last_kept + 1) * self.block <= self.t:
+        if i == j and last_kept < i and (last_kept + 1) * self.block <= self.t:
             return None
         ids = torch.cat([self.ids[s] for s in kept])
         cols = (ids[:, None] * self.block + self.in_block).flatten()
-        return (cols <= self.positions[rows, None]) & (cols < self.t)
+        positions = self.positions[rows, None]
+        mask = (cols <= positions) & (cols < self.t)
+        if i < j:  # what the first block of the run keeps, the others may not
+            alive = positions // self.block - ids < life[ids]
+            mask = mask.unflatten(1, (-1, self.block)).logical_and_(alive[..., None]).flatten(1)
+        return mask
 
 
 def _gather(blocks: torch.Tensor, kept: list[slice]) -> torch.Tensor:

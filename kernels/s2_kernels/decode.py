@@ -1,5 +1,8 @@
 """Attention of a few query tokens, or many, against paged KV: the Triton kernels of decoding.
 
+On a Hopper, few tokens go to the kernel of hopper/decode.py, whose units, lists and shares are the
+same.
+
 A *unit* is a query tile of one KV head of one sequence, with all query heads of the group. Its list
 of live pages is arithmetic on lifetimes, so the list's length follows from the sequence's length
 alone. Where the units are about as long, each is cut into as many even pieces, one per program.

@@ -4,7 +4,8 @@
 
 Sequences of different lengths, dense heads beside sparse ones, drafts, other head sizes: what
 decode_kernel.py, whose sequences are all as long, does not show. A row has microseconds of a call
-in a CUDA graph, and the live bytes at the copy bandwidth measured in the same run.
+in a CUDA graph, and the live bytes at the copy bandwidth measured in the same run. Every call reads
+the same pages: what is small may come from the L2 cache.
 """
 
 import argparse
