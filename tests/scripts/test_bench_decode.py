@@ -10,6 +10,7 @@ from launches import ROOT
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 import decode as bench
 import decode_kernel
+import decode_mixed
 
 from s2_kernels import local_stride
 from s2_kernels.decode import DecodeConfig, launch_decode
@@ -84,3 +85,28 @@ def test_pools_of_the_kernels_benchmark_hold_what_is_alive(monkeypatch):
     out, _ = launch_decode(q, k, v, table, lengths, pattern, 0.1)
     exact, _ = paged_reference(q.double(), k.double(), v.double(), table, lengths, pattern, 0.1)
     assert (out - exact).abs().max() < 1e-5
+
+
+def test_mixed_batches_walk_several_pools(monkeypatch):
+    """So that no page comes from the L2 cache; either kernel is called with each of them."""
+    called = []
+
+    def launch(q, k, v, table, lengths, pattern, scale, config):
+        called.append((k.data_ptr(), config is None))
+
+    def run(calls):
+        for call in calls:
+            call()
+        return float(len(calls))
+
+    pattern = local_stride(heads=4, kv_heads=2, local_blocks=2, stride=4)
+    pages = [torch.zeros(2, 64, 32) for _ in range(12)]
+    filled = iter([(k, k, torch.zeros(2, 2, 4), int(1e7)) for k in pages])
+    monkeypatch.setattr(decode_mixed, "DEVICE", "cpu")
+    monkeypatch.setattr(decode_mixed, "fill", lambda *what: next(filled))
+    monkeypatch.setattr(decode_mixed, "graph_time", run)
+    monkeypatch.setattr(decode_mixed, "launch_decode", launch)
+    row = decode_mixed.time_case(pattern, [200, 70], 1, 32)
+    assert row == dict(portable=12.0, hopper=12.0, bytes=int(1e7))
+    each = [k.data_ptr() for k in pages]
+    assert called == [(k, False) for k in each] + [(k, True) for k in each]
