@@ -71,6 +71,12 @@ def test_a_part_is_counted_when_all_threads_have_written_it(report):
     assert counts == [("bar.sync", "atom.global.gpu.acq_rel.add.u32")] * (5 + 15)
 
 
+def test_attention_may_start_once_the_kernel_that_writes_has_waited(report):
+    """`after_write` reads what was there before that kernel: no other order will do."""
+    found = [tuple(order) for order in report["dependents"]]
+    assert set(found) == {("wait", "launch_dependents"), ()} and found.count(()) == 5  # sm_80
+
+
 def test_two_programs_that_decode_fit_a_multiprocessor(report):
     """Of Hopper's 228 KiB, 1 KiB a program is the system's; 65,536 registers."""
     found = [x for x in report["usage"] if x["kernel"] == "s2_hopper_decode_kernel"]

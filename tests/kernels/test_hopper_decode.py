@@ -1,5 +1,6 @@
 """Decoding for Hopper on the CPU (gluon_emulator): against float64, and what it must wait for."""
 
+import dataclasses
 import math
 
 import gluon_emulator
@@ -7,7 +8,7 @@ import pytest
 import torch
 from paged_cases import PagedCase, make_paged, truth_of
 
-from s2_kernels import dense, local_stride, ranges
+from s2_kernels import dense, hopper, local_stride, ranges
 from s2_kernels.hopper.decode import launch_hopper_decode
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,38 @@ def test_decode_is_the_definition(case, programs):
         assert_close(got, truth_of(case, x))
         again = attend(case, x, programs)
     assert all(torch.equal(*pair) for pair in zip(got, again, strict=True))
+
+
+def test_pages_of_keys_and_values_in_one_pool():
+    """As vLLM has them, with a gap behind each row."""
+    case = CASES[0]
+    x = make_paged(case, dtype=torch.float16)
+    pool = torch.full((len(x.k_pages), 2, 64, case.d + 8), math.nan, dtype=torch.float16)
+    k, v = pool[:, 0, :, : case.d], pool[:, 1, :, : case.d]
+    k.copy_(x.k_pages)
+    v.copy_(x.v_pages)
+    with gluon_emulator.emulated():
+        got, dense = (attend(case, y, 7) for y in (dataclasses.replace(x, k_pages=k, v_pages=v), x))
+    assert all(torch.equal(*pair) for pair in zip(got, dense, strict=True))
+
+
+HALF = torch.zeros(1, 1, 4, 64, dtype=torch.float16)
+PAGES = torch.zeros(3, 64, 64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "pattern", "reason"),
+    [
+        (HALF, PAGES, PAGES, LOCAL, None),
+        (HALF.float(), PAGES.float(), PAGES.float(), LOCAL, "dtype torch.float32"),
+        (HALF, PAGES, PAGES, dataclasses.replace(LOCAL, block_size=32), "block_size 32"),
+        (HALF[..., :32], PAGES[..., :32], PAGES, LOCAL, "head sizes 32 and 64"),
+        (HALF, PAGES[:, :, 1:], PAGES, LOCAL, "pages whose strides or addresses"),
+    ],
+)
+def test_what_it_does_not_take_has_a_reason(q, k, v, pattern, reason):
+    found = hopper.why_not_decode(q, k, v, pattern)
+    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize("programs", [2, 7, 40])

@@ -49,6 +49,8 @@ DENSE = dense(heads=4)
 THREE_RANGES = ranges(heads=4, block_size=64, bands=[(2, 1), (5, 2), (None, 4)])
 
 
+DEPENDENTS = re.compile(r"griddepcontrol\.(\w+)")
+"""Programmatic dependent launch in PTX: a wait for the kernel before, or leave for the next one."""
 ONE_LAUNCH = ("s2_decode_kernel", "s2_hopper_decode_kernel")
 """The kernels whose programs count the parts that are written."""
 COUNT = re.compile(r"(bar\.sync|st\.global)(?:(?!bar\.sync|st\.global).)*?(atom\.global\S+)", re.S)
@@ -198,7 +200,7 @@ def compile_all(arch: int, cases: list) -> dict:
     """What the kernels for one architecture, 10 times its compute capability, take."""
     for module in (forward, backward, sparse_kernels, decode, launchers):
         module.capability = lambda *_: divmod(arch, 10)
-    report = dict(usage=[], loops=[], counts=[])
+    report = dict(usage=[], loops=[], counts=[], dependents=[])
     with compiled(GPUTarget("cuda", arch, 32)) as kernels:
         seen = set()
         for launch, options in cases:
@@ -212,6 +214,8 @@ def compile_all(arch: int, cases: list) -> dict:
             report["loops"] += [(n, main_loops(x)) for n, x in names]
             decoding = [x for x in new.values() if x.metadata.name in ONE_LAUNCH]
             report["counts"] += [COUNT.findall(x.asm["ptx"]) for x in decoding if arch == 90]
+            writing = [x for x in new.values() if x.metadata.name == "s2_write_kernel"]
+            report["dependents"] += [DEPENDENTS.findall(x.asm["ptx"]) for x in writing]
         for launch, options in cases if arch == 90 else ():
             launch(arch, 5519, **options)
     report["recompiled"] = [x.metadata.name for x in kernels if id(x) not in seen]
