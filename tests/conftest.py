@@ -22,7 +22,7 @@ pytest.register_assert_rewrite("attention_cases", "near_cases", "shipped", "ship
 
 LONG = ["launch", "aot_newest", "aot", "scripts", "resume", "context_runs", "vllm", "triton"]
 LONG += ["convert", "study", "vllm_models", "scaling", "training", "layouts", "vllm_server"]
-LONG += ["context_parallel", "hopper_emulated", "model_checks", "bench_serving"]
+LONG += ["context_parallel", "hopper_emulated", "model_checks", "bench_serving", "hopper_decode"]
 """Test files that take 20 seconds of a core or more, the longest first: so no worker ends with
 one while the other is idle."""
 

@@ -46,7 +46,6 @@ from s2_kernels.decode_lists import (
     tile_blocks,
 )
 from s2_kernels.decode_merge import merge_parts, merge_tile, s2_merge_kernel, store_rows_of
-from s2_kernels.decode_prefetch import prefetch_share
 from s2_kernels.launch import arrivals_for, capability, device_table, on_grid, pad, takes_pdl
 from s2_kernels.pattern import LayerPattern
 from s2_kernels.primitives import (
@@ -68,8 +67,6 @@ class DecodeConfig:
     pdl: where the GPU can, start a kernel's programs before the last ones of the kernel before it
     have ended, to wait there (programmatic dependent launch).
     start: what the begin of a unit costs, in tiles, 1 or more.
-    prefetch: tiles that a program asks for while it waits for the kernel before (with pdl): 0, or
-    a power of two.
     maxnreg: registers a thread, 0 for as many as the compiler likes.
     ahead: page numbers that a program asks for at once when it begins a unit, a power of two.
     one_launch: parts are merged by the last program that wrote one, not by a second kernel.
@@ -81,7 +78,6 @@ class DecodeConfig:
     per_sm: int
     pdl: bool = True
     start: int = 4
-    prefetch: int = 0
     maxnreg: int = 0
     ahead: int = 1
     one_launch: bool = False
@@ -92,7 +88,6 @@ class DecodeConfig:
 
     def __str__(self) -> str:
         name = f"n{self.block_n}w{self.num_warps}s{self.num_stages}x{self.per_sm}c{self.start}"
-        name += f"p{self.prefetch}" if self.prefetch else ""
         name += f"r{self.maxnreg}" if self.maxnreg else ""
         name += f"a{self.ahead}" if self.ahead != 1 else ""
         return name + ("one" if self.one_launch else "") + ("" if self.pdl else "nopdl")
@@ -192,8 +187,6 @@ def attend_pages(
         "stride_lse",
         "n_units",
         "n_tiles_q",
-        "n_blocks",
-        "n_pages",
     ],
     do_not_specialize_on_alignment=["p_pages", "p_lengths"],  # those of some of a step's sequences
 )
@@ -221,8 +214,6 @@ def s2_decode_kernel(
     s,
     n_tiles_q,
     n_units,
-    n_blocks,
-    n_pages,
     scale_log2,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -242,8 +233,6 @@ def s2_decode_kernel(
     AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     START: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (programs,). Program i computes its share of all units' tiles (`share_of`).
@@ -259,18 +248,12 @@ def s2_decode_kernel(
     kv_heads: tl.constexpr = KV_HEADS  # whole numbers that are known need no division
     if ONE_TOKEN:
         n_tiles_q = 1
-    if PREFETCH > 0:
-        prefetch_share(
-            p_k, p_v, p_pages, p_lengths, p_table, strides_k, strides_v, stride_table_b,
-            stride_table_h, stride_table_k, s, kv_heads, n_tiles_q, n_units, n_blocks, n_pages,
-            TOKENS, N, B, U, N_BANDS, START, PREFETCH, THREADS,
-        )  # fmt: skip
     if PDL:  # launched while the kernel before still runs; what it wrote is read from here on
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     o_unit = tl.arange(0, U)
     n_listed = count_tiles(
-        p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, N_BANDS, ""
+        p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS, N, B, N_BANDS
     )
     split, total, i_unit, end_unit, start, low, high = share_of(
         i_program, n_listed, o_unit, n_units, START
@@ -377,18 +360,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _prefetches(k_pages, v_pages, config: DecodeConfig, block_size: int) -> bool:
-    """Whether a thread's share of the tiles that are prefetched is some rows without a gap."""
-    chunks = 16 * config.num_warps // max(config.prefetch, 1)
-    if config.block_n > block_size or not 1 <= chunks <= config.block_n:
-        return False
-    return all(
-        x.stride(1) == x.shape[2] and x.element_size() * x.stride(1) % 16 == 0
-        and x.element_size() * x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-        for x in (k_pages, v_pages)
-    )  # fmt: skip
-
-
 def tile_of(s: int, group: int) -> tuple[int, int]:
     """(rows of a unit's tile, query tokens in it): all tokens in one tile where they are few.
 
@@ -453,12 +424,6 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
     config = config or decode_config(d, dv, m, pattern.block_size, q.dtype, q.device)
     pdl = config.pdl and takes_pdl(s2_decode_kernel, q.device)
     threads = 32 * config.num_warps
-    prefetch = config.prefetch if pdl else 0
-    if prefetch and not _prefetches(k_pages, v_pages, config, pattern.block_size):
-        raise ValueError(
-            f"config {config}: prefetch={prefetch} takes tiles of at most a block, and pages and "
-            "rows of whole 16 bytes without gaps; give 0"
-        )
     programs = programs or config.per_sm * multiprocessors(q.device)
     n_tiles_q = triton.cdiv(s, tokens)
     units, rows = b * kv_heads * n_tiles_q, tokens * group
@@ -489,8 +454,6 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         s,
         n_tiles_q,
         units,
-        page_table.shape[2],
-        k_pages.shape[0],
         scale * math.log2(math.e),
         KV_HEADS=kv_heads,
         D=d,
@@ -510,8 +473,6 @@ def _launch(q, k_pages, v_pages, page_table, lengths, pattern, scale, out, lse, 
         AHEAD=config.ahead if config.block_n <= pattern.block_size else 1,
         PRECISION="ieee",
         START=config.start,
-        PREFETCH=prefetch,
-        THREADS=threads,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -108,12 +108,12 @@ def piece_of(n_tiles, piece, split):
 @triton.jit
 def count_tiles(
     p_lengths, p_table, o_unit, s, kv_heads, n_tiles_q, n_units, TOKENS: tl.constexpr,
-    N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr, CACHE: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, N_BANDS: tl.constexpr,
 ):  # fmt: skip
     """The tiles of every unit o_unit [U], counted at once: int32 [U], 0 behind the last unit."""
     m_unit = o_unit < n_units
     p_length = p_lengths + o_unit // (n_tiles_q * kv_heads)
-    length = tl.load(p_length, mask=m_unit, other=0, cache_modifier=CACHE)
+    length = tl.load(p_length, mask=m_unit, other=0)
     first, last = positions_of(o_unit // kv_heads % n_tiles_q, length, s, TOKENS)
     rule = load_rule(p_table, o_unit % kv_heads, N_BANDS)
     segments = live_segments(rule, first, last, B, N_BANDS)

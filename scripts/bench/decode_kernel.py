@@ -45,8 +45,7 @@ HOPPER = "hopper"
 CONFIGS = [
     "n64w4s3x2c4a8one",
     "n64w4s4x2c4", "n64w4s4x2c4one", "n64w4s4x2c4a8", "n64w4s4x2c4a8one", "n64w4s4x2c12",
-    "n64w4s3x3c4r168", "n64w4s4x4c4", "n64w4s4x2c4p4", "n64w4s4x2c4p2",
-    "n64w4s3x3c4p2r168", "n32w4s4x4c8p4", "n64w4s4x2c4nopdl",
+    "n64w4s3x3c4r168", "n64w4s4x4c4", "n32w4s4x4c8", "n64w4s4x2c4nopdl",
 ]  # fmt: skip
 CASES = ((16, 8), (16, 1), (1, 16), (16, 16), (8, 8), (16, 64), (1, 1), (8, 1))
 """(stride, batch); stride 1 is dense."""
@@ -55,19 +54,19 @@ TUNED = {(16, 1): 12, (16, 16): 12, (16, 8): 9, (8, 1): 12, (16, 64): 7, (16, 20
 
 
 def parse_config(text: str) -> DecodeConfig | None:
-    """Reads what `str` writes: n64w4s4x2c4, then p4, r168, a8, one or nopdl where it differs.
+    """Reads what `str` writes: n64w4s4x2c4, then r168, a8, one or nopdl where it differs.
 
     None for the kernel for Hopper.
     """
     if text == HOPPER:
         return None
     found = re.fullmatch(
-        r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:p(\d+))?(?:r(\d+))?(?:a(\d+))?(one)?(nopdl)?", text
+        r"n(\d+)w(\d+)s(\d+)x(\d+)c(\d+)(?:r(\d+))?(?:a(\d+))?(one)?(nopdl)?", text
     )
-    sizes, (start, prefetch, maxnreg, ahead) = found.groups()[:4], found.groups()[4:8]
+    sizes, (start, maxnreg, ahead) = found.groups()[:4], found.groups()[4:7]
     return DecodeConfig(
-        *map(int, sizes), pdl=not found[10], start=int(start), prefetch=int(prefetch or 0),
-        maxnreg=int(maxnreg or 0), ahead=int(ahead or 1), one_launch=bool(found[9]),
+        *map(int, sizes), pdl=not found[9], start=int(start), maxnreg=int(maxnreg or 0),
+        ahead=int(ahead or 1), one_launch=bool(found[8]),
     )  # fmt: skip
 
 
@@ -333,7 +332,7 @@ def time_kernels(tokens: int, configs: list[str]) -> None:
     for batch in (1, 8, 16, 64):
         pools = make_pools(pattern_of(16), batch, tokens, d, dtype)
         for name in configs:
-            config = dataclasses.replace(parse_config(name), pdl=False, prefetch=0)
+            config = dataclasses.replace(parse_config(name), pdl=False)
             calls = calls_of(pattern_of(16), batch, tokens, d, dtype, config, pools)
             calls[0]()
             with profile(activities=[ProfilerActivity.CUDA]) as record:

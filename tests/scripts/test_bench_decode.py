@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_a_row_too():
     "config",
     [
         DecodeConfig(64, 4, 3, 2),
-        DecodeConfig(32, 2, 5, 4, pdl=False, start=8, prefetch=4, maxnreg=168),
+        DecodeConfig(32, 2, 5, 4, pdl=False, start=8, maxnreg=168),
         DecodeConfig(64, 4, 4, 2, pdl=False, maxnreg=168, ahead=8, one_launch=True),
         DecodeConfig(64, 4, 4, 2, one_launch=True),
     ],

@@ -438,7 +438,7 @@ def s2_hopper_decode_kernel(
         # All of them in each warp, so that no warp waits for others.
         o_unit = gl.arange(0, U, layout=gl.BlockedLayout([min(U // 32, 8)], [32], [4], [0]))
         n_listed = count_tiles(
-            p_lengths, p_table, o_unit, s, KV_HEADS, 1, n_units, RM // GROUP, 64, B, N_BANDS, ""
+            p_lengths, p_table, o_unit, s, KV_HEADS, 1, n_units, RM // GROUP, 64, B, N_BANDS
         )
         split, total, i_unit, end_unit, start, low, high = share_of(
             i_program, n_listed, o_unit, n_units, START
