@@ -94,8 +94,7 @@ def _decoding(requests: Requests, b: int, s: int) -> list[Noted]:
     k, v = (new(b, s, pattern.kv_heads, d) for _ in range(2))
     launch_write(k, v, *pages, table, lengths, pattern, alive_only=False)
     if not takes_prefill(s, pattern.block_size):
-        q = new(b, s, pattern.heads, d)
-        launch_decode(q, *pages, table, lengths, pattern, 1.0, after_write=True)
+        launch_decode(new(b, s, pattern.heads, d), *pages, table, lengths, pattern, 1.0)
     return recorder.launches
 
 

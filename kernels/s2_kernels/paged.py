@@ -63,7 +63,9 @@ def paged_attention(
         backend: "triton" (head sizes 32 to 256 in multiples of 16; on a Hopper, for few tokens,
             the kernel made for it), "reference" (PyTorch, any device), "auto": "triton" on a GPU.
         after_write: the last kernel launched on this stream is that of `write_pages`, for the same
-            tokens. Older pages, q, lengths and page_table are then read while it may still run.
+            tokens. Older pages, q, lengths and page_table are then read while it may still run. A
+            page that several sequences share may hold a new token of one of them only where that
+            ends a block, and the others go on behind it.
         check: False leaves the checks out, for who calls again with what has been checked.
 
     Returns:

@@ -42,6 +42,19 @@ class Run:
     length: int = 0
     """Of a request with more than one new token: all its tokens, the new ones included."""
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.end)
+
+    @property
+    def new(self) -> slice:
+        """Their new tokens, of the step's."""
+        return slice(self.token, self.token + (self.end - self.first) * self.tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.end - self.first, self.tokens
+
 
 @dataclass
 class S2Metadata:
@@ -178,23 +191,26 @@ class S2Impl(AttentionImpl):
             table = pool.table(metadata)
             heads = slice(pool.first * group, pool.end * group)
             kv_heads = slice(pool.first, pool.end)
-            for run in attn_metadata.runs:
-                rows = slice(run.first, run.end)
-                tokens = slice(run.token, run.token + (run.end - run.first) * run.tokens)
-                shape = (run.end - run.first, run.tokens)
-                q = query[tokens, heads].unflatten(0, shape)
-                k, v = (x[tokens, kv_heads].unflatten(0, shape) for x in (key, value))
-                pages = (pool.k_pages, pool.v_pages, table[rows], attn_metadata.seq_lens[rows],
-                         pool.pattern)  # fmt: skip
-                write_pages(k, v, *pages, check=False)
+            runs = attn_metadata.runs
+            pages = [
+                (pool.k_pages, pool.v_pages, table[run.rows], attn_metadata.seq_lens[run.rows],
+                 pool.pattern)
+                for run in runs
+            ]  # fmt: skip
+            # All are written before any attends: vLLM lets a request find blocks in the prefix
+            # cache that another one, maybe behind it, computes in the same step.
+            for run, its in zip(runs, pages, strict=True):
+                k, v = (x[run.new, kv_heads].unflatten(0, run.shape) for x in (key, value))
+                write_pages(k, v, *its, check=False)
+            for run, its in zip(runs, pages, strict=True):
+                q = query[run.new, heads].unflatten(0, run.shape)
                 if takes_prefill(run.tokens, pool.pattern.block_size):
-                    into = output[None, tokens, heads]
+                    into = output[None, run.new, heads]
                     known = dict(lengths=(run.length,), softmax_scale=self.scale)
-                    paged_prefill(q, *pages[:3], pool.pattern, into=into, check=False, **known)
+                    paged_prefill(q, *its[:3], pool.pattern, into=into, check=False, **known)
                     continue
-                known = dict(softmax_scale=self.scale, after_write=True)
-                out = paged_attention(q, *pages, check=False, **known)
-                output[tokens, heads] = out.flatten(0, 1)
+                out = paged_attention(q, *its, softmax_scale=self.scale, check=False)
+                output[run.new, heads] = out.flatten(0, 1)
         return output
 
 

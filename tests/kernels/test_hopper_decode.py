@@ -105,11 +105,22 @@ def test_what_it_does_not_take_has_a_reason(q, k, v, pattern, reason):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_new_keys_are_read_once_the_kernel_before_has_written_them(case, programs):
     x, old = (make_paged(case, dtype=torch.float16, written=written) for written in (True, False))
+    with gluon_emulator.emulated([(x.k_pages, old.k_pages), (x.v_pages, old.v_pages)]):
+        got = attend(case, x, programs, after_write=True)
+    assert_close(got, truth_of(case, x))
 
-    def write():
-        old.k_pages.copy_(x.k_pages)
-        old.v_pages.copy_(x.v_pages)
 
-    with gluon_emulator.emulated(before=write):
-        got = attend(case, old, programs, after_write=True)
+@pytest.mark.parametrize("programs", [1, 7, 40])
+@pytest.mark.parametrize("pattern", [LOCAL, LARGE], ids=str)
+def test_a_block_that_another_sequence_has_just_filled(pattern, programs):
+    """vLLM's prefix cache: the second one goes on behind a block that the first one ends."""
+    size = pattern.block_size
+    case = PagedCase(pattern, (3 * size, 3 * size + 1), d=64)
+    x, old = (make_paged(case, dtype=torch.float16, written=written) for written in (True, False))
+    for y in (x, old):
+        y.page_table[1, :, 2] = y.page_table[0, :, 2]
+    for y in (x.k, x.v):
+        y[1, 2 * size : 3 * size] = y[0, 2 * size : 3 * size]
+    with gluon_emulator.emulated([(x.k_pages, old.k_pages), (x.v_pages, old.v_pages)]):
+        got = attend(case, x, programs, after_write=True)
     assert_close(got, truth_of(case, x))

@@ -65,6 +65,12 @@ def short(prompts):
 GROWN = 170
 
 
+def twins(prompts):
+    """Texts that begin the same; all in one step."""
+    begin, end = prompts[2][:64], prompts[3]
+    return [begin, begin + end, begin[:48] + end]
+
+
 @pytest.fixture(scope="module")
 def reports(folder, prompts, short, tmp_path_factory):
     """Of a cache with room, and of one that is too small for all requests at once."""
@@ -85,7 +91,9 @@ def reports(folder, prompts, short, tmp_path_factory):
                  num_gpu_blocks_override=2000)  # fmt: skip
     jobs["roomy"]["graphs"] = True
     wide = options | dict(max_num_batched_tokens=150, num_gpu_blocks_override=2000)
-    jobs["wide"] = dict(folder=str(folder), options=wide, rounds=[texts, texts], fewest=64)
+    together = dict(prompts=twins(prompts), max_tokens=NEW, forget=True)
+    rounds = [texts, texts, together]
+    jobs["wide"] = dict(folder=str(folder), options=wide, rounds=rounds, fewest=64)
     for dtype in LOW_PRECISION:
         low = dict(num_gpu_blocks_override=2000, dtype=dtype, **options)
         jobs[dtype] = dict(folder=str(folder), rounds=[texts], options=low)
@@ -118,7 +126,7 @@ def test_chunked_prefill_and_requests_of_many_lengths(reports, expected):
 
 def test_long_chunks_go_through_the_training_kernels(reports, expected):
     """On a GPU; here through their definition, by the same lengths and tables."""
-    assert [one["tokens"] for one in reports["wide"]["rounds"]] == [expected, expected]
+    assert [one["tokens"] for one in reports["wide"]["rounds"][:2]] == [expected, expected]
     chunks = {(new, in_all) for new, in_all in reports["wide"]["chunks"]}
     assert chunks and all(64 <= new <= in_all for new, in_all in chunks)
     assert any(new < in_all for new, in_all in chunks)  # behind tokens that are in pages
@@ -129,6 +137,13 @@ def test_a_second_round_comes_out_of_the_prefix_cache(reports, expected, prompts
     again = reports["roomy"]["rounds"][1]
     assert again["tokens"] == expected
     assert again["cached"] == [(len(prompt) - 1) // 16 * 16 for prompt in prompts]
+
+
+def test_blocks_of_the_same_step_come_out_of_the_prefix_cache(reports, folder, prompts):
+    """vLLM finds them before they are written, and orders their request behind the others."""
+    together = reports["wide"]["rounds"][2]
+    assert together["cached"] == [0, 64, 48]
+    assert together["tokens"] == chosen_tokens(folder, twins(prompts), together["tokens"])
 
 
 def test_cancelled_requests_leave_the_others_alone(reports, expected):

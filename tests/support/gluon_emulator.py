@@ -20,7 +20,7 @@ import random
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from gluon_language import (
@@ -41,24 +41,20 @@ from triton.language import constexpr
 
 SECONDS = 60
 """How long a partition waits for a barrier before it gives up."""
+WRITES = ("store", "atomic_add")
 here = threading.local()
-"""Of a partition: its launch, program and programs; products and stores under way; its dice."""
+"""Of a partition: its launch, program and programs; products and stores under way; its dice; and
+whether the kernel before may still run."""
 
 
 class Launch:
     """A launch that runs: its loads, and whether something went wrong."""
 
-    def __init__(self, before: Callable[[], None]):
+    def __init__(self, early: bool, stale: dict[int, torch.Tensor]):
         self.changed = threading.Condition()
         self.error: BaseException | None = None
         self.loads = queue.Queue()
-        self.before, self.waiting_ends = before, threading.Lock()
-
-    def wait_for_the_one_before(self):
-        """griddepcontrol.wait: what the kernel before writes is there once a program goes on."""
-        with self.waiting_ends:
-            self.before()
-            self.before = nothing
+        self.early, self.stale = early, stale
 
     def fail(self, error: BaseException):
         with self.changed:
@@ -168,7 +164,7 @@ class Descriptor:
     def __init__(self, of: TensorDescriptor):
         start = of.base.storage_offset()
         self.view = of.base.detach().as_strided(list(of.shape), list(of.strides), start)
-        self.dtype = dtype_of(of.base)
+        self.dtype, self.base = dtype_of(of.base), of.base
         size = torch.Size(of.block_shape).numel() * of.base.element_size()
         self.block_type = types.SimpleNamespace(shape=list(of.block_shape), nbytes=size)
 
@@ -181,7 +177,10 @@ class Descriptor:
             low, high = min(max(at, 0), size), min(max(at + n, 0), size)
             there.append(slice(low, high))
             inside.append(slice(low - at, high - at) if low < high else slice(0, 0))
-        return self.view[tuple(there)], tuple(inside)
+        view = self.view
+        if here.early and (stale := here.launch.stale.get(self.base.data_ptr())) is not None:
+            view = stale.as_strided(view.shape, view.stride(), stale.storage_offset())
+        return view[tuple(there)], tuple(inside)
 
 
 class mbarrier:
@@ -274,6 +273,7 @@ def start(launch, program, programs, dice, function, arguments):
     def run():
         here.launch, here.program, here.programs = launch, program, programs
         here.products, here.stores, here.dice = [], [], random.Random(dice)
+        here.early = launch.early
         try:
             function(*arguments)
             assert not here.products, "a product is not waited for"
@@ -293,13 +293,28 @@ def warp_specialize(partitions, warps, registers):
         thread.join()
 
 
+def wait_for_the_kernel_before():
+    """griddepcontrol.wait: what that has written is there for this program."""
+    here.early = False
+
+
+def after_the_kernel_before(function):
+    """What a program may do only once it has waited: that kernel may use the same memory."""
+
+    def run(*arguments, **options):
+        assert not here.early, "written before the kernel before has ended"
+        return function(*arguments, **options)
+
+    return run
+
+
 language = types.SimpleNamespace(
-    **FUNCTIONS,
+    **FUNCTIONS | {name: after_the_kernel_before(FUNCTIONS[name]) for name in WRITES},
     program_id=lambda axis: Int(here.program[axis]),
     num_programs=lambda axis: Int(here.programs[axis]),
     extra=types.SimpleNamespace(
         cuda=types.SimpleNamespace(
-            gdc_wait=lambda: here.launch.wait_for_the_one_before(), gdc_launch_dependents=ignored
+            gdc_wait=wait_for_the_kernel_before, gdc_launch_dependents=ignored
         )
     ),
     allocate_shared_memory=allocate_shared_memory,
@@ -351,16 +366,12 @@ def argument(x):
     return Int(x) if isinstance(x, int) else x
 
 
-def nothing():
-    pass
-
-
 def run(
-    self, *arguments, before=nothing, grid, warmup, num_warps, enable_fp_fusion, maxnreg=None,
+    self, *arguments, stale, grid, warmup, num_warps, enable_fp_fusion, maxnreg=None,
     launch_pdl=False, **constants,
 ):  # fmt: skip
     """In place of GluonJITFunction.run: all programs at the same time."""
-    launch, function = Launch(before), translated(self)
+    launch, function = Launch(launch_pdl, stale), translated(self)
     constants = {k: v.value if isinstance(v, constexpr) else v for k, v in constants.items()}
     arguments = [argument(x) for x in arguments]
     loads = threading.Thread(target=launch.run_loads, daemon=True)
@@ -378,15 +389,16 @@ def run(
 
 
 @contextlib.contextmanager
-def emulated(before: Callable[[], None] = nothing):
+def emulated(stale: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()):
     """Within the context, launches of Gluon kernels run on the CPU.
 
     Args:
-        before: what the kernel before does, and is known to have done once a program has waited for
-            it (programmatic dependent launch).
+        stale: (tensor, what a program reads of it by TMA before it has waited for the kernel before
+            that writes it, of the same strides), for programmatic dependent launch.
     """
     original = GluonJITFunction.run
-    GluonJITFunction.run = functools.partialmethod(run, before=before)
+    by_address = {x.data_ptr(): old for x, old in stale}
+    GluonJITFunction.run = functools.partialmethod(run, stale=by_address)
     try:
         yield
     finally:

@@ -57,6 +57,8 @@ STACK = {
     ("hopper-d256-torch.float16", "s2_hopper_dkdv_wide_kernel"): (0, 0, 40),
     ("hopper-d256-torch.float16", "s2_hopper_dq_wide_kernel"): (0, 0, 24),
     ("hopper-d256-torch.float16", "s2_hopper_forward_wide_kernel"): (16, 8, 48),
+    ("hopper_paged-d128", "s2_hopper_decode_kernel"): (0, 32, 0),
+    ("hopper_paged-d128-pattern", "s2_hopper_decode_kernel"): (0, 32, 0),
     ("hopper_paged-d256", "s2_hopper_decode_kernel"): (80, 80, 160),
     ("paged-d64-pattern-torch.float16", "s2_decode_kernel"): (24, 8, 0),
     ("paged-d256", "s2_decode_kernel"): (0, 8, 72),

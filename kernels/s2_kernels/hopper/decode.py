@@ -74,7 +74,8 @@ class Ring(NamedTuple):
 class Unit(NamedTuple):
     """A KV head of a sequence: its rule, its list of live blocks and its row of the page table.
 
-    length: of the sequence; last: its last position; new: the first tile with a new token.
+    length: of the sequence; last: its last position; new: the first tile that the launch before may
+    write to.
     """
 
     rule: tuple
@@ -435,7 +436,7 @@ def s2_hopper_decode_kernel(
         i_unit = gl.program_id(1)
         end_unit, i_program = i_unit + 1, i_unit * split + piece
     else:
-        # All of them in each warp, so that no warp waits for others.
+        # Up to 256 of them in each warp, so that no warp waits for others.
         o_unit = gl.arange(0, U, layout=gl.BlockedLayout([min(U // 32, 8)], [32], [4], [0]))
         n_listed = count_tiles(
             p_lengths, p_table, o_unit, s, KV_HEADS, 1, n_units, RM // GROUP, 64, B, N_BANDS
@@ -452,7 +453,9 @@ def s2_hopper_decode_kernel(
         first, last = positions_of(0, length, s, RM // GROUP)
         segments = live_segments(rule, first, last, B, N_BANDS)
         n_tiles = listed_tiles(segments, last, 64, B, N_BANDS)
-        new = n_tiles - (last // 64 - first // 64 + 1)
+        # From the token before them on: it may end a block that is another sequence's, too, whose
+        # new token that is.
+        new = n_tiles - (last // 64 - gl.maximum(first - 1, 0) // 64 + 1)
         p_row_pages = p_pages + i_seq * stride_table_b + i_kv * stride_table_h
         unit = Unit(rule, segments, length, last, new, p_row_pages, stride_table_k)
         to = Output(
