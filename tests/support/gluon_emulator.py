@@ -32,6 +32,7 @@ from gluon_language import (
     Tile,
     dtype_of,
     ignored,
+    mbarrier,
     static_range,
     tile,
 )
@@ -181,29 +182,6 @@ class Descriptor:
         if here.early and (stale := here.launch.stale.get(self.base.data_ptr())) is not None:
             view = stale.as_strided(view.shape, view.stride(), stale.storage_offset())
         return view[tuple(there)], tuple(inside)
-
-
-class mbarrier:
-    MBarrierLayout = ignored
-
-    @staticmethod
-    def init(barrier, count):
-        barrier.init(count)
-
-    @staticmethod
-    def wait(barrier, phase, pred=True):
-        if pred:
-            barrier.wait(phase)
-
-    @staticmethod
-    def arrive(barrier, pred=True):
-        if pred:
-            barrier.add(1, 0)
-
-    @staticmethod
-    def expect(barrier, nbytes, pred=True):
-        if pred:
-            barrier.add(1, nbytes)
 
 
 class tma:

@@ -190,6 +190,29 @@ def ignored(*arguments, **options):
     """A layout, or what orders the threads of a partition."""
 
 
+class mbarrier:
+    MBarrierLayout = ignored
+
+    @staticmethod
+    def init(barrier, count):
+        barrier.init(count)
+
+    @staticmethod
+    def wait(barrier, phase, pred=True):
+        if pred:
+            barrier.wait(phase)
+
+    @staticmethod
+    def arrive(barrier, pred=True):
+        if pred:
+            barrier.add(1, 0)
+
+    @staticmethod
+    def expect(barrier, nbytes, pred=True):
+        if pred:
+            barrier.add(1, nbytes)
+
+
 class NVMMASharedLayout:
     """A layout in shared memory, ignored as all are."""
 
